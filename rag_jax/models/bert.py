@@ -1,0 +1,100 @@
+"""BERT encoders: bge, MiniLM, e5, gte, contriever (Devlin et al., 2018)."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from rag_jax.models import layers
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    vocab_size: int  # V
+    num_layers: int  # N
+    num_heads: int  # H
+    width: int  # D
+    mlp_width: int  # F
+    max_positions: int
+    type_vocab_size: int
+    norm_eps: float
+    activation: str
+    dropout: float
+    attention_dropout: float
+    remat: bool = False
+
+
+class BertEmbed(nnx.Module):
+    """Sum of word, position and token-type embeddings (the type is always 0: one text a row), normalised."""
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        self.word = nnx.Embed(config.vocab_size, config.width, rngs=rngs)
+        self.position = nnx.Embed(config.max_positions, config.width, rngs=rngs)
+        self.token_type = nnx.Embed(config.type_vocab_size, config.width, rngs=rngs)
+        self.norm = layers.layer_norm(config.width, config.norm_eps, rngs)
+
+    def __call__(self, ids: Int[Array, "B L"], positions: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        return self.norm(self.word(ids) + self.position(positions) + self.token_type(jnp.zeros_like(ids)))
+
+
+class BertMlp(nnx.Module):
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        self.up = layers.linear(config.width, config.mlp_width, bias=True, rngs=rngs)
+        self.down = layers.linear(config.mlp_width, config.width, bias=True, rngs=rngs)
+        self.activation = config.activation
+
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        return self.down(layers.ACTIVATIONS[self.activation](self.up(x)))
+
+
+class BertLayer(nnx.Module):
+    """Attention and MLP, each followed by a residual sum and a norm."""
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        heads = (config.num_heads, config.num_heads, config.width // config.num_heads)
+        self.attention = layers.Attention(
+            config.width, heads, qkv_bias=True, out_bias=True, dropout_rate=config.attention_dropout, rngs=rngs
+        )
+        self.attention_norm = layers.layer_norm(config.width, config.norm_eps, rngs)
+        self.mlp = BertMlp(config, rngs=rngs)
+        self.mlp_norm = layers.layer_norm(config.width, config.norm_eps, rngs)
+        self.dropout = config.dropout
+
+    def __call__(
+        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L L"], dropout_key: Key[Array, ""] | None
+    ) -> Float[Array, "B L D"]:
+        attended, _ = self.attention(x, mask, dropout_key=dropout_key)
+        x = self.attention_norm(x + self._drop(attended, dropout_key, "residual"))
+        return self.mlp_norm(x + self._drop(self.mlp(x), dropout_key, "mlp"))
+
+    def _drop(self, x: Float[Array, "B L D"], key: Key[Array, ""] | None, name: str) -> Float[Array, "B L D"]:
+        return layers.dropout(x, self.dropout, layers.named_key(key, name))
+
+
+class Bert(nnx.Module):
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = BertEmbed(config, rngs=rngs)
+        self.layers = layers.stack(lambda rngs: BertLayer(config, rngs=rngs), config.num_layers, rngs)
+
+    def __call__(
+        self,
+        ids: Int[Array, "B L"],
+        attention_mask: Bool[Array, "B L"],
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """Hidden states after the last layer. Every token looks at every real token."""
+        B, L = ids.shape
+        x = self.embed(ids, layers.positions_of(attention_mask))
+        x = layers.dropout(x, self.config.dropout, layers.named_key(dropout_key, "embed"))
+        mask = jnp.broadcast_to(attention_mask[:, None, :], (B, L, L))
+        x, _ = layers.scan(
+            self.layers,
+            lambda layer, x, _, key: (layer(x, mask, key), None),
+            x,
+            num_layers=self.config.num_layers,
+            remat=self.config.remat,
+            dropout_key=layers.named_key(dropout_key, "layers"),
+        )
+        return x

@@ -1,0 +1,157 @@
+"""Causal language models, whatever the family: plain forward, shared-prefix forward, and decoding with a KV cache.
+
+A family gives `_embed`, `_rope`, `head_kernel`, `layers`, `norm` and a layer called as
+`layer(x, mask, rope=, context=, dropout_key=) -> (x, keys and values)`; everything here is written once.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from rag_jax.models import layers
+
+
+class Cache(NamedTuple):
+    """Keys and values of every layer; of each row's `max_len` slots the first `length` are filled."""
+
+    key: Float[Array, "N S M G C"]
+    value: Float[Array, "N S M G C"]
+    length: Int[Array, " S"]
+
+
+class Decoder(nnx.Module):
+    config: Any
+    layers: Any
+    norm: Any
+
+    def _embed(
+        self, ids: Int[Array, "B L"], positions: Int[Array, "B L"], dropout_key: Key[Array, ""] | None
+    ) -> Float[Array, "B L D"]:
+        raise NotImplementedError
+
+    def _rope(self, positions: Int[Array, "B L"]) -> layers.Rope | None:
+        raise NotImplementedError
+
+    def head_kernel(self) -> Float[Array, "D V"]:
+        """The output matrix: of its own, or the word embedding's transpose when tied."""
+        raise NotImplementedError
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        return hidden @ self.head_kernel()
+
+    def __call__(
+        self,
+        ids: Int[Array, "B L"],
+        attention_mask: Bool[Array, "B L"],
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """Hidden states after the final norm; padding on the left or on the right."""
+        return self.norm(self._forward(ids, attention_mask, dropout_key=dropout_key)[0])
+
+    def prefix_suffix(
+        self,
+        prefix: tuple[Int[Array, "P Lp"], Bool[Array, "P Lp"]],
+        suffix: tuple[Int[Array, "B Ls"], Bool[Array, "B Ls"]],
+        candidates: Int[Array, "B K"],
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "B K Ls D"]:
+        """Hidden states of each suffix b behind each of its prefixes `candidates[b, k]`; (ids, mask), right-padded.
+
+        A causal state on the prefix does not depend on the suffix, so each prefix runs once and each (suffix, candidate)
+        pair runs its suffix alone. Both advance through one scan: a layer's keys and values of the prefixes are
+        gathered for that layer's suffixes and then forgotten.
+        """
+        (prefix_ids, prefix_mask), (suffix_ids, suffix_mask) = prefix, suffix
+        (B, Ls), K = suffix_ids.shape, candidates.shape[1]
+        flat = candidates.reshape(B * K)
+
+        prefix_positions = layers.positions_of(prefix_mask)
+        prefix_rope, prefix_looks = self._rope(prefix_positions), self._causal_mask(prefix_mask)
+
+        pairs_ids, pairs_mask = (jnp.repeat(a, K, axis=0) for a in (suffix_ids, suffix_mask))
+        pairs_positions = prefix_mask.sum(axis=-1, dtype=jnp.int32)[flat][:, None] + layers.positions_of(pairs_mask)
+        pairs_rope = self._rope(pairs_positions)
+        before = self._in_window(pairs_positions, prefix_positions[flat]) & prefix_mask[flat][:, None, :]
+        pairs_looks = jnp.concatenate([before, self._causal_mask(pairs_mask)], axis=-1)
+
+        def body(layer: Any, carry: Any, _: Any, key: Any) -> tuple[Any, None]:
+            prefix_x, pairs_x = carry
+            prefix_x, keys_values = layer(
+                prefix_x, prefix_looks, rope=prefix_rope, dropout_key=layers.named_key(key, "prefix")
+            )
+            context = jax.tree.map(lambda a: a[flat], keys_values)
+            pairs_x, _ = layer(
+                pairs_x, pairs_looks, rope=pairs_rope, context=context, dropout_key=layers.named_key(key, "suffix")
+            )
+            return (prefix_x, pairs_x), None
+
+        start = (
+            self._embed(prefix_ids, prefix_positions, layers.named_key(dropout_key, "prefix")),
+            self._embed(pairs_ids, pairs_positions, layers.named_key(dropout_key, "suffix")),
+        )
+        (_, pairs_x), _ = self._scan(body, start, layers.named_key(dropout_key, "layers"))
+        return self.norm(pairs_x).reshape(B, K, Ls, -1)
+
+    def prefill(
+        self, ids: Int[Array, "S L"], attention_mask: Bool[Array, "S L"], max_len: int
+    ) -> tuple[Float[Array, "S L D"], Cache]:
+        """Runs right-padded prompts; their hidden states, and a cache with room for `max_len` tokens a row."""
+        x, (key, value) = self._forward(ids, attention_mask, keep=True)
+        room = ((0, 0), (0, 0), (0, max_len - ids.shape[1]), (0, 0), (0, 0))
+        length = attention_mask.sum(axis=-1, dtype=jnp.int32)
+        return self.norm(x), Cache(jnp.pad(key, room), jnp.pad(value, room), length)
+
+    def decode(self, ids: Int[Array, " S"], cache: Cache) -> tuple[Float[Array, "S D"], Cache]:
+        """One more token a row: its hidden state, and the cache with it."""
+        positions = cache.length[:, None]
+        slots = jnp.broadcast_to(jnp.arange(cache.key.shape[2]), (ids.shape[0], cache.key.shape[2]))
+        filled = self._in_window(positions, slots) & (slots < positions)[:, None, :]
+        looks = jnp.concatenate([filled, jnp.ones_like(filled[:, :, :1])], axis=-1)
+        rope = self._rope(positions)
+
+        def body(layer: Any, x: Any, layer_cache: Any, _: Any) -> tuple[Any, Any]:
+            return layer(x, looks, rope=rope, context=layer_cache)
+
+        x, (key, value) = self._scan(body, self._embed(ids[:, None], positions, None), None, (cache.key, cache.value))
+        here = (slice(None), jnp.arange(ids.shape[0]), cache.length)
+        cache = Cache(cache.key.at[here].set(key[:, :, 0]), cache.value.at[here].set(value[:, :, 0]), cache.length + 1)
+        return self.norm(x)[:, 0], cache
+
+    def _forward(
+        self,
+        ids: Int[Array, "B L"],
+        attention_mask: Bool[Array, "B L"],
+        *,
+        keep: bool = False,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B L D"], Any]:
+        """Hidden states before the final norm, and every layer's keys and values where they are to be kept."""
+        positions = layers.positions_of(attention_mask)
+        rope, looks = self._rope(positions), self._causal_mask(attention_mask)
+
+        def body(layer: Any, x: Any, _: Any, key: Any) -> tuple[Any, Any]:
+            x, keys_values = layer(x, looks, rope=rope, dropout_key=key)
+            return x, keys_values if keep else None
+
+        x = self._embed(ids, positions, layers.named_key(dropout_key, "embed"))
+        return self._scan(body, x, layers.named_key(dropout_key, "layers"))
+
+    def _scan(self, body: Any, carry: Any, dropout_key: Any, xs: Any = None) -> tuple[Any, Any]:
+        config = self.config
+        return layers.scan(
+            self.layers, body, carry, num_layers=config.num_layers, remat=config.remat, dropout_key=dropout_key, xs=xs
+        )
+
+    def _causal_mask(self, mask: Bool[Array, "B L"]) -> Bool[Array, "B L L"]:
+        positions = layers.positions_of(mask)
+        earlier = jnp.tri(mask.shape[-1], dtype=bool)
+        return earlier & mask[:, None, :] & self._in_window(positions, positions)
+
+    def _in_window(self, query: Int[Array, "B L"], key: Int[Array, "B M"]) -> Bool[Array, "B L M"]:
+        """Which key positions a sliding window lets a query position see; all, for a model without one."""
+        window = getattr(self.config, "sliding_window", None)
+        distance = query[:, :, None] - key[:, None, :]
+        return jnp.ones_like(distance, dtype=bool) if window is None else distance < window

@@ -1,0 +1,90 @@
+"""GPT-2 (Radford et al., 2019): learned positions, norms in front, output matrix tied to the word embedding."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from rag_jax.models import layers
+from rag_jax.models.decoder import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpt2Config:
+    vocab_size: int  # V
+    num_layers: int  # N
+    num_heads: int  # H
+    width: int  # D
+    mlp_width: int  # F
+    max_positions: int
+    norm_eps: float
+    activation: str
+    dropout: float
+    embed_dropout: float
+    attention_dropout: float
+    remat: bool = False
+
+
+class Gpt2Embed(nnx.Module):
+    def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs):
+        self.word = nnx.Embed(config.vocab_size, config.width, rngs=rngs)
+        self.position = nnx.Embed(config.max_positions, config.width, rngs=rngs)
+
+
+class Gpt2Mlp(nnx.Module):
+    def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs):
+        self.up = layers.linear(config.width, config.mlp_width, bias=True, rngs=rngs)
+        self.down = layers.linear(config.mlp_width, config.width, bias=True, rngs=rngs)
+        self.activation = config.activation
+
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        return self.down(layers.ACTIVATIONS[self.activation](self.up(x)))
+
+
+class Gpt2Layer(nnx.Module):
+    def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs):
+        heads = (config.num_heads, config.num_heads, config.width // config.num_heads)
+        self.attention_norm = layers.layer_norm(config.width, config.norm_eps, rngs)
+        self.attention = layers.Attention(
+            config.width, heads, qkv_bias=True, out_bias=True, dropout_rate=config.attention_dropout, rngs=rngs
+        )
+        self.mlp_norm = layers.layer_norm(config.width, config.norm_eps, rngs)
+        self.mlp = Gpt2Mlp(config, rngs=rngs)
+        self.dropout = config.dropout
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        mask: Bool[Array, "B L M"],
+        *,
+        rope: layers.Rope | None = None,
+        context: layers.KeysValues | None = None,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B L D"], layers.KeysValues]:
+        attended, keys_values = self.attention(
+            self.attention_norm(x), mask, rope=rope, context=context, dropout_key=dropout_key
+        )
+        x = x + layers.dropout(attended, self.dropout, layers.named_key(dropout_key, "residual"))
+        x = x + layers.dropout(self.mlp(self.mlp_norm(x)), self.dropout, layers.named_key(dropout_key, "mlp"))
+        return x, keys_values
+
+
+class Gpt2(Decoder):
+    def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = Gpt2Embed(config, rngs=rngs)
+        self.layers = layers.stack(lambda rngs: Gpt2Layer(config, rngs=rngs), config.num_layers, rngs)
+        self.norm = layers.layer_norm(config.width, config.norm_eps, rngs)
+
+    def _embed(
+        self, ids: Int[Array, "B L"], positions: Int[Array, "B L"], dropout_key: Key[Array, ""] | None
+    ) -> Float[Array, "B L D"]:
+        x = self.embed.word(ids) + self.embed.position(positions)
+        return layers.dropout(x, self.config.embed_dropout, dropout_key)
+
+    def _rope(self, positions: Int[Array, "B L"]) -> None:
+        return None
+
+    def head_kernel(self) -> Float[Array, "D V"]:
+        return jnp.transpose(self.embed.word.embedding[...])

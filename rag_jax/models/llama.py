@@ -1,0 +1,141 @@
+"""The Llama family in one file: Llama 2 and 3, TinyLlama, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3.
+
+They differ in sizes and in six facts, all in `LlamaConfig`: grouped heads, biases, query-key norms, rope scaling,
+a sliding window, and whether the output matrix is tied to the word embedding.
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from rag_jax.models import layers
+from rag_jax.models.decoder import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How a longer context than the trained one turns: `linear` slows every channel; `llama3` only the slow ones."""
+
+    kind: str  # "linear" | "llama3"
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    vocab_size: int  # V
+    num_layers: int  # N
+    num_heads: int  # H
+    num_kv_heads: int  # G
+    head_dim: int  # C
+    width: int  # D
+    mlp_width: int  # F
+    max_positions: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    activation: str
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    tied_head: bool
+    sliding_window: int | None
+    attention_dropout: float
+    remat: bool = False
+
+
+def rope_frequencies(config: LlamaConfig) -> np.ndarray:
+    """Radians a position for each pair of channels, (C/2,) float32."""
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / np.float32(scaling.factor)
+    # Llama 3.1: channels that turn less than `low` times over the trained context are slowed by `factor`, those that
+    # turn more than `high` times are kept, and the share in between moves linearly from one to the other.
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = scaling.original_max_positions * frequencies / (2 * math.pi)
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (frequencies * (kept + (1.0 - kept) / scaling.factor)).astype(np.float32)
+
+
+class LlamaEmbed(nnx.Module):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.word = nnx.Embed(config.vocab_size, config.width, rngs=rngs)
+
+
+class LlamaMlp(nnx.Module):
+    """Gated MLP (Shazeer, 2020)."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.gate = layers.linear(config.width, config.mlp_width, bias=config.mlp_bias, rngs=rngs)
+        self.up = layers.linear(config.width, config.mlp_width, bias=config.mlp_bias, rngs=rngs)
+        self.down = layers.linear(config.mlp_width, config.width, bias=config.mlp_bias, rngs=rngs)
+        self.activation = config.activation
+
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        return self.down(layers.ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+
+
+class LlamaLayer(nnx.Module):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = layers.rms_norm(config.width, config.norm_eps, rngs)
+        self.attention = layers.Attention(
+            config.width,
+            (config.num_heads, config.num_kv_heads, config.head_dim),
+            qkv_bias=config.qkv_bias,
+            out_bias=config.out_bias,
+            qk_norm_eps=config.norm_eps if config.qk_norm else None,
+            dropout_rate=config.attention_dropout,
+            rngs=rngs,
+        )
+        self.mlp_norm = layers.rms_norm(config.width, config.norm_eps, rngs)
+        self.mlp = LlamaMlp(config, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        mask: Bool[Array, "B L M"],
+        *,
+        rope: layers.Rope | None = None,
+        context: layers.KeysValues | None = None,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B L D"], layers.KeysValues]:
+        attended, keys_values = self.attention(
+            self.attention_norm(x), mask, rope=rope, context=context, dropout_key=dropout_key
+        )
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), keys_values
+
+
+class Llama(Decoder):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = LlamaEmbed(config, rngs=rngs)
+        self.layers = layers.stack(lambda rngs: LlamaLayer(config, rngs=rngs), config.num_layers, rngs)
+        self.norm = layers.rms_norm(config.width, config.norm_eps, rngs)
+        if not config.tied_head:
+            self.head = layers.linear(config.width, config.vocab_size, bias=False, rngs=rngs)
+
+    def _embed(
+        self, ids: Int[Array, "B L"], positions: Int[Array, "B L"], dropout_key: Key[Array, ""] | None
+    ) -> Float[Array, "B L D"]:
+        return self.embed.word(ids)
+
+    def _rope(self, positions: Int[Array, "B L"]) -> layers.Rope:
+        angles = positions[:, :, None].astype(jnp.float32) * rope_frequencies(self.config)
+        return jnp.cos(angles), jnp.sin(angles)
+
+    def head_kernel(self) -> Float[Array, "D V"]:
+        if self.config.tied_head:
+            return jnp.transpose(self.embed.word.embedding[...])
+        return self.head.kernel[...]
