@@ -1,0 +1,83 @@
+"""The state of training and the one jitted step."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rag_jax import optim, rag, sharding
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a checkpoint holds. Random keys and the order of rows are functions of (seed, step)."""
+
+    step: jax.Array  # updates done
+    params: Any  # float32, the trainable leaves; None in place of a frozen one
+    frozen: Any  # the others; None in place of a trainable one
+    opt_state: Any
+
+
+Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def init_state(params: Any, frozen: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Step 0 around parameters that lie on the mesh; the optimizer's moments are born beside them."""
+
+    def init(params: Any, frozen: Any) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
+
+    shardings = state_shardings(jax.eval_shape(init, params, frozen), mesh)
+    return jax.jit(init, out_shardings=shardings, donate_argnums=(0, 1))(params, frozen)
+
+
+def state_shardings(abstract_state: TrainState, mesh: Mesh) -> TrainState:
+    """Parameters by the rules; optimizer leaves like the parameter whose path they end in, scalars everywhere."""
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def place(tree: Any) -> Any:
+        scalars = jax.tree.map(lambda a: whole if a.ndim == 0 else None, tree)
+        arrays = sharding.param_shardings(mesh, jax.tree.map(lambda a: None if a.ndim == 0 else a, tree))
+        return jax.tree.map(lambda s, a: a if s is None else s, scalars, arrays, is_leaf=lambda x: x is None)
+
+    return TrainState(
+        whole, place(abstract_state.params), place(abstract_state.frozen), place(abstract_state.opt_state)
+    )
+
+
+def make_train_step(
+    model: rag.Rag,
+    optimizer: optax.GradientTransformation,
+    learning_rate: Callable[[jax.Array], jax.Array],
+    shardings: TrainState,
+    *,
+    dropout_seed: int | None,
+) -> Step:
+    """One update of both models, compiled once: total loss, its gradients, optax. The old state's memory is reused.
+
+    Losses are those of the batch before the update. `dropout_seed` None: no dropout at all.
+    """
+
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), state.step)
+
+        def total_loss(trainable: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return rag.loss(model, optim.join(trainable, state.frozen), batch, key)
+
+        (_, metrics), grads = jax.value_and_grad(total_loss, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics |= {
+            "optim/learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
+            "optim/grad_norm": optax.global_norm(grads),
+        }
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
+
+    mesh = shardings.step.mesh
+    whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, sharding.BATCH)
+    return jax.jit(train_step, in_shardings=(shardings, rows), out_shardings=(shardings, whole), donate_argnums=0)
