@@ -1,0 +1,371 @@
+"""The run's configuration: the table of all keys, loading, overriding, checking, JSON."""
+
+import ast
+import dataclasses
+import difflib
+import json
+import math
+import pathlib
+import re
+import runpy
+from collections.abc import Callable, Mapping
+from types import NoneType
+from typing import Any, get_args
+
+from ml_collections import ConfigDict
+
+from rag_jax.errors import UserError
+
+OBJECTIVES = ("token", "sequence", "dalm", "none")
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+
+Rules = tuple[tuple[str, float], ...]
+# A check says what a value must be, or None when it is right.
+Check = Callable[[Any], str | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One row of the table: the type, what else must hold, and one line of meaning."""
+
+    kind: Any
+    check: Check
+    meaning: str
+
+
+def at_least(low: float) -> Check:
+    return lambda v: None if v >= low else f"must be at least {low}"
+
+
+def positive(v: float) -> str | None:
+    return None if v > 0 else "must be greater than 0"
+
+
+def fraction(v: float) -> str | None:
+    return None if 0 <= v < 1 else "must be at least 0 and less than 1"
+
+
+def anything(v: Any) -> str | None:
+    return None
+
+
+def not_empty(v: str) -> str | None:
+    return None if v else "must not be empty"
+
+
+def axis(v: int) -> str | None:
+    return None if v == -1 or v >= 1 else "must be -1 (what the other axes leave) or at least 1"
+
+
+def one_of(*choices: str) -> Check:
+    return lambda v: None if v in choices else f"must be one of {', '.join(choices)}{_nearest(v, choices)}"
+
+
+def holds(field: str) -> Check:
+    return lambda v: None if v.count(field) == 1 else f"must contain {field} once"
+
+
+def rules(v: Rules) -> str | None:
+    for pattern, multiplier in v:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            return f"{pattern!r} is not a regular expression ({error})"
+        if not (math.isfinite(multiplier) and multiplier >= 0):
+            return f"the multiplier of {pattern!r} must be at least 0"
+    return None
+
+
+KEYS: dict[str, Key] = {
+    "seed": Key(int, at_least(0), "random keys and the order of rows"),
+    "total_steps": Key(int, at_least(1), "optimizer steps of the run"),
+    "batch_size": Key(int, at_least(1), "global queries a step"),
+    "group_size": Key(int, at_least(1), "rows whose passages can be each other's candidates; divides batch_size"),
+    "dtype": Key(str, one_of("float32", "bfloat16"), "compute type; parameters are float32"),
+    "dropout": Key(float | None, fraction, "None: what each model's config says; a number: that, for both"),
+    "data.train": Key(str | None, not_empty, "rows to train on: a file, a save_to_disk folder or a hub name"),
+    "data.eval": Key(str | None, not_empty, "rows to evaluate on; None: no evaluation"),
+    "data.passages": Key(str | None, not_empty, "a file of further passages to retrieve from in evaluation"),
+    "data.columns.query": Key(str, not_empty, "column of the query"),
+    "data.columns.passage": Key(str, not_empty, "column of the passage"),
+    "data.columns.answer": Key(str, not_empty, "column of the answer"),
+    "data.query_len": Key(int, at_least(3), "retriever tokens of a query"),
+    "data.passage_len": Key(int, at_least(3), "retriever tokens of a passage; with dalm see README"),
+    "data.prompt_passage_len": Key(int, at_least(2), "generator tokens of the passage segment"),
+    "data.prompt_query_len": Key(int, at_least(1), "generator tokens of the query segment"),
+    "data.answer_len": Key(int, at_least(2), "generator tokens of the answer segment, end-of-sequence included"),
+    "data.bad_rows": Key(str, one_of("drop", "refuse"), "rows with an empty field or an answer that does not fit"),
+    "prompt.passage": Key(str, holds("{passage}"), "template of the passage segment"),
+    "prompt.query": Key(str, holds("{query}"), "template of the query segment"),
+    "prompt.answer": Key(str, holds("{answer}"), "template of the answer segment"),
+    "retriever.path": Key(str | None, not_empty, "Hugging Face folder, hub name, or random:bert|gpt2|llama|qwen3"),
+    "retriever.pooling": Key(str, one_of("auto", "cls", "mean", "last"), "auto: what the model's folder says"),
+    "retriever.query_prefix": Key(str | None, anything, "put before queries; None: what the model's folder says"),
+    "retriever.passage_prefix": Key(str | None, anything, "put before passages; None: what the model's folder says"),
+    "retriever.remat": Key(bool, anything, "recompute layers in the backward pass: less memory, more time"),
+    "generator.path": Key(str | None, not_empty, "Hugging Face folder, hub name, or random:gpt2|llama|qwen3"),
+    "generator.remat": Key(bool, anything, "recompute layers in the backward pass: less memory, more time"),
+    "objective.name": Key(str, one_of(*OBJECTIVES), "how the generator's loss is put together; none: retriever only"),
+    "objective.candidates": Key(int, at_least(1), "K, passages the generator reads for a query; at most group_size"),
+    "objective.temperature": Key(float, positive, "divides the cosine in the contrastive loss"),
+    "objective.marginal_temperature": Key(float, positive, "divides the cosine in the marginal"),
+    "objective.contrastive_weight": Key(float, at_least(0), "of the contrastive loss in the total"),
+    "objective.marginal_weight": Key(float, at_least(0), "of the marginal loss in the total"),
+    "optimizer.learning_rate": Key(float, positive, "highest learning rate"),
+    "optimizer.schedule": Key(str, one_of(*SCHEDULES), "course of the learning rate"),
+    "optimizer.warmup_steps": Key(int, at_least(0), "steps up to the highest learning rate"),
+    "optimizer.weight_decay": Key(float, at_least(0), "AdamW's, times the learning rate"),
+    "optimizer.clip_norm": Key(float | None, positive, "highest global norm of the gradients; None: no clipping"),
+    "optimizer.rate_rules": Key(Rules, rules, "(regex of a parameter's path, multiplier of the rate); 0: frozen"),
+    "optimizer.decay_rules": Key(Rules, rules, "(regex of a parameter's path, multiplier of weight_decay)"),
+    "mesh.replica": Key(int, axis, "copies of everything; -1: what is left"),
+    "mesh.data": Key(int, axis, "shares of the batch and of the parameters; -1: what is left"),
+    "mesh.model": Key(int, axis, "tensor parallel; -1: what is left"),
+    "checkpoint.every_steps": Key(int, at_least(0), "save as often; the last step too; 0: never"),
+    "checkpoint.keep": Key(int, at_least(1), "newest checkpoints kept"),
+    "log.every_steps": Key(int, at_least(0), "write metrics as often; 0: never"),
+    "eval.every_steps": Key(int, at_least(0), "evaluate as often; 0: never"),
+    "eval.rows": Key(int, at_least(0), "first rows of data.eval that are evaluated; 0: all"),
+    "eval.answers": Key(int, at_least(0), "greedy answers generated for EM and F1; 0: none"),
+    "eval.batch_size": Key(int, at_least(1), "global queries evaluated at a time"),
+}
+
+
+def load(file: str | pathlib.Path, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+    """The checked, locked config of a file whose `get_config()` returns it, with `{dotted key: value or text}` on top.
+
+    UserError, one line with all problems, for a file that cannot be used, an unknown key or an unusable value.
+    """
+    return build(_flatten(_read_file(pathlib.Path(file))), overrides)
+
+
+def load_workdir(workdir: str | pathlib.Path, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+    """The config that a run saved in its workdir, with overrides on top."""
+    file = pathlib.Path(workdir) / "config.json"
+    if not file.is_file():
+        raise UserError(f"--workdir={workdir}: no config.json there; give the folder of a run")
+    return from_json(file.read_text(encoding="utf-8"), overrides, name=str(file))
+
+
+def build(values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+    """A checked, locked config of `{dotted key: value}`; the values of overrides may be text as typed."""
+    values, problems = dict(values), []
+    for name, value in (overrides or {}).items():
+        if name not in KEYS:
+            problems.append(_unknown(name))
+            continue
+        try:
+            values[name] = parse(KEYS[name].kind, value) if isinstance(value, str) else value
+        except ValueError as error:
+            problems.append(f"{name}={value}: {error}")
+            values.pop(name, None)
+    values = {name: _convert(value, name) for name, value in values.items()}
+    given_badly = {name for name in overrides or {} if name not in values}
+    problems += [p for name, p in _problems(values) if name not in given_badly]
+    if problems:
+        raise UserError("config: " + "; ".join(problems))
+    config = ConfigDict()
+    for name in KEYS:
+        *sections, last = name.split(".")
+        section = config
+        for part in sections:
+            if part not in section:
+                section[part] = ConfigDict()
+            section = section[part]
+        section[last] = values[name]
+    return config.lock()
+
+
+def check(config: ConfigDict) -> None:
+    """UserError with all problems of a config at once."""
+    problems = [problem for _, problem in _problems({k: _convert(v, k) for k, v in _flatten(config).items()})]
+    if problems:
+        raise UserError("config: " + "; ".join(problems))
+
+
+def require(config: ConfigDict, name: str) -> Any:
+    """The value of a key that may be None, or UserError if it is."""
+    value = _flatten(config)[name]
+    if value is None:
+        raise UserError(f"{name}=None: give it a value, --config.{name}=...; {KEYS[name].meaning}")
+    return value
+
+
+def to_json(config: ConfigDict) -> str:
+    """Nested JSON, in the order of `KEYS`."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=False, ensure_ascii=False) + "\n"
+
+
+def from_json(text: str, overrides: Mapping[str, Any] | None = None, *, name: str = "config.json") -> ConfigDict:
+    """The config whose `to_json` is `text`, checked, with overrides on top."""
+    try:
+        tree = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name}: not JSON ({error}); was it edited by hand?") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{name}: holds no config")
+    return build(_flatten(tree), overrides)
+
+
+def parse(kind: Any, text: str) -> Any:
+    """The value of a kind from what a user types; ValueError says what is expected."""
+    options = get_args(kind) if NoneType in get_args(kind) else (kind,)
+    if NoneType in options and text in ("None", "none", "null"):
+        return None
+    kind = options[0]
+    if kind is str:
+        return text
+    if kind is bool:
+        if text.lower() in ("true", "false", "1", "0"):
+            return text.lower() in ("true", "1")
+        raise ValueError("must be true or false")
+    if kind is Rules:
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise ValueError(f"must be {_KIND_NAMES[Rules]}") from None
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"must be {_KIND_NAMES[kind]}{' or None' if NoneType in options else ''}") from None
+
+
+_KIND_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    Rules: "pairs such as (('generator/', 0.5), ('.*', 1.0))",
+}
+
+
+def _read_file(path: pathlib.Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise UserError(f"--config={path}: no such file; configs/ holds examples")
+    try:
+        get_config = runpy.run_path(str(path)).get("get_config")
+        if not callable(get_config):
+            raise UserError(f"--config={path}: defines no function get_config()")
+        config = get_config()
+    except UserError:
+        raise
+    except SyntaxError as error:
+        raise UserError(f"--config={path}: line {error.lineno}: {error.msg}") from None
+    except Exception as error:
+        raise UserError(f"--config={path}: raises {type(error).__name__}: {_one_line(error)}") from error
+    if not isinstance(config, ConfigDict | Mapping):
+        raise UserError(f"--config={path}: get_config() returns {type(config).__name__}, not a ConfigDict")
+    return config
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, ConfigDict | Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _convert(value: Any, name: str) -> Any:
+    """Whole numbers where fractions stand, and lists where JSON has no tuples."""
+    kind = KEYS[name].kind if name in KEYS else None
+    if kind is Rules and isinstance(value, list | tuple):
+        pairs = [tuple(pair) if isinstance(pair, list | tuple) else pair for pair in value]
+        return tuple((p[0], float(p[1])) if _is_kind(Rules, (p,)) else p for p in pairs)
+    if kind in (float, float | None) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value
+
+
+def _is_kind(kind: Any, value: Any) -> bool:
+    if kind is Rules:
+        return isinstance(value, tuple) and all(
+            isinstance(pair, tuple)
+            and len(pair) == 2
+            and isinstance(pair[0], str)
+            and isinstance(pair[1], int | float)
+            and not isinstance(pair[1], bool)
+            for pair in value
+        )
+    if value is None:
+        return NoneType in get_args(kind)
+    options = get_args(kind) or (kind,)
+    if isinstance(value, bool):
+        return bool in options
+    return isinstance(value, options) and not (isinstance(value, float) and not math.isfinite(value))
+
+
+def _problems(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(key, what is wrong) for everything wrong."""
+    problems = [(name, _unknown(name)) for name in values if name not in KEYS]
+    right = {}
+    for name, key in KEYS.items():
+        if name not in values:
+            problems.append((name, f"{name} is missing: {key.meaning}"))
+        elif not _is_kind(key.kind, values[name]):
+            optional = NoneType in get_args(key.kind)
+            kind = get_args(key.kind)[0] if optional else key.kind
+            expected = _KIND_NAMES[kind] + (" or None" if optional else "")
+            problems.append((name, f"{name}={values[name]!r}: must be {expected}"))
+        elif values[name] is not None and (problem := key.check(values[name])):
+            problems.append((name, f"{name}={values[name]!r}: {problem}"))
+        else:
+            right[name] = values[name]
+    return problems + _joint_problems(right)
+
+
+def _joint_problems(v: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What is wrong between keys, among those that are right alone."""
+    problems = []
+
+    def add(names: list[str], wrong: Callable[..., bool], fix: str) -> None:
+        if all(name in v for name in names) and wrong(*(v[name] for name in names)):
+            problems.append((names[0], ", ".join(f"{n}={v[n]!r}" for n in names) + f": {fix}"))
+
+    groups, weights = ["group_size", "batch_size"], ["objective.contrastive_weight", "objective.marginal_weight"]
+    add(groups, lambda g, b: b % g != 0, "the group does not divide the batch; choose a group_size that does")
+    candidates = ["objective.candidates", "group_size"]
+    add(candidates, lambda k, g: k > g, "a query's candidates come from its group; lower one or raise the other")
+    add(
+        ["objective.name", *weights],
+        lambda name, c, m: c == 0 and (m == 0 or name == "none"),
+        "nothing to train; give a weight",
+    )
+    add(
+        ["generator.path", "objective.name", weights[1]],
+        lambda path, name, m: path is None and name != "none" and m != 0,
+        "this objective needs a generator",
+    )
+    add(
+        ["retriever.path", "objective.name", "objective.candidates", *weights],
+        lambda path, name, k, c, m: (
+            path is None and (c != 0 or (name == "dalm" or (name != "none" and k > 1)) and m != 0)
+        ),
+        "this objective needs a retriever",
+    )
+    add(
+        ["mesh.replica", "mesh.data", "mesh.model"],
+        lambda *sizes: sizes.count(-1) > 1,
+        "only one axis may be -1; give the others a number",
+    )
+    return problems
+
+
+def _unknown(name: str) -> str:
+    if inside := [k for k in KEYS if k.startswith(name + ".")]:
+        return f"{name} is a section; give one of {', '.join(inside)}"
+    return f"unknown key {name}{_nearest(name, KEYS)}"
+
+
+def _nearest(word: Any, words: Any) -> str:
+    words = list(words)
+    near = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
+    # A key given without its section: `learning_rate` for `optimizer.learning_rate`.
+    near = [w for w in words if w.endswith(f".{word}")][:1] or near
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
