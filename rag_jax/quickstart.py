@@ -84,7 +84,7 @@ def build_smollm2(folder: pathlib.Path) -> None:
         import gguf
     except ImportError:
         raise errors.UserError(
-            f"gguf, which reads the model of the quick start, is not installed: run `{PIP} gguf`"
+            f"gguf, which reads the generator's file, is not installed: run `{PIP} gguf`"
         ) from None
     reader = gguf.GGUFReader(file.locate())
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -190,7 +190,7 @@ def write_json(path: pathlib.Path, value: dict) -> None:
 
 
 def build_rows(folder: pathlib.Path) -> None:
-    """Rules of ruff as rows (query: the message; passage: the explanation; answer: why), each rule in one split only."""
+    """Rules of ruff as rows (query: the message; passage: the explanation; answer: why), each in one split only."""
     command = [sys.executable, "-m", "ruff", "rule", "--all", "--output-format", "json"]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
