@@ -1,0 +1,100 @@
+"""Learning-rate schedules, AdamW, and rules by path for rate, decay and freezing.
+
+Rules are (regex, multiplier) pairs; the first whose regex is found in the parameter's path, such as
+`generator/layers/attention/query/kernel`, holds, and every parameter must be covered.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rag_jax.errors import UserError
+
+# The rate at which the polynomial schedule ends, as in PyTorch's.
+POLYNOMIAL_END = 1e-7
+
+Rules = tuple[tuple[str, float], ...]
+Schedule = Callable[[Any], jax.Array]
+
+
+def learning_rate(section: Any, total_steps: int) -> Schedule:
+    """The rate of update `step` (from 0), by the config's `optimizer` section.
+
+    Shapes as in `transformers.get_scheduler`, except that warm-up counts from 1, so that the first update is never
+    wasted on a rate of 0. "constant" has no warm-up; "cosine_with_restarts" has, as there, a single cycle.
+    """
+    peak, warmup = section.learning_rate, section.warmup_steps
+    end = min(POLYNOMIAL_END / peak, 1.0)
+    shapes: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "linear": lambda x: 1 - x,
+        "cosine": lambda x: 0.5 * (1 + jnp.cos(jnp.pi * x)),
+        "cosine_with_restarts": lambda x: jnp.where(x >= 1, 0.0, 0.5 * (1 + jnp.cos(jnp.pi * (x % 1.0)))),
+        "polynomial": lambda x: end + (1 - end) * (1 - x),
+        "constant": jnp.ones_like,
+        "constant_with_warmup": jnp.ones_like,
+    }
+    shape = shapes[section.schedule]
+    if section.schedule == "constant":
+        warmup = 0
+
+    def rate(step: Any) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        progress = jnp.clip((step - warmup) / max(1, total_steps - warmup), 0.0, 1.0)
+        return peak * jnp.where(step < warmup, (step + 1) / max(1, warmup), shape(progress))
+
+    return rate
+
+
+def make_optimizer(section: Any, total_steps: int, params: Any) -> optax.GradientTransformation:
+    """AdamW by the config's `optimizer` section for these parameters (arrays or shapes; None leaves are left out).
+
+    Clipping comes first, over the gradients of all of them; a path's multipliers act on its rate (the decay included,
+    as decay is multiplied by the rate) and on its weight decay.
+    """
+    parts = [] if section.clip_norm is None else [optax.clip_by_global_norm(section.clip_norm)]
+    parts.append(optax.scale_by_adam())
+    if section.weight_decay:
+        decays = multipliers(params, section.decay_rules, "optimizer.decay_rules")
+        decays = jax.tree.map(lambda m: m * section.weight_decay, decays)
+        parts.append(optax.stateless(lambda updates, p: jax.tree.map(lambda u, a, d: u + d * a, updates, p, decays)))
+    rates = multipliers(params, section.rate_rules, "optimizer.rate_rules")
+    if any(rate != 1.0 for rate in jax.tree.leaves(rates)):
+        parts.append(optax.stateless(lambda updates, _: jax.tree.map(lambda u, r: u * r, updates, rates)))
+    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate(section, total_steps)))
+
+
+def multipliers(params: Any, rules: Rules, key: str = "rules") -> Any:
+    """The multiplier of every parameter, first match wins; UserError lists the paths that no rule covers."""
+    uncovered: list[str] = []
+
+    def find(key_path: Any, _: Any) -> float:
+        path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+        for pattern, multiplier in rules:
+            if re.search(pattern, path):
+                return multiplier
+        uncovered.append(path)
+        return 0.0
+
+    tree = jax.tree_util.tree_map_with_path(find, params)
+    if uncovered:
+        raise UserError(f"{key}: no rule covers {', '.join(uncovered)}; end with ('.*', 1.0)")
+    return tree
+
+
+def split_frozen(params: Any, rules: Rules) -> tuple[Any, Any]:
+    """(trainable, frozen): the same tree twice, None in each for the other's leaves. Frozen: a multiplier of 0."""
+    rates = multipliers(params, rules, "optimizer.rate_rules")
+    if not any(jax.tree.leaves(rates)):
+        raise UserError(f"optimizer.rate_rules={rules}: every parameter is frozen; give one a multiplier above 0")
+    trainable = jax.tree.map(lambda a, rate: a if rate else None, params, rates)
+    frozen = jax.tree.map(lambda a, rate: None if rate else a, params, rates)
+    return trainable, frozen
+
+
+def join(trainable: Any, frozen: Any) -> Any:
+    """The whole tree again; inverse of `split_frozen`."""
+    return jax.tree.map(lambda t, f: f if t is None else t, trainable, frozen, is_leaf=lambda leaf: leaf is None)
