@@ -149,37 +149,28 @@ def load_workdir(workdir: str | pathlib.Path, overrides: Mapping[str, Any] | Non
 
 def build(values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     """A checked, locked config of `{dotted key: value}`; the values of overrides may be text as typed."""
-    values, problems = dict(values), []
+    values, unreadable = dict(values), []
     for name, value in (overrides or {}).items():
-        if name not in KEYS:
-            problems.append(_unknown(name))
-            continue
         try:
-            values[name] = parse(KEYS[name].kind, value) if isinstance(value, str) else value
+            values[name] = parse(KEYS[name].kind, value) if isinstance(value, str) and name in KEYS else value
         except ValueError as error:
-            problems.append(f"{name}={value}: {error}")
-            values.pop(name, None)
+            unreadable.append(f"{name}={value}: {error}")
     values = {name: _convert(value, name) for name, value in values.items()}
-    given_badly = {name for name in overrides or {} if name not in values}
-    problems += [p for name, p in _problems(values) if name not in given_badly]
-    if problems:
+    if problems := unreadable + _problems(values):
         raise UserError("config: " + "; ".join(problems))
-    config = ConfigDict()
+    tree: dict[str, Any] = {}
     for name in KEYS:
         *sections, last = name.split(".")
-        section = config
+        section = tree
         for part in sections:
-            if part not in section:
-                section[part] = ConfigDict()
-            section = section[part]
+            section = section.setdefault(part, {})
         section[last] = values[name]
-    return config.lock()
+    return ConfigDict(tree).lock()
 
 
 def check(config: ConfigDict) -> None:
     """UserError with all problems of a config at once."""
-    problems = [problem for _, problem in _problems({k: _convert(v, k) for k, v in _flatten(config).items()})]
-    if problems:
+    if problems := _problems({name: _convert(value, name) for name, value in _flatten(config).items()}):
         raise UserError("config: " + "; ".join(problems))
 
 
@@ -209,27 +200,32 @@ def from_json(text: str, overrides: Mapping[str, Any] | None = None, *, name: st
 
 def parse(kind: Any, text: str) -> Any:
     """The value of a kind from what a user types; ValueError says what is expected."""
-    options = get_args(kind) if NoneType in get_args(kind) else (kind,)
-    if NoneType in options and text in ("None", "none", "null"):
+    kind, optional = _optional(kind)
+    if optional and text in ("None", "none", "null"):
         return None
-    kind = options[0]
-    if kind is str:
-        return text
-    if kind is bool:
-        if text.lower() in ("true", "false", "1", "0"):
-            return text.lower() in ("true", "1")
-        raise ValueError("must be true or false")
-    if kind is Rules:
-        try:
-            return ast.literal_eval(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            raise ValueError(f"must be {_KIND_NAMES[Rules]}") from None
     try:
-        return kind(text)
-    except ValueError:
-        raise ValueError(f"must be {_KIND_NAMES[kind]}{' or None' if NoneType in options else ''}") from None
+        return _PARSERS[kind](text)
+    except (ValueError, SyntaxError, KeyError, MemoryError, RecursionError):
+        raise ValueError(f"must be {_kind_name(kind | None if optional else kind)}") from None
 
 
+def _optional(kind: Any) -> tuple[Any, bool]:
+    """(float, True) for `float | None`, (float, False) for `float`."""
+    return (get_args(kind)[0], True) if NoneType in get_args(kind) else (kind, False)
+
+
+def _kind_name(kind: Any) -> str:
+    kind, optional = _optional(kind)
+    return _KIND_NAMES[kind] + (" or None" if optional else "")
+
+
+_PARSERS: dict[Any, Callable[[str], Any]] = {
+    int: int,
+    float: float,
+    str: str,
+    bool: lambda text: {"true": True, "1": True, "false": False, "0": False}[text.lower()],
+    Rules: ast.literal_eval,
+}
 _KIND_NAMES = {
     int: "a whole number",
     float: "a number",
@@ -239,7 +235,7 @@ _KIND_NAMES = {
 }
 
 
-def _read_file(path: pathlib.Path) -> Mapping[str, Any]:
+def _read_file(path: pathlib.Path) -> ConfigDict:
     if not path.is_file():
         raise UserError(f"--config={path}: no such file; configs/ holds examples")
     try:
@@ -252,16 +248,17 @@ def _read_file(path: pathlib.Path) -> Mapping[str, Any]:
     except SyntaxError as error:
         raise UserError(f"--config={path}: line {error.lineno}: {error.msg}") from None
     except Exception as error:
-        raise UserError(f"--config={path}: raises {type(error).__name__}: {_one_line(error)}") from error
-    if not isinstance(config, ConfigDict | Mapping):
+        raise UserError(f"--config={path}: raises {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if not isinstance(config, ConfigDict):
         raise UserError(f"--config={path}: get_config() returns {type(config).__name__}, not a ConfigDict")
     return config
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"data.train": ...}` for nested dicts or ConfigDicts."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        if isinstance(value, ConfigDict | Mapping):
+        if isinstance(value, ConfigDict | dict):
             flat |= _flatten(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value
@@ -270,87 +267,89 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def _convert(value: Any, name: str) -> Any:
     """Whole numbers where fractions stand, and lists where JSON has no tuples."""
-    kind = KEYS[name].kind if name in KEYS else None
+    kind = _optional(KEYS[name].kind)[0] if name in KEYS else None
     if kind is Rules and isinstance(value, list | tuple):
-        pairs = [tuple(pair) if isinstance(pair, list | tuple) else pair for pair in value]
-        return tuple((p[0], float(p[1])) if _is_kind(Rules, (p,)) else p for p in pairs)
-    if kind in (float, float | None) and isinstance(value, int) and not isinstance(value, bool):
+        pairs = [tuple(pair) if isinstance(pair, list) else pair for pair in value]
+        return tuple((pair[0], float(pair[1])) if _is_rule(pair) else pair for pair in pairs)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     return value
 
 
 def _is_kind(kind: Any, value: Any) -> bool:
+    kind, optional = _optional(kind)
     if kind is Rules:
-        return isinstance(value, tuple) and all(
-            isinstance(pair, tuple)
-            and len(pair) == 2
-            and isinstance(pair[0], str)
-            and isinstance(pair[1], int | float)
-            and not isinstance(pair[1], bool)
-            for pair in value
-        )
+        return isinstance(value, tuple) and all(_is_rule(pair) for pair in value)
     if value is None:
-        return NoneType in get_args(kind)
-    options = get_args(kind) or (kind,)
+        return optional
     if isinstance(value, bool):
-        return bool in options
-    return isinstance(value, options) and not (isinstance(value, float) and not math.isfinite(value))
+        return kind is bool
+    return isinstance(value, kind) and not (isinstance(value, float) and not math.isfinite(value))
 
 
-def _problems(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(key, what is wrong) for everything wrong."""
-    problems = [(name, _unknown(name)) for name in values if name not in KEYS]
-    right = {}
+def _is_rule(pair: Any) -> bool:
+    if not (isinstance(pair, tuple) and len(pair) == 2):
+        return False
+    return isinstance(pair[0], str) and isinstance(pair[1], int | float) and not isinstance(pair[1], bool)
+
+
+def _problems(values: Mapping[str, Any]) -> list[str]:
+    """Everything wrong with `{dotted key: value}`: each key alone, then what must hold between those that are right."""
+    problems, right = [_unknown(name) for name in values if name not in KEYS], {}
     for name, key in KEYS.items():
         if name not in values:
-            problems.append((name, f"{name} is missing: {key.meaning}"))
+            problems.append(f"{name} is missing: {key.meaning}")
         elif not _is_kind(key.kind, values[name]):
-            optional = NoneType in get_args(key.kind)
-            kind = get_args(key.kind)[0] if optional else key.kind
-            expected = _KIND_NAMES[kind] + (" or None" if optional else "")
-            problems.append((name, f"{name}={values[name]!r}: must be {expected}"))
+            problems.append(f"{name}={values[name]!r}: must be {_kind_name(key.kind)}")
         elif values[name] is not None and (problem := key.check(values[name])):
-            problems.append((name, f"{name}={values[name]!r}: {problem}"))
+            problems.append(f"{name}={values[name]!r}: {problem}")
         else:
             right[name] = values[name]
-    return problems + _joint_problems(right)
+    for names, wrong, fix in _JOINT_CHECKS:
+        if all(name in right for name in names) and wrong(*(right[name] for name in names)):
+            problems.append(", ".join(f"{name}={right[name]!r}" for name in names) + f": {fix}")
+    return problems
 
 
-def _joint_problems(v: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What is wrong between keys, among those that are right alone."""
-    problems = []
+def _lacks_retriever(path: str | None, name: str, candidates: int, contrastive: float, marginal: float) -> bool:
+    reads_scores = name == "dalm" or (name != "none" and candidates > 1)
+    return path is None and (contrastive > 0 or (reads_scores and marginal > 0))
 
-    def add(names: list[str], wrong: Callable[..., bool], fix: str) -> None:
-        if all(name in v for name in names) and wrong(*(v[name] for name in names)):
-            problems.append((names[0], ", ".join(f"{n}={v[n]!r}" for n in names) + f": {fix}"))
 
-    groups, weights = ["group_size", "batch_size"], ["objective.contrastive_weight", "objective.marginal_weight"]
-    add(groups, lambda g, b: b % g != 0, "the group does not divide the batch; choose a group_size that does")
-    candidates = ["objective.candidates", "group_size"]
-    add(candidates, lambda k, g: k > g, "a query's candidates come from its group; lower one or raise the other")
-    add(
-        ["objective.name", *weights],
+# (keys, what is wrong about their values, how to mend it)
+_WEIGHTS = ("objective.contrastive_weight", "objective.marginal_weight")
+_JOINT_CHECKS: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
+    (
+        ("group_size", "batch_size"),
+        lambda g, b: b % g != 0,
+        "the group does not divide the batch; choose one that does",
+    ),
+    (
+        ("objective.candidates", "group_size"),
+        lambda k, g: k > g,
+        "a query's candidates come from its group; lower the first or raise the second",
+    ),
+    (
+        ("objective.name", *_WEIGHTS),
         lambda name, c, m: c == 0 and (m == 0 or name == "none"),
-        "nothing to train; give a weight",
-    )
-    add(
-        ["generator.path", "objective.name", weights[1]],
-        lambda path, name, m: path is None and name != "none" and m != 0,
-        "this objective needs a generator",
-    )
-    add(
-        ["retriever.path", "objective.name", "objective.candidates", *weights],
-        lambda path, name, k, c, m: (
-            path is None and (c != 0 or (name == "dalm" or (name != "none" and k > 1)) and m != 0)
-        ),
-        "this objective needs a retriever",
-    )
-    add(
-        ["mesh.replica", "mesh.data", "mesh.model"],
+        "nothing to train; raise a weight",
+    ),
+    (
+        ("generator.path", "objective.name", _WEIGHTS[1]),
+        lambda path, name, m: path is None and name != "none" and m > 0,
+        "this objective needs a generator; give its path",
+    ),
+    (
+        ("retriever.path", "objective.name", "objective.candidates", *_WEIGHTS),
+        _lacks_retriever,
+        "this objective needs a retriever; give its path",
+    ),
+    (
+        ("mesh.replica", "mesh.data", "mesh.model"),
         lambda *sizes: sizes.count(-1) > 1,
         "only one axis may be -1; give the others a number",
-    )
-    return problems
+    ),
+)
 
 
 def _unknown(name: str) -> str:
@@ -365,7 +364,3 @@ def _nearest(word: Any, words: Any) -> str:
     # A key given without its section: `learning_rate` for `optimizer.learning_rate`.
     near = [w for w in words if w.endswith(f".{word}")][:1] or near
     return f"; did you mean {near[0]}?" if near else ""
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
