@@ -1,0 +1,44 @@
+"""Rows to tokenised segments to fixed-shape numpy batches, in an order that is a function of (seed, step)."""
+
+from rag_jax.data.batches import Batch, Lengths, buckets, collate, iterate, longest, order
+from rag_jax.data.examples import Examples, Report, load_examples, take
+from rag_jax.data.rows import Rows, read_passages, read_rows
+from rag_jax.data.segments import (
+    Prompt,
+    Ragged,
+    RetrieverText,
+    WholeString,
+    answer_segments,
+    pad,
+    prompt_segments,
+    tokenize_passages,
+    tokenize_queries,
+    tokenize_texts,
+)
+
+__all__ = [
+    "Batch",
+    "Examples",
+    "Lengths",
+    "Prompt",
+    "Ragged",
+    "Report",
+    "RetrieverText",
+    "Rows",
+    "WholeString",
+    "answer_segments",
+    "buckets",
+    "collate",
+    "iterate",
+    "load_examples",
+    "longest",
+    "order",
+    "pad",
+    "prompt_segments",
+    "read_passages",
+    "read_rows",
+    "take",
+    "tokenize_passages",
+    "tokenize_queries",
+    "tokenize_texts",
+]

@@ -1,0 +1,161 @@
+"""Examples to batches of numpy arrays with few shapes, in an order that is a function of (seed, step)."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from rag_jax.data.examples import Examples
+from rag_jax.data.segments import Ragged, join_padded, pad, padded_length
+
+PREFETCH_THREADS = 2
+PREFETCH_BATCHES = 8
+
+
+class Batch(NamedTuple):
+    """One batch: ids and indices int32, masks bool, padding on the right. Fields of an unused model are None."""
+
+    row: np.ndarray  # (B,) which row of the examples
+    query_key: np.ndarray  # (B,) equal where the query's text is equal
+    passage_key: np.ndarray  # (B,) equal where the passage's text is equal
+    query_ids: np.ndarray | None  # (B, Lq) what the retriever reads
+    query_mask: np.ndarray | None  # (B, Lq)
+    passage_ids: np.ndarray | None  # (B, Lr)
+    passage_mask: np.ndarray | None  # (B, Lr)
+    prefix_ids: np.ndarray | None  # (B, Lp) generator's passage segment, bos first
+    prefix_mask: np.ndarray | None  # (B, Lp)
+    suffix_ids: np.ndarray | None  # (B, Ls) generator's query segment, answer segment, end-of-sequence
+    suffix_mask: np.ndarray | None  # (B, Ls)
+    answer_start: np.ndarray | None  # (B,) where in the suffix the answer's first token stands
+    answer_mask: np.ndarray | None  # (B, T) the answer's tokens, end-of-sequence included
+    string_ids: np.ndarray | None  # (B, Ld) objective "dalm"
+    string_mask: np.ndarray | None  # (B, Ld)
+    string_answer_start: np.ndarray | None  # (B,) first position that predicts an answer token
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Lengths:
+    """The padded lengths of a batch; 0 for what is not used."""
+
+    query: int = 0  # Lq
+    passage: int = 0  # Lr
+    prefix: int = 0  # Lp
+    suffix: int = 0  # Ls
+    answer: int = 0  # T
+    string: int = 0  # Ld
+
+
+def row_lengths(examples: Examples, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """How many tokens each of the rows needs of every length, (rows,) each."""
+
+    def of(ragged: Ragged | None, index: np.ndarray) -> np.ndarray:
+        return np.zeros(len(rows), np.int64) if ragged is None else ragged.lengths[index]
+
+    query, passage = examples.query_key[rows], examples.passage_key[rows]
+    answer = of(examples.answers, rows)
+    return {
+        "query": of(examples.retriever_queries, query),
+        "passage": of(examples.retriever_passages, passage),
+        "prefix": of(examples.prefixes, passage),
+        "suffix": of(examples.prompt_queries, query) + answer,
+        "answer": answer,
+        "string": of(examples.strings, rows),
+    }
+
+
+def longest(examples: Examples) -> Lengths:
+    """The one shape that every batch fits, rounded up to a multiple of 8."""
+    needed = row_lengths(examples, np.arange(len(examples)))
+    return _padded({name: values.max(initial=0) for name, values in needed.items()})
+
+
+def buckets(examples: Examples, batch_size: int) -> tuple[Lengths, ...]:
+    """The shapes that batches take, smallest first: the one that all fit, and one that most fit where it saves much.
+
+    A length that a share q of the rows keeps within holds all rows of a batch with probability q**batch_size; the
+    smaller shape takes the q that makes this 95 %, and is worth a second compilation if it is a fifth shorter in all.
+    """
+    needed = row_lengths(examples, np.arange(len(examples)))
+    share = 0.95 ** (1 / batch_size)
+    most = _padded({name: np.quantile(values, share, method="higher") for name, values in needed.items()})
+    every = longest(examples)
+    saves = sum(dataclasses.astuple(most)) <= 0.8 * sum(dataclasses.astuple(every))
+    return (most, every) if saves else (every,)
+
+
+def _padded(needed: dict[str, np.ndarray]) -> Lengths:
+    return Lengths(**{name: padded_length(np.asarray(value)) if value > 0 else 0 for name, value in needed.items()})
+
+
+def collate(examples: Examples, rows: Sequence[int] | np.ndarray, shapes: Sequence[Lengths]) -> Batch:
+    """The batch of these rows in the first of the shapes (see `buckets`) that all of them fit."""
+    rows = np.asarray(rows, np.int32)
+    needed = row_lengths(examples, rows)
+    fits = (s for s in shapes if all(values.max() <= getattr(s, name) for name, values in needed.items()))
+    lengths = next(fits, None)
+    if lengths is None:
+        raise ValueError(
+            f"no shape of {shapes} holds rows of { ({k: int(v.max()) for k, v in needed.items()}) } tokens"
+        )
+    query, passage = examples.query_key[rows], examples.passage_key[rows]
+    query_ids, query_mask = _pad(examples.retriever_queries, query, lengths.query)
+    passage_ids, passage_mask = _pad(examples.retriever_passages, passage, lengths.passage)
+    prefix_ids, prefix_mask = _pad(examples.prefixes, passage, lengths.prefix)
+    string_ids, string_mask = _pad(examples.strings, rows, lengths.string)
+    suffix_ids = suffix_mask = answer_start = answer_mask = None
+    if examples.prompt_queries is not None and examples.answers is not None:
+        parts = (examples.prompt_queries, examples.answers)
+        suffix_ids, suffix_mask = join_padded(parts, (query, rows), lengths.suffix)
+        answer_start = examples.prompt_queries.lengths[query].astype(np.int32)
+        answer_mask = np.arange(lengths.answer)[None, :] < examples.answers.lengths[rows][:, None]
+    string_answer_start = None if examples.string_answer_start is None else examples.string_answer_start[rows]
+    return Batch(
+        row=rows,
+        query_key=query,
+        passage_key=passage,
+        query_ids=query_ids,
+        query_mask=query_mask,
+        passage_ids=passage_ids,
+        passage_mask=passage_mask,
+        prefix_ids=prefix_ids,
+        prefix_mask=prefix_mask,
+        suffix_ids=suffix_ids,
+        suffix_mask=suffix_mask,
+        answer_start=answer_start,
+        answer_mask=answer_mask,
+        string_ids=string_ids,
+        string_mask=string_mask,
+        string_answer_start=string_answer_start,
+    )
+
+
+def _pad(ragged: Ragged | None, rows: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+    return (None, None) if ragged is None else pad(ragged, rows, length)
+
+
+def order(num_rows: int, batch_size: int, seed: int) -> grain.MapDataset:
+    """`order(...)[step]`: the rows (batch_size,) of a step's batch, steps counted from 0, for ever.
+
+    Each epoch is a shuffle of its own; a batch may hold the end of one and the start of the next, so all rows are met
+    equally often.
+    """
+    if not 0 < batch_size <= num_rows:
+        raise ValueError(f"batches of {batch_size} cannot be made of {num_rows} rows")
+    return grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat().batch(batch_size)
+
+
+def iterate(
+    examples: Examples,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int,
+    total_steps: int,
+    shapes: Sequence[Lengths],
+) -> Iterator[Batch]:
+    """The batches of steps start_step .. total_steps - 1 (from 0), made ahead of time by threads."""
+    rows = order(len(examples), batch_size, seed)[start_step:total_steps]
+    ahead = grain.ReadOptions(num_threads=PREFETCH_THREADS, prefetch_buffer_size=PREFETCH_BATCHES)
+    return iter(rows.map(lambda batch: collate(examples, batch, shapes)).to_iter_dataset(ahead))

@@ -1,0 +1,228 @@
+"""Rows to tokenised examples: read, tokenise each distinct text once, keep on disk, drop what cannot be used."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rag_jax.data import cache, segments
+from rag_jax.data import rows as row_files
+from rag_jax.data.rows import Rows
+from rag_jax.data.segments import Prompt, Ragged, RetrieverText, WholeString
+from rag_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Tokenised rows. Each distinct query and passage stands once; parts of a model that is not used are None."""
+
+    rows: Rows  # the texts
+    queries: tuple[str, ...]  # distinct
+    passages: tuple[str, ...]  # distinct
+    query_key: np.ndarray  # (rows,) int32 into queries
+    passage_key: np.ndarray  # (rows,) int32 into passages
+    retriever_queries: Ragged | None = None  # one a distinct query
+    retriever_passages: Ragged | None = None  # one a distinct passage
+    prefixes: Ragged | None = None  # generator's passage segment, bos first: one a distinct passage
+    prompt_queries: Ragged | None = None  # generator's query segment: one a distinct query
+    answers: Ragged | None = None  # generator's answer segment, end-of-sequence last: one a row
+    strings: Ragged | None = None  # objective "dalm": one a row
+    string_answer_start: np.ndarray | None = None  # (rows,) int32
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of the rows, for the start-up summary."""
+
+    rows_read: int
+    rows: int
+    dropped: dict[str, int]  # reason -> rows
+    queries: int  # distinct
+    passages: int  # distinct
+    cut: dict[str, int]  # which text -> rows in which it lost its end
+    from_cache: bool
+
+    def __str__(self) -> str:
+        def counts(numbers: Mapping[str, int]) -> str:
+            return ", ".join(f"{number:,} {name}" for name, number in numbers.items() if number)
+
+        parts = [f"{self.rows:,} rows, {self.queries:,} distinct queries, {self.passages:,} distinct passages"]
+        if self.dropped:
+            parts.append(f"dropped of {self.rows_read:,}: {counts(self.dropped)}")
+        if counts(self.cut):
+            parts.append(f"too long and cut: {counts(self.cut)}")
+        return "; ".join(parts)
+
+
+def load_examples(
+    source: str,
+    *,
+    key: str,
+    columns: Mapping[str, str],
+    bad_rows: str,
+    retriever: RetrieverText | None,
+    prompt: Prompt | None,
+    whole_string: WholeString | None = None,
+    min_rows: int = 1,
+) -> tuple[Examples, Report]:
+    """Tokenised rows of `source` for the models that are used, and what became of the rows.
+
+    `key` is the config key of `source`, `columns` the column of "query", "passage" and "answer" (which is not asked for
+    when only the retriever is used). A row with an empty field, or an answer longer than `prompt.answer_len` tokens, is
+    dropped or refused (`bad_rows`); too long a query or passage is cut. Raises UserError for an unreadable source, and
+    for fewer usable rows than `min_rows` (a batch).
+    """
+    with_answers = prompt is not None or whole_string is not None
+    read = row_files.read_rows(source, key, columns, with_answers=with_answers)
+    kept, dropped = row_files.empty_fields(read, with_answers=with_answers)
+    rows = read.take(kept) if dropped else read
+
+    queries, query_key = distinct(rows.queries)
+    passages, passage_key = distinct(rows.passages)
+    arrays, from_cache = cache.cached(
+        _content_key(rows, retriever, prompt, whole_string),
+        lambda: _tokenise(rows, queries, passages, retriever, prompt, whole_string),
+    )
+    examples = _examples(rows, queries, passages, query_key, passage_key, arrays)
+    row_cut = {name: arrays[array][index] for name, array, index in _cut_of(query_key, passage_key) if array in arrays}
+
+    if prompt is not None:
+        fits = arrays["answers.lengths"] <= prompt.answer_len
+        if not fits.all():
+            dropped[f"answer longer than {prompt.answer_len} tokens"] = int((~fits).sum())
+            row_cut = {name: cut[fits] for name, cut in row_cut.items()}
+            examples = take(examples, np.flatnonzero(fits))
+    _refuse(f"{key}={source!r}", bad_rows, dropped, len(read), len(examples), min_rows)
+    report = Report(
+        rows_read=len(read),
+        rows=len(examples),
+        dropped=dict(dropped),
+        queries=len(examples.queries),
+        passages=len(examples.passages),
+        cut={name: int(cut.sum()) for name, cut in row_cut.items()},
+        from_cache=from_cache,
+    )
+    return examples, report
+
+
+def _refuse(where: str, bad_rows: str, dropped: Mapping[str, int], num_read: int, num_rows: int, min_rows: int) -> None:
+    reasons = ", ".join(f"{number} with {_article(reason)}" for reason, number in dropped.items())
+    if dropped and bad_rows == "refuse":
+        raise UserError(
+            f"{where} has bad rows among {num_read}: {reasons}; mend them, or leave them out with data.bad_rows=drop"
+        )
+    if num_rows < min_rows:
+        lost = f" ({num_read} read; {reasons})" if dropped else ""
+        rows = "1 usable row" if num_rows == 1 else f"{num_rows} usable rows"
+        fix = f"fewer than a batch of {min_rows}: give more rows or lower batch_size" if min_rows > 1 else "none to use"
+        raise UserError(f"{where} has {rows}{lost}, {fix}")
+
+
+def _article(reason: str) -> str:
+    return f"an {reason}"  # every reason begins with "empty" or "answer"
+
+
+def distinct(texts: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
+    """The distinct texts in order of appearance, and each text's index among them (texts,) int32."""
+    index: dict[str, int] = {}
+    keys = [index.setdefault(text, len(index)) for text in texts]
+    return tuple(index), np.array(keys, np.int32)
+
+
+def _content_key(rows: Rows, *settings: RetrieverText | Prompt | WholeString | None) -> str:
+    plain: list[Any] = []
+    for record in settings:
+        fields = {} if record is None else {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+        if fields:
+            fields["tokenizer"] = cache.tokenizer_key(fields["tokenizer"])
+        plain.append(fields)
+    return cache.content_key(plain, rows.queries, rows.passages, rows.answers)
+
+
+def _tokenise(
+    rows: Rows,
+    queries: Sequence[str],
+    passages: Sequence[str],
+    retriever: RetrieverText | None,
+    prompt: Prompt | None,
+    whole_string: WholeString | None,
+) -> cache.Arrays:
+    """Every array that depends on a tokenizer, by name; `.cut` tells which texts lost their end."""
+    arrays: cache.Arrays = {}
+
+    def put(name: str, ragged: Ragged, cut: np.ndarray | None = None) -> None:
+        arrays[f"{name}.tokens"], arrays[f"{name}.lengths"] = ragged.tokens, ragged.lengths
+        if cut is not None:
+            arrays[f"{name}.cut"] = cut
+
+    if retriever is not None:
+        r = retriever
+        put("retriever_queries", *segments.retriever_tokens(r.tokenizer, queries, r.query_prefix, r.query_len))
+        put("retriever_passages", *segments.retriever_tokens(r.tokenizer, passages, r.passage_prefix, r.passage_len))
+    if prompt is not None:
+        prefixes, prompt_queries = segments.prompt_segments(prompt, passages, queries)
+        put("prefixes", *prefixes)
+        put("prompt_queries", *prompt_queries)
+        put("answers", segments.answer_segments(prompt, rows.answers))
+    if whole_string is not None:
+        texts = zip(rows.queries, rows.passages, rows.answers, strict=True)
+        strings, arrays["string_answer_start"], cut = segments.string_segments(whole_string, texts)
+        put("strings", strings, cut)
+    return arrays
+
+
+def _cut_of(query_key: np.ndarray, passage_key: np.ndarray) -> list[tuple[str, str, np.ndarray]]:
+    """(what the report calls it, array, rows of that array for each row) of all that can be cut."""
+    return [
+        ("queries (retriever)", "retriever_queries.cut", query_key),
+        ("passages (retriever)", "retriever_passages.cut", passage_key),
+        ("queries (generator)", "prompt_queries.cut", query_key),
+        ("passages (generator)", "prefixes.cut", passage_key),
+        ("strings", "strings.cut", np.arange(len(query_key))),
+    ]
+
+
+def _examples(
+    rows: Rows,
+    queries: tuple[str, ...],
+    passages: tuple[str, ...],
+    query_key: np.ndarray,
+    passage_key: np.ndarray,
+    arrays: cache.Arrays,
+) -> Examples:
+    ragged = {}
+    for name in ("retriever_queries", "retriever_passages", "prefixes", "prompt_queries", "answers", "strings"):
+        if f"{name}.tokens" in arrays:
+            starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(arrays[f"{name}.lengths"])])
+            ragged[name] = Ragged(arrays[f"{name}.tokens"], starts)
+    start = arrays.get("string_answer_start")
+    return Examples(rows, queries, passages, query_key, passage_key, **ragged, string_answer_start=start)
+
+
+def take(examples: Examples, rows: np.ndarray) -> Examples:
+    """Some of the rows, with the distinct texts that they use, keys counted anew."""
+    used_queries, query_key = np.unique(examples.query_key[rows], return_inverse=True)
+    used_passages, passage_key = np.unique(examples.passage_key[rows], return_inverse=True)
+
+    def some(ragged: Ragged | None, which: np.ndarray) -> Ragged | None:
+        return None if ragged is None else ragged.take(which)
+
+    start = examples.string_answer_start
+    return Examples(
+        rows=examples.rows.take(rows.tolist()),
+        queries=tuple(examples.queries[i] for i in used_queries),
+        passages=tuple(examples.passages[i] for i in used_passages),
+        query_key=query_key.astype(np.int32),
+        passage_key=passage_key.astype(np.int32),
+        retriever_queries=some(examples.retriever_queries, used_queries),
+        retriever_passages=some(examples.retriever_passages, used_passages),
+        prefixes=some(examples.prefixes, used_passages),
+        prompt_queries=some(examples.prompt_queries, used_queries),
+        answers=some(examples.answers, rows),
+        strings=some(examples.strings, rows),
+        string_answer_start=None if start is None else start[rows],
+    )

@@ -1,0 +1,228 @@
+"""Texts to tokens: what the retriever reads, and the generator's segments, the same for training and evaluation.
+
+A tokenizer here is a fast one of `transformers`; every function tokenises all its texts in one batched call.
+"""
+
+import dataclasses
+import string
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from rag_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Ragged:
+    """Rows of tokens of different lengths, end to end: row i is `tokens[starts[i]:starts[i + 1]]`."""
+
+    tokens: np.ndarray  # (sum of lengths,) int32
+    starts: np.ndarray  # (rows + 1,) int64
+
+    @classmethod
+    def of(cls, rows: Iterable[Sequence[int] | np.ndarray]) -> "Ragged":
+        arrays = [np.asarray(row, np.int32) for row in rows]
+        starts = np.cumsum([0, *map(len, arrays)], dtype=np.int64)
+        return cls(np.concatenate([*arrays, np.zeros(0, np.int32)]), starts)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.tokens[self.starts[row] : self.starts[row + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:  # (rows,)
+        return np.diff(self.starts)
+
+    def take(self, rows: np.ndarray) -> "Ragged":
+        return Ragged.of(self[row] for row in rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrieverText:
+    """How the retriever reads: prefix + text, the tokenizer's own special tokens, cut to so many tokens."""
+
+    tokenizer: Any
+    query_prefix: str
+    passage_prefix: str
+    query_len: int
+    passage_len: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """How the generator reads: `[bos][passage][query][answer][eos]`, each segment tokenised apart.
+
+    Any query may meet any passage, so no token may span two segments. The lengths count bos and eos.
+    """
+
+    tokenizer: Any
+    passage: str  # template with {passage}
+    query: str  # template with {query}
+    answer: str  # template with {answer}
+    passage_len: int
+    query_len: int
+    answer_len: int
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeString:
+    """How the predecessor's generator reads: one string with tags, cut on the right, see `string_segments`."""
+
+    tokenizer: Any
+    max_len: int
+
+
+def tokenize_texts(tokenizer: Any, texts: Sequence[str], prefix: str, max_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the retriever reads of `texts`: ids (rows, L) int32 and attention_mask (rows, L) bool.
+
+    L is the longest row's length rounded up to a multiple of 8, at most `max_len`; padding on the right.
+    """
+    ragged, _ = retriever_tokens(tokenizer, texts, prefix, max_len)
+    return pad(ragged, np.arange(len(ragged)), min(padded_length(ragged.lengths), max_len))
+
+
+tokenize_queries = tokenize_passages = tokenize_texts
+
+
+def retriever_tokens(tokenizer: Any, texts: Sequence[str], prefix: str, max_len: int) -> tuple[Ragged, np.ndarray]:
+    """Tokens of prefix + text with the tokenizer's special tokens, and which texts (rows,) bool were cut."""
+    texts = [prefix + text for text in texts]
+    # One more than fits shows what is cut without keeping all of it.
+    long = Ragged.of(_encode(tokenizer, texts, truncation=True, max_length=max_len + 1))
+    cut = long.lengths > max_len
+    if not cut.any():
+        return long, cut
+    again = iter(_encode(tokenizer, [texts[i] for i in np.flatnonzero(cut)], truncation=True, max_length=max_len))
+    return Ragged.of(next(again) if cut[i] else long[i] for i in range(len(long))), cut
+
+
+def prompt_segments(
+    prompt: Prompt, passages: Sequence[str], queries: Sequence[str]
+) -> tuple[tuple[Ragged, np.ndarray], tuple[Ragged, np.ndarray]]:
+    """Tokens of the passage segments (bos first) and of the query segments, each with what was cut (rows,) bool."""
+    bos = bos_ids(prompt.tokenizer)
+    passage_segments, passage_cut = template_tokens(
+        prompt.tokenizer, prompt.passage, passages, prompt.passage_len - len(bos), "prompt_passage_len"
+    )
+    with_bos = Ragged.of([*bos, *segment] for segment in passage_segments)
+    query_segments, query_cut = template_tokens(
+        prompt.tokenizer, prompt.query, queries, prompt.query_len, "prompt_query_len"
+    )
+    return (with_bos, passage_cut), (Ragged.of(query_segments), query_cut)
+
+
+def answer_segments(prompt: Prompt, answers: Sequence[str]) -> Ragged:
+    """Tokens of the answer segments, end-of-sequence last, never cut: one may be longer than `answer_len`."""
+    eos = eos_id(prompt.tokenizer)
+    texts = [fill(prompt.answer, answer) for answer in answers]
+    return Ragged.of([*ids, eos] for ids in _encode(prompt.tokenizer, texts, add_special_tokens=False))
+
+
+def string_segments(whole: WholeString, rows: Iterable[tuple[str, str, str]]) -> tuple[Ragged, np.ndarray, np.ndarray]:
+    """The predecessor's strings for (query, passage, answer) texts: tokens, answer_start (rows,), cut (rows,) bool.
+
+    Special tokens are those that the tokenizer adds. `answer_start` counts positions that predict: position l predicts
+    token l + 1, so it is the length of the string up to and including `#answer#`, uncut, minus one. Beyond `max_len` it
+    means that no answer token is left.
+    """
+    rows = list(rows)
+    heads = [f"#query# #query# {query} #passage# #passage# {passage} #answer#" for query, passage, _ in rows]
+    strings = [f"{head} {answer}" for head, (_, _, answer) in zip(heads, rows, strict=True)]
+    ids = _encode(whole.tokenizer, strings)
+    answer_start = np.array([len(head) - 1 for head in _encode(whole.tokenizer, heads)], np.int32)
+    cut = np.array([len(row) > whole.max_len for row in ids], bool)
+    return Ragged.of(row[: whole.max_len] for row in ids), answer_start, cut
+
+
+def bos_ids(tokenizer: Any) -> list[int]:
+    """What opens the passage segment: the beginning-of-sequence token, or nothing where the tokenizer has none."""
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+def eos_id(tokenizer: Any) -> int:
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"generator.path={tokenizer.name_or_path!r}: its tokenizer has no eos_token, which ends every answer; "
+            "name one in its tokenizer_config.json"
+        )
+    return tokenizer.eos_token_id
+
+
+def template_tokens(
+    tokenizer: Any, template: str, fields: Sequence[str], max_len: int, key: str
+) -> tuple[list[list[int]], np.ndarray]:
+    """Tokens of a template filled with each field, without special tokens, and which (rows,) bool were cut.
+
+    What is too long loses the last tokens of the field; the template's own text on both sides of it stays.
+    """
+    before, after = split_template(template)
+    texts = [before + field + after for field in fields]
+    ids = _encode(tokenizer, texts, add_special_tokens=False)
+    cut = np.array([len(row) > max_len for row in ids], bool)
+    # Offsets cost several times the tokens themselves: only for those that need them.
+    for i in np.flatnonzero(cut):
+        offsets = tokenizer(texts[i], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        end = len(texts[i]) - len(after)
+        tail = sum(1 for _, stop in offsets["offset_mapping"] if stop > end) if after else 0
+        head = sum(1 for start, _ in offsets["offset_mapping"] if start < len(before)) if before else 0
+        if head + tail >= max_len:
+            raise UserError(
+                f"data.{key} leaves {max_len} tokens, and the prompt's own text {template!r} takes {head + tail} of "
+                f"them: raise data.{key} or shorten the prompt"
+            )
+        ids[i] = ids[i][: max_len - tail] + ids[i][len(ids[i]) - tail :]
+    return ids, cut
+
+
+def split_template(template: str) -> tuple[str, str]:
+    """The literal texts around a template's one {field}; `{{` and `}}` stand for braces."""
+    before, after, seen = "", "", 0
+    for literal, name, _, _ in string.Formatter().parse(template):
+        before, after = (before + literal, after) if not seen else (before, after + literal)
+        seen += name is not None
+    if seen != 1:
+        raise UserError(f"prompt {template!r} must hold its field exactly once")
+    return before, after
+
+
+def fill(template: str, field: str) -> str:
+    before, after = split_template(template)
+    return before + field + after
+
+
+def _encode(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[list[int]]:
+    """Token ids of each text, by one call of the fast tokenizer."""
+    if not texts:
+        return []
+    options |= {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    return tokenizer(list(texts), padding=False, **options)["input_ids"]
+
+
+def padded_length(lengths: np.ndarray, multiple: int = 8) -> int:
+    """The longest of the lengths, rounded up to a multiple: few shapes, few compilations."""
+    return -(-int(lengths.max(initial=1)) // multiple) * multiple
+
+
+def pad(ragged: Ragged, rows: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """ids (rows, length) int32 with 0 on the right, and the mask of real tokens (rows, length) bool."""
+    return join_padded((ragged,), (rows,), length)
+
+
+def join_padded(parts: Sequence[Ragged], rows: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row i holds row `rows[p][i]` of every part p in turn, then 0: ids (rows, length) int32, mask bool."""
+    num_rows = len(rows[0])
+    ids = np.zeros((num_rows, length), np.int32)
+    begin = np.zeros((num_rows, 1), np.int64)
+    position = np.arange(length)[None, :]
+    for part, part_rows in zip(parts, rows, strict=True):
+        size = part.lengths[part_rows][:, None]
+        here = (position >= begin) & (position < begin + size)
+        source = part.starts[part_rows][:, None] + position - begin
+        ids[here] = part.tokens[source[here]]
+        begin = begin + size
+    if num_rows and begin.max() > length:
+        raise ValueError(f"a row of {begin.max()} tokens does not fit a length of {length}")
+    return ids, position < begin
