@@ -158,14 +158,7 @@ def build(values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None)
     values = {name: _convert(value, name) for name, value in values.items()}
     if problems := unreadable + _problems(values):
         raise UserError("config: " + "; ".join(problems))
-    tree: dict[str, Any] = {}
-    for name in KEYS:
-        *sections, last = name.split(".")
-        section = tree
-        for part in sections:
-            section = section.setdefault(part, {})
-        section[last] = values[name]
-    return ConfigDict(tree).lock()
+    return ConfigDict(_nest(values)).lock()
 
 
 def check(config: ConfigDict) -> None:
@@ -184,7 +177,7 @@ def require(config: ConfigDict, name: str) -> Any:
 
 def to_json(config: ConfigDict) -> str:
     """Nested JSON, in the order of `KEYS`."""
-    return json.dumps(config.to_dict(), indent=2, sort_keys=False, ensure_ascii=False) + "\n"
+    return json.dumps(_nest(_flatten(config)), indent=2, ensure_ascii=False) + "\n"
 
 
 def from_json(text: str, overrides: Mapping[str, Any] | None = None, *, name: str = "config.json") -> ConfigDict:
@@ -263,6 +256,18 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Inverse of `_flatten`, in the order of `KEYS`."""
+    tree: dict[str, Any] = {}
+    for name in KEYS:
+        *sections, last = name.split(".")
+        section = tree
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[last] = values[name]
+    return tree
 
 
 def _convert(value: Any, name: str) -> Any:

@@ -1,0 +1,153 @@
+"""Saving while training goes on, restoring apart and elsewhere, what is kept, and clear errors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from rag_jax.checkpoint import Checkpoints, best_step
+from rag_jax.errors import UserError
+
+
+def sharding(devices, *spec):
+    mesh = jax.make_mesh((devices,), ("data",), (AxisType.Auto,), devices=jax.devices()[:devices])
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def abstract(tree, where):
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), tree)
+
+
+def params_of(value):
+    """Two parameters and a leaf that lives elsewhere; `value` tells saves apart."""
+    return {"generator": {"kernel": jnp.full((8, 3), value), "frozen": None}, "retriever": {"scale": jnp.arange(5.0)}}
+
+
+def write_eval(workdir, step, **metrics):
+    (workdir / "eval").mkdir(exist_ok=True)
+    (workdir / "eval" / f"step_{step}.json").write_text(json.dumps(metrics))
+
+
+def test_what_was_saved_comes_back_on_another_mesh(tmp_path):
+    rng = np.random.default_rng(0)
+    kernel, scale = rng.normal(size=(8, 3)).astype(np.float32), rng.normal(size=5).astype(np.float32)
+    params = {"norm": {"scale": jax.device_put(scale, sharding(8))}}
+    params["kernel"] = jax.device_put(kernel, sharding(8, "data"))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
+    _, opt_state = optimizer.update(params, optimizer.init(params), params)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(7, {"params": params, "opt_state": opt_state})
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest() == 7
+        where = sharding(4)
+        items = {"params": abstract(params, where), "opt_state": abstract(opt_state, where)}
+        restored = checkpoints.restore(items)
+        only_params = checkpoints.restore({"params": abstract(params, sharding(2, None))}, 7)
+    np.testing.assert_array_equal(restored["params"]["kernel"], kernel)
+    np.testing.assert_array_equal(restored["params"]["norm"]["scale"], scale)
+    assert restored["params"]["kernel"].sharding.num_devices == 4
+    assert jax.tree.structure(restored["opt_state"]) == jax.tree.structure(opt_state)
+    adam = restored["opt_state"][1]
+    np.testing.assert_array_equal(adam.mu["kernel"], opt_state[1].mu["kernel"])
+    assert int(adam.count) == 1
+    np.testing.assert_array_equal(only_params["params"]["kernel"], kernel)
+    assert list(only_params) == ["params"]
+
+
+def test_the_saved_arrays_are_those_of_the_call_though_their_memory_is_reused(tmp_path):
+    update = jax.jit(lambda tree: jax.tree.map(lambda a: a * 0 - 1.0, tree), donate_argnums=0)
+    params = {"kernel": jnp.full((512, 512), 3.0)}
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, {"params": params, "opt_state": {"count": jnp.zeros(())}})
+        for _ in range(3):
+            params = update(params)
+        jax.block_until_ready(params)
+        checkpoints.wait()
+        restored = checkpoints.restore({"params": abstract(params, sharding(1))})
+    assert float(restored["params"]["kernel"].min()) == 3.0
+
+
+def test_the_newest_are_kept_and_the_best(tmp_path):
+    write_eval(tmp_path, 1, **{"eval/mrr@10": 0.2})
+    write_eval(tmp_path, 2, **{"eval/mrr@10": 0.9, "eval/answer_nll": 9.0})
+    write_eval(tmp_path, 4, **{"eval/mrr@10": 0.5})
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in range(1, 6):
+            checkpoints.save(step, {"params": params_of(step), "opt_state": {"count": jnp.zeros(())}})
+            checkpoints.save(step, {"params": params_of(-1.0), "opt_state": {"count": jnp.zeros(())}})
+        assert checkpoints.steps() == [2, 4, 5]
+        assert (checkpoints.find("best"), checkpoints.find("latest"), checkpoints.find(4)) == (2, 5, 4)
+        restored = checkpoints.restore({"params": abstract(params_of(0.0), sharding(1))}, "best")
+        assert float(restored["params"]["generator"]["kernel"][0, 0]) == 2.0, "the first save of a step stays"
+
+
+def test_without_a_retriever_the_best_has_the_lowest_answer_nll(tmp_path):
+    write_eval(tmp_path, 1, **{"eval/answer_nll": 3.0})
+    write_eval(tmp_path, 2, **{"eval/answer_nll": 2.0})
+    write_eval(tmp_path, 3, **{"eval/answer_nll": 2.5})
+    assert best_step(tmp_path, [1, 2, 3, 4]) == 2
+    assert best_step(tmp_path, [4]) is None
+
+
+def test_a_missing_checkpoint_is_one_clear_line(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest() is None
+        with pytest.raises(UserError, match=r"no checkpoint in .*checkpoints"):
+            checkpoints.find()
+    assert not list(tmp_path.iterdir()), "looking creates nothing"
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(3, {"params": params_of(1.0), "opt_state": {"count": jnp.zeros(())}})
+        with pytest.raises(UserError, match=r"--step=7: not in .*, which holds 3; give one, latest or best"):
+            checkpoints.find("7")
+        with pytest.raises(UserError, match=r"--step=newest: not in"):
+            checkpoints.find("newest")
+        with pytest.raises(UserError, match=r"--step=best: no saved step of .* was evaluated"):
+            checkpoints.find("best")
+
+
+def test_other_models_than_the_checkpoint_holds_are_listed(tmp_path):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(3, {"params": params_of(1.0), "opt_state": {"count": jnp.zeros(())}})
+        other = {"generator": {"kernel": jnp.ones((8, 4))}, "retriever": {"bias": jnp.ones(5)}}
+        with pytest.raises(UserError, match="does not fit the config") as error:
+            checkpoints.restore({"params": abstract(other, sharding(1))})
+    for part in (
+        "params/generator/kernel is (8, 3), not (8, 4)",
+        "params/retriever/bias is missing",
+        "params/retriever/scale is of no use",
+    ):
+        assert part in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_process_killed_while_it_saves_leaves_the_finished_ones(tmp_path):
+    program = textwrap.dedent("""
+        import sys, jax.numpy as jnp
+        from rag_jax.checkpoint import Checkpoints
+        checkpoints = Checkpoints(sys.argv[1], keep=100)
+        for step in range(1, 1000):
+            tree = {"kernel": jnp.full((1024, 1024), float(step))}
+            checkpoints.save(step, {"params": tree, "opt_state": {"count": jnp.zeros(())}})
+            print(step, flush=True)
+    """)
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while process.stdout.readline().strip() != "6":
+            pass
+        os.kill(process.pid, signal.SIGKILL)
+    with Checkpoints(tmp_path, keep=100) as checkpoints:
+        newest = checkpoints.find()
+        assert newest >= 4
+        tree = {"kernel": jnp.zeros((1024, 1024))}
+        restored = checkpoints.restore({"params": abstract(tree, sharding(1))})
+    np.testing.assert_array_equal(restored["params"]["kernel"], np.full((1024, 1024), newest, np.float32))
