@@ -33,7 +33,7 @@ class Key:
     meaning: str
 
 
-def at_least(low: float) -> Check:
+def at_least(low: int) -> Check:
     return lambda v: None if v >= low else f"must be at least {low}"
 
 

@@ -1,0 +1,180 @@
+"""The record of a run: metrics.jsonl, TensorBoard, the line of progress; and the peak FLOP/s that MFU is a share of."""
+
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tensorboardX import FileWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+from tqdm import tqdm
+
+# Dense bfloat16 FLOP/s of one jax device by its kind, the first whose name is part of it (makers' data sheets; cards
+# without bfloat16: float16). A jax device is half a chip up to TPU v3 and from 7x on.
+PEAK_FLOPS = (
+    ("TPU v2", 23e12),
+    ("TPU v3", 61e12),
+    ("TPU v4", 275e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v6 lite", 918e12),
+    ("TPU v6e", 918e12),
+    ("TPU7x", 1154e12),
+    ("B200", 2250e12),
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+    ("L4", 121e12),
+    ("A10G", 70e12),
+    ("V100", 125e12),
+    ("T4", 65e12),
+    ("RTX 4090", 165e12),
+    ("RTX 3090", 71e12),
+)
+# Between lines of progress where there is no terminal, seconds.
+LINE_EVERY_S = 20.0
+
+
+class Writer:
+    """Scalars of a run to `metrics.jsonl` (one object a line, flushed) and `tensorboard/`.
+
+    `start_step` is the step restored: what an earlier process wrote about later steps, and a line it did not finish,
+    is taken out, so that every step stands there once. With `active=False` (all processes but one) nothing is written.
+    """
+
+    def __init__(self, workdir: str | pathlib.Path, start_step: int = 0, *, active: bool = True):
+        self._file = self._board = None
+        if not active:
+            return
+        workdir = pathlib.Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        _cut_back(workdir / "metrics.jsonl", start_step)
+        self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")
+        # Not SummaryWriter: it turns the @ of recall@1 into an underscore.
+        self._board = FileWriter(str(workdir / "tensorboard"), flush_secs=10, filename_suffix=f".{start_step}")
+        # Makes TensorBoard forget what earlier files hold about this step and later ones.
+        restart = SessionLog(status=SessionLog.START)
+        self._board.add_event(Event(session_log=restart), step=start_step + 1 if start_step else 0)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def train(self, step: int, values: Mapping[str, Any]) -> None:
+        """Metrics of one step, by their names of the contract."""
+        self._write(step, values)
+
+    def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
+        """Metrics of one evaluation; TensorBoard shows them at once."""
+        self._write(step, values)
+        if self._board:
+            self._board.flush()
+
+    def close(self) -> None:
+        if self._file and self._board:
+            self._file.close()
+            self._board.close()
+            self._file = self._board = None
+
+    def _write(self, step: int, values: Mapping[str, Any]) -> None:
+        if not (self._file and self._board):
+            return
+        scalars = {name: float(value) for name, value in values.items() if value is not None}
+        # JSON knows no NaN: null stands for it, so that every reader can go on reading.
+        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        self._file.write(json.dumps({"step": int(step), **finite}) + "\n")
+        self._file.flush()
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
+        self._board.add_summary(summary, int(step))
+
+
+def _cut_back(path: pathlib.Path, step: int) -> None:
+    """Keep the whole lines of steps up to `step`; none of them for step 0, where a run begins anew."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if step and isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= step:
+            kept.append(line + "\n")
+    new = path.with_name(path.name + ".new")
+    new.write_text("".join(kept), encoding="utf-8")
+    os.replace(new, path)
+
+
+class Progress:
+    """Steps done, loss and time left: a bar on a terminal, elsewhere a line now and then."""
+
+    def __init__(self, total_steps: int, start_step: int = 0, *, active: bool = True):
+        self.total, self.start, self.active = total_steps, start_step, active
+        self.began = self.last_line = time.monotonic()
+        bar = active and sys.stderr.isatty()
+        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True) if bar else None
+
+    def update(self, step: int, loss: float) -> None:
+        """`step` steps are done; `loss` is the newest total."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif self.active:
+            now = time.monotonic()
+            if step in (self.start + 1, self.total) or now - self.last_line >= LINE_EVERY_S:
+                self.last_line = now
+                step_s = (now - self.began) / max(1, step - self.start)
+                left = clock(step_s * (self.total - step))
+                self.print(f"step {step}/{self.total}  loss {loss:.4f}  {step_s:.2f} s a step  {left} left")
+
+    def print(self, text: str) -> None:
+        """A line of text that does not tear the bar."""
+        if self.active:
+            tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def clock(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def peak_flops() -> float:
+    """FLOP/s of all devices of the run together: from the table, else (CPUs) as a float32 matrix product shows."""
+    kind = jax.devices()[0].device_kind
+    for name, flops in PEAK_FLOPS:
+        if name in kind:
+            return flops * jax.device_count()
+    # The CPU devices of a process share its cores, so one of them shows what all have.
+    shared = jax.process_count() if jax.default_backend() == "cpu" else jax.device_count()
+    return measured_flops() * shared
+
+
+def measured_flops(size: int = 1024, repeats: int = 5) -> float:
+    """FLOP/s of a float32 product of square matrices on one device, the best of several."""
+    a = jax.device_put(jnp.ones((size, size), jnp.float32), jax.local_devices()[0])
+    product = jax.jit(lambda a: a @ a).lower(a).compile()
+    jax.block_until_ready(product(a))
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(product(a))
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds)
