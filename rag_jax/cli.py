@@ -1,0 +1,110 @@
+"""What all commands share: flags, overrides of config keys, one-line errors, quiet third parties."""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, get_args
+
+from rag_jax import config
+from rag_jax.errors import UserError
+
+# Read when these libraries are imported, so they stand here, and commands import `cli` before them.
+for _name, _value in {
+    "TF_CPP_MIN_LOG_LEVEL": "2",  # XLA's notes; warnings from 2 on are hidden, errors never
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # "PyTorch was not found"
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_SYMLINKS_WARNING": "1",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+# All of these or none tell processes of each other; RAG_JAX_DISTRIBUTED=1 asks Slurm, Kubernetes or a TPU pod instead.
+PROCESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+PREFIX = "--config."
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose errors are ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parser(command: str, doc: str | None) -> Parser:
+    """A parser for `python -m rag_jax.COMMAND`; its help ends with all config keys."""
+    keys = "\n".join(f"  {name:<34}{key.meaning} ({_kind(key.kind)})" for name, key in config.KEYS.items())
+    return Parser(
+        prog=f"python -m rag_jax.{command}",
+        description=doc,
+        epilog=f"config keys, each given as --config.KEY=VALUE:\n{keys}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def parse(flags: Parser, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The flags, and `{config key: text}` from every `--config.KEY=VALUE` or `--config.KEY VALUE`."""
+    rest, overrides = [], {}
+    words = iter(sys.argv[1:] if argv is None else argv)
+    for word in words:
+        if not word.startswith(PREFIX):
+            rest.append(word)
+            continue
+        name, equals, value = word.removeprefix(PREFIX).partition("=")
+        if not equals:
+            value = next(words, "--")
+            if value.startswith("--"):
+                raise UserError(f"{word}: needs a value, {word}=VALUE")
+        overrides[name] = value
+    return flags.parse_args(rest), overrides
+
+
+def run(main: Callable[[], Any]) -> NoReturn:
+    """Run a command: exit 0 when done, 2 and one line for what the user can mend, 130 when interrupted."""
+    quiet()
+    try:
+        main()
+    except UserError as error:
+        print(f"rag_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("rag_jax: interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def quiet() -> None:
+    """Hide warnings that other people's code means for its own developers; errors stay, and so do python -W's."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def start_processes() -> None:
+    """Join the other processes of the run, if the environment tells of any; before anything touches a device."""
+    given = [name for name in PROCESS_VARIABLES if name in os.environ]
+    if given and len(given) < len(PROCESS_VARIABLES):
+        missing = ", ".join(name for name in PROCESS_VARIABLES if name not in os.environ)
+        raise UserError(f"{', '.join(given)} is set, but not {missing}; set all three or none")
+    if not given and os.environ.get("RAG_JAX_DISTRIBUTED", "0") in ("", "0"):
+        return
+
+    import jax  # here: commands answer a mistyped flag before they load it
+
+    if not given:
+        jax.distributed.initialize()
+        return
+    address, *numbers = (os.environ[name] for name in PROCESS_VARIABLES)
+    try:
+        count, index = (int(number) for number in numbers)
+    except ValueError:
+        raise UserError(f"{PROCESS_VARIABLES[1:]}={numbers}: must be whole numbers") from None
+    jax.distributed.initialize(address, count, index)
+
+
+def _kind(kind: Any) -> str:
+    names = [getattr(option, "__name__", str(option)) for option in get_args(kind) or (kind,)]
+    return "rules" if kind is config.Rules else " or ".join(names).replace("NoneType", "None")

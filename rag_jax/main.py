@@ -1,0 +1,39 @@
+"""Train: a config in, a workdir of checkpoints and metrics out. The same command again goes on where it stopped."""
+
+import pathlib
+
+from rag_jax import cli, config
+from rag_jax.errors import UserError
+
+# What a run writes into its workdir, beside config.json.
+RECORDS = ("checkpoints", "metrics.jsonl", "tensorboard", "eval", "models")
+
+
+def main() -> None:
+    flags = cli.parser("main", __doc__)
+    flags.add_argument("--config", required=True, metavar="FILE.py", help="file that defines get_config()")
+    flags.add_argument("--workdir", required=True, type=pathlib.Path, metavar="DIR", help="where the run is kept")
+    args, overrides = cli.parse(flags)
+    run_config = config.load(args.config, overrides)
+    config.require(run_config, "data.train")
+    check_workdir(args.workdir)
+    cli.start_processes()
+
+    from rag_jax import train  # here: it takes seconds to load, and everything above answers at once
+
+    train.train(run_config, args.workdir)
+
+
+def check_workdir(workdir: pathlib.Path) -> None:
+    """UserError for a place where a run would mix with something else."""
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir}: is a file; give a folder")
+    others = [name for name in RECORDS if (workdir / name).exists()]
+    if others and not (workdir / "config.json").is_file():
+        raise UserError(
+            f"--workdir={workdir}: holds {', '.join(others)} but no config.json of a run; give a new folder"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)
