@@ -10,6 +10,8 @@ import numpy as np
 from rag_jax.data.examples import Examples
 from rag_jax.data.segments import Ragged, join_padded, pad, padded_length
 
+# For ever; what grain itself means by that overflows in batches of one row.
+EPOCHS = 10**9
 PREFETCH_THREADS = 2
 PREFETCH_BATCHES = 8
 
@@ -68,7 +70,7 @@ def row_lengths(examples: Examples, rows: np.ndarray) -> dict[str, np.ndarray]:
 def longest(examples: Examples) -> Lengths:
     """The one shape that every batch fits, rounded up to a multiple of 8."""
     needed = row_lengths(examples, np.arange(len(examples)))
-    return _padded({name: values.max(initial=0) for name, values in needed.items()})
+    return _padded({name: int(values.max(initial=0)) for name, values in needed.items()})
 
 
 def buckets(examples: Examples, batch_size: int) -> tuple[Lengths, ...]:
@@ -79,14 +81,14 @@ def buckets(examples: Examples, batch_size: int) -> tuple[Lengths, ...]:
     """
     needed = row_lengths(examples, np.arange(len(examples)))
     share = 0.95 ** (1 / batch_size)
-    most = _padded({name: np.quantile(values, share, method="higher") for name, values in needed.items()})
+    most = _padded({name: int(np.quantile(values, share, method="higher")) for name, values in needed.items()})
     every = longest(examples)
     saves = sum(dataclasses.astuple(most)) <= 0.8 * sum(dataclasses.astuple(every))
     return (most, every) if saves else (every,)
 
 
-def _padded(needed: dict[str, np.ndarray]) -> Lengths:
-    return Lengths(**{name: padded_length(np.asarray(value)) if value > 0 else 0 for name, value in needed.items()})
+def _padded(needed: dict[str, int]) -> Lengths:
+    return Lengths(**{name: padded_length(length) for name, length in needed.items()})
 
 
 def collate(examples: Examples, rows: Sequence[int] | np.ndarray, shapes: Sequence[Lengths]) -> Batch:
@@ -143,7 +145,7 @@ def order(num_rows: int, batch_size: int, seed: int) -> grain.MapDataset:
     """
     if not 0 < batch_size <= num_rows:
         raise ValueError(f"batches of {batch_size} cannot be made of {num_rows} rows")
-    return grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat().batch(batch_size)
+    return grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat(EPOCHS).batch(batch_size)
 
 
 def iterate(

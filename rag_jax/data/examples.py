@@ -40,21 +40,21 @@ class Report:
 
     rows_read: int
     rows: int
-    dropped: dict[str, int]  # reason -> rows
+    dropped: dict[str, int]  # "an empty query" and the like -> rows
     queries: int  # distinct
     passages: int  # distinct
     cut: dict[str, int]  # which text -> rows in which it lost its end
     from_cache: bool
 
     def __str__(self) -> str:
-        def counts(numbers: Mapping[str, int]) -> str:
-            return ", ".join(f"{number:,} {name}" for name, number in numbers.items() if number)
+        def counts(numbers: Mapping[str, int], word: str) -> str:
+            return ", ".join(f"{number:,} {word}{name}" for name, number in numbers.items() if number)
 
         parts = [f"{self.rows:,} rows, {self.queries:,} distinct queries, {self.passages:,} distinct passages"]
         if self.dropped:
-            parts.append(f"dropped of {self.rows_read:,}: {counts(self.dropped)}")
-        if counts(self.cut):
-            parts.append(f"too long and cut: {counts(self.cut)}")
+            parts.append(f"dropped of {self.rows_read:,}: {counts(self.dropped, 'with ')}")
+        if any(self.cut.values()):
+            parts.append(f"too long and cut: {counts(self.cut, '')}")
         return "; ".join(parts)
 
 
@@ -93,7 +93,7 @@ def load_examples(
     if prompt is not None:
         fits = arrays["answers.lengths"] <= prompt.answer_len
         if not fits.all():
-            dropped[f"answer longer than {prompt.answer_len} tokens"] = int((~fits).sum())
+            dropped[f"an answer longer than data.answer_len={prompt.answer_len} tokens"] = int((~fits).sum())
             row_cut = {name: cut[fits] for name, cut in row_cut.items()}
             examples = take(examples, np.flatnonzero(fits))
     _refuse(f"{key}={source!r}", bad_rows, dropped, len(read), len(examples), min_rows)
@@ -110,7 +110,7 @@ def load_examples(
 
 
 def _refuse(where: str, bad_rows: str, dropped: Mapping[str, int], num_read: int, num_rows: int, min_rows: int) -> None:
-    reasons = ", ".join(f"{number} with {_article(reason)}" for reason, number in dropped.items())
+    reasons = ", ".join(f"{number} with {reason}" for reason, number in dropped.items())
     if dropped and bad_rows == "refuse":
         raise UserError(
             f"{where} has bad rows among {num_read}: {reasons}; mend them, or leave them out with data.bad_rows=drop"
@@ -120,10 +120,6 @@ def _refuse(where: str, bad_rows: str, dropped: Mapping[str, int], num_read: int
         rows = "1 usable row" if num_rows == 1 else f"{num_rows} usable rows"
         fix = f"fewer than a batch of {min_rows}: give more rows or lower batch_size" if min_rows > 1 else "none to use"
         raise UserError(f"{where} has {rows}{lost}, {fix}")
-
-
-def _article(reason: str) -> str:
-    return f"an {reason}"  # every reason begins with "empty" or "answer"
 
 
 def distinct(texts: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
@@ -161,8 +157,8 @@ def _tokenise(
 
     if retriever is not None:
         r = retriever
-        put("retriever_queries", *segments.retriever_tokens(r.tokenizer, queries, r.query_prefix, r.query_len))
-        put("retriever_passages", *segments.retriever_tokens(r.tokenizer, passages, r.passage_prefix, r.passage_len))
+        put("retriever_queries", *segments.whole_text_tokens(r.tokenizer, queries, r.query_prefix, r.query_len))
+        put("retriever_passages", *segments.whole_text_tokens(r.tokenizer, passages, r.passage_prefix, r.passage_len))
     if prompt is not None:
         prefixes, prompt_queries = segments.prompt_segments(prompt, passages, queries)
         put("prefixes", *prefixes)

@@ -12,7 +12,7 @@ from typing import Any
 from rag_jax.errors import UserError
 
 Columns = dict[str, list]
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,8 @@ def _texts(values: Iterable[Any], where: str) -> list[str]:
     for number, value in enumerate(values, start=1):
         if isinstance(value, (list, tuple, dict, bytes)):
             raise UserError(f"{where} holds a {type(value).__name__} in row {number}: make it one text per row")
-        texts.append("" if value is None else str(value))
+        nothing = value is None or value != value  # NaN is how tables of numbers say nothing
+        texts.append("" if nothing else str(value))
     return texts
 
 
@@ -213,5 +214,5 @@ def empty_fields(rows: Rows, *, with_answers: bool) -> tuple[list[int], collecti
         if lacking is None:
             kept.append(i)
         else:
-            empty[f"empty {lacking}"] += 1
+            empty[f"an empty {lacking}"] += 1
     return kept, empty

@@ -29,7 +29,7 @@ class Ragged:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def __getitem__(self, row: int) -> np.ndarray:
+    def __getitem__(self, row: int | np.integer) -> np.ndarray:
         return self.tokens[self.starts[row] : self.starts[row + 1]]
 
     @property
@@ -80,15 +80,15 @@ def tokenize_texts(tokenizer: Any, texts: Sequence[str], prefix: str, max_len: i
 
     L is the longest row's length rounded up to a multiple of 8, at most `max_len`; padding on the right.
     """
-    ragged, _ = retriever_tokens(tokenizer, texts, prefix, max_len)
-    return pad(ragged, np.arange(len(ragged)), min(padded_length(ragged.lengths), max_len))
+    ragged, _ = whole_text_tokens(tokenizer, texts, prefix, max_len)
+    return pad(ragged, np.arange(len(ragged)), min(padded_length(int(ragged.lengths.max(initial=1))), max_len))
 
 
 tokenize_queries = tokenize_passages = tokenize_texts
 
 
-def retriever_tokens(tokenizer: Any, texts: Sequence[str], prefix: str, max_len: int) -> tuple[Ragged, np.ndarray]:
-    """Tokens of prefix + text with the tokenizer's special tokens, and which texts (rows,) bool were cut."""
+def whole_text_tokens(tokenizer: Any, texts: Sequence[str], prefix: str, max_len: int) -> tuple[Ragged, np.ndarray]:
+    """Tokens of prefix + text as the tokenizer makes and cuts them, special tokens included; which were cut (rows,)."""
     texts = [prefix + text for text in texts]
     # One more than fits shows what is cut without keeping all of it.
     long = Ragged.of(_encode(tokenizer, texts, truncation=True, max_length=max_len + 1))
@@ -131,10 +131,9 @@ def string_segments(whole: WholeString, rows: Iterable[tuple[str, str, str]]) ->
     rows = list(rows)
     heads = [f"#query# #query# {query} #passage# #passage# {passage} #answer#" for query, passage, _ in rows]
     strings = [f"{head} {answer}" for head, (_, _, answer) in zip(heads, rows, strict=True)]
-    ids = _encode(whole.tokenizer, strings)
     answer_start = np.array([len(head) - 1 for head in _encode(whole.tokenizer, heads)], np.int32)
-    cut = np.array([len(row) > whole.max_len for row in ids], bool)
-    return Ragged.of(row[: whole.max_len] for row in ids), answer_start, cut
+    ragged, cut = whole_text_tokens(whole.tokenizer, strings, "", whole.max_len)
+    return ragged, answer_start, cut
 
 
 def bos_ids(tokenizer: Any) -> list[int]:
@@ -164,10 +163,11 @@ def template_tokens(
     cut = np.array([len(row) > max_len for row in ids], bool)
     # Offsets cost several times the tokens themselves: only for those that need them.
     for i in np.flatnonzero(cut):
-        offsets = tokenizer(texts[i], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        end = len(texts[i]) - len(after)
-        tail = sum(1 for _, stop in offsets["offset_mapping"] if stop > end) if after else 0
-        head = sum(1 for start, _ in offsets["offset_mapping"] if start < len(before)) if before else 0
+        filled = tokenizer(texts[i], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        begin, end = len(before), len(texts[i]) - len(after)
+        # Byte-level tokenizers leave white space out of offsets: a token of it alone is empty, at its end.
+        head = sum(begin > 0 and (a < begin or b <= begin) for a, b in filled["offset_mapping"])
+        tail = sum(b > end for _, b in filled["offset_mapping"])
         if head + tail >= max_len:
             raise UserError(
                 f"data.{key} leaves {max_len} tokens, and the prompt's own text {template!r} takes {head + tail} of "
@@ -201,9 +201,9 @@ def _encode(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[list[i
     return tokenizer(list(texts), padding=False, **options)["input_ids"]
 
 
-def padded_length(lengths: np.ndarray, multiple: int = 8) -> int:
-    """The longest of the lengths, rounded up to a multiple: few shapes, few compilations."""
-    return -(-int(lengths.max(initial=1)) // multiple) * multiple
+def padded_length(longest: int) -> int:
+    """Rounded up to a multiple of 8: few shapes, few compilations."""
+    return -(-longest // 8) * 8
 
 
 def pad(ragged: Ragged, rows: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
