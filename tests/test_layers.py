@@ -14,8 +14,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("errors",),
     ("losses", "models", "data", "sharding", "metrics", "config", "optim", "checkpoint"),
-    ("hf", "flops", "rag", "retrieval", "cli"),
-    ("generate", "train_step"),
+    ("hf", "flops", "rag", "cli"),
+    ("retrieval", "generate", "train_step"),
     ("evaluate",),
     ("train",),
     ("main", "export", "quickstart"),

@@ -60,8 +60,8 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "B K Ls D"]:
         """Hidden states of each suffix b behind each of its prefixes `candidates[b, k]`; (ids, mask), right-padded.
 
-        A causal state on the prefix does not depend on the suffix, so each prefix runs once and each (suffix, candidate)
-        pair runs its suffix alone. Both advance through one scan: a layer's keys and values of the prefixes are
+        A causal state on the prefix does not depend on the suffix, so each prefix runs once and each pair of suffix and
+        candidate runs its suffix alone. Both advance through one scan: a layer's keys and values of the prefixes are
         gathered for that layer's suffixes and then forgotten.
         """
         (prefix_ids, prefix_mask), (suffix_ids, suffix_mask) = prefix, suffix
@@ -104,21 +104,35 @@ class Decoder(nnx.Module):
         length = attention_mask.sum(axis=-1, dtype=jnp.int32)
         return self.norm(x), Cache(jnp.pad(key, room), jnp.pad(value, room), length)
 
-    def decode(self, ids: Int[Array, " S"], cache: Cache) -> tuple[Float[Array, "S D"], Cache]:
-        """One more token a row: its hidden state, and the cache with it."""
-        positions = cache.length[:, None]
-        slots = jnp.broadcast_to(jnp.arange(cache.key.shape[2]), (ids.shape[0], cache.key.shape[2]))
-        filled = self._in_window(positions, slots) & (slots < positions)[:, None, :]
-        looks = jnp.concatenate([filled, jnp.ones_like(filled[:, :, :1])], axis=-1)
+    def extend(
+        self, ids: Int[Array, "S L"], attention_mask: Bool[Array, "S L"], cache: Cache
+    ) -> tuple[Float[Array, "S L D"], Cache]:
+        """Further right-padded tokens a row: their hidden states, and the cache with them."""
+        num_slots = cache.key.shape[2]
+        positions = cache.length[:, None] + layers.positions_of(attention_mask)
+        slots = jnp.broadcast_to(jnp.arange(num_slots), (ids.shape[0], num_slots))
+        filled = (slots < cache.length[:, None])[:, None, :]
+        before = self._in_window(positions, slots) & filled
+        looks = jnp.concatenate([before, self._causal_mask(attention_mask)], axis=-1)
         rope = self._rope(positions)
 
         def body(layer: Any, x: Any, layer_cache: Any, _: Any) -> tuple[Any, Any]:
             return layer(x, looks, rope=rope, context=layer_cache)
 
-        x, (key, value) = self._scan(body, self._embed(ids[:, None], positions, None), None, (cache.key, cache.value))
-        here = (slice(None), jnp.arange(ids.shape[0]), cache.length)
-        cache = Cache(cache.key.at[here].set(key[:, :, 0]), cache.value.at[here].set(value[:, :, 0]), cache.length + 1)
-        return self.norm(x)[:, 0], cache
+        x, (key, value) = self._scan(body, self._embed(ids, positions, None), None, (cache.key, cache.value))
+        # Padding is written outside of the cache, that is nowhere.
+        rows, into = jnp.arange(ids.shape[0])[:, None], jnp.where(attention_mask, positions, num_slots)
+        cache = Cache(
+            cache.key.at[:, rows, into].set(key, mode="drop"),
+            cache.value.at[:, rows, into].set(value, mode="drop"),
+            cache.length + attention_mask.sum(axis=-1, dtype=jnp.int32),
+        )
+        return self.norm(x), cache
+
+    def decode(self, ids: Int[Array, " S"], cache: Cache) -> tuple[Float[Array, "S D"], Cache]:
+        """One more token a row: its hidden state, and the cache with it."""
+        hidden, cache = self.extend(ids[:, None], jnp.ones((ids.shape[0], 1), bool), cache)
+        return hidden[:, 0], cache
 
     def _forward(
         self,

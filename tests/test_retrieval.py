@@ -1,0 +1,77 @@
+"""Retrieval against numpy by hand and metrics of ranking against ir-measures."""
+
+import ir_measures
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from ir_measures import RR, R, nDCG
+
+from rag_jax import models, rag, retrieval
+from rag_jax.data import segments
+
+BERT = models.BertConfig(61, 2, 2, 16, 32, 64, 2, 1e-12, "gelu", 0.0, 0.0)
+
+
+@pytest.fixture(scope="module")
+def retriever():
+    module = models.Bert(BERT, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(module)
+    objective = rag.Objective("none", 1, 1.0, 1.0, 1.0, 0.0)
+    return module, rag.Rag(objective, graphdef, None, "mean", 1), {"retriever": nnx.to_pure_dict(state)}
+
+
+def test_embeddings_are_in_order_normalised_and_free_of_padding(retriever):
+    module, model, params = retriever
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(1, 61, length).tolist() for length in (3, 17, 1, 3, 30, 17, 1)]
+    found = retrieval.embed(model, params, segments.Ragged.of(texts), batch_size=3, label="texts")
+    forward = jax.jit(lambda ids: module(ids, jnp.ones_like(ids, bool)))
+    for text, emb in zip(texts, found, strict=True):
+        hidden = np.asarray(forward(jnp.asarray([text])))[0]
+        expected = hidden.mean(axis=0) / np.linalg.norm(hidden.mean(axis=0))
+        np.testing.assert_allclose(emb, expected, atol=2e-6)
+
+
+def test_top_k_is_exact_in_batches_and_ties_go_to_the_lower_index(monkeypatch):
+    monkeypatch.setattr(retrieval, "SCORES_AT_A_TIME", 120)  # 3 queries at a time; 10 is no multiple of 3
+    rng = np.random.default_rng(1)
+    queries, passages = rng.integers(-2, 3, (10, 4)).astype(np.float32), rng.integers(-2, 3, (40, 4)).astype(np.float32)
+    cosine, index = retrieval.top_k(queries, passages, 12)
+    scores = queries @ passages.T
+    expected = np.argsort(-scores, axis=1, kind="stable")[:, :12]
+    assert (np.diff(np.sort(scores, axis=1)) == 0).any()
+    np.testing.assert_array_equal(index, expected)
+    np.testing.assert_array_equal(cosine, np.take_along_axis(scores, expected, axis=1))
+
+
+def test_k_is_cut_to_the_corpus():
+    emb = np.eye(3, dtype=np.float32)
+    _, index = retrieval.top_k(emb, emb, 10)
+    np.testing.assert_array_equal(index, [[0, 1, 2], [1, 0, 2], [2, 0, 1]])
+
+
+@pytest.mark.parametrize("num_passages", [3, 10, 60])
+def test_ranking_metrics_are_those_of_ir_measures(num_passages):
+    rng = np.random.default_rng(num_passages)
+    scores = rng.permuted(np.tile(np.arange(num_passages), (50, 1)), axis=1).astype(
+        float
+    )  # no ties: rules differ there
+    gold = rng.integers(0, num_passages, 50)
+    _, retrieved = jax.lax.top_k(jnp.asarray(scores), min(num_passages, 13))
+    ours = retrieval.ranking_metrics(retrieval.gold_rank(np.asarray(retrieved), gold))
+
+    qrels = [ir_measures.Qrel(str(q), str(p), 1) for q, p in enumerate(gold)]
+    run = [ir_measures.ScoredDoc(str(q), str(p), s) for q, row in enumerate(scores) for p, s in enumerate(row)]
+    theirs = ir_measures.calc_aggregate([R @ 1, R @ 5, R @ 10, RR @ 10, nDCG @ 10], qrels, run)
+    named = {"recall@1": R @ 1, "recall@5": R @ 5, "recall@10": R @ 10, "mrr@10": RR @ 10, "ndcg@10": nDCG @ 10}
+    assert set(ours) == {f"eval/{name}" for name in named}
+    for name, measure in named.items():
+        assert ours[f"eval/{name}"] == pytest.approx(theirs[measure], abs=1e-9), name
+
+
+def test_shapes_are_few():
+    sizes = {retrieval.size_for(n, 100) for n in range(1, 101)}
+    assert sizes == {25, 50, 75, 100}
+    assert all(retrieval.size_for(n, largest) >= n for largest in (1, 2, 7, 64) for n in range(1, largest + 1))
