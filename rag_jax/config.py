@@ -90,7 +90,7 @@ KEYS: dict[str, Key] = {
     "data.columns.passage": Key(str, not_empty, "column of the passage"),
     "data.columns.answer": Key(str, not_empty, "column of the answer"),
     "data.query_len": Key(int, at_least(3), "retriever tokens of a query"),
-    "data.passage_len": Key(int, at_least(3), "retriever tokens of a passage; with dalm see README"),
+    "data.passage_len": Key(int, at_least(3), "retriever tokens of a passage"),
     "data.prompt_passage_len": Key(int, at_least(2), "generator tokens of the passage segment"),
     "data.prompt_query_len": Key(int, at_least(1), "generator tokens of the query segment"),
     "data.answer_len": Key(int, at_least(2), "generator tokens of the answer segment, end-of-sequence included"),

@@ -1,0 +1,73 @@
+"""bge-large and Llama 2 7B, every parameter trained: the predecessor's headline pair, for pods.
+
+    python -m rag_jax.main --config=configs/bge_large_llama2_7b.py --workdir=my_run \\
+        --config.data.train=rows.parquet --config.data.eval=held_out_rows.parquet
+
+The models come from the Hugging Face hub (15 GB; Llama 2 asks you to accept its licence first).
+
+Cost: 7.1 billion parameters with their moments are 85 GB in float32, shared by all devices. The batch gives each of 256
+devices one group; with fewer, each goes through several. Not yet run on such a machine.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 42
+    config.total_steps = 2000
+    config.batch_size = 1024
+    config.group_size = 4
+    config.dtype = "bfloat16"
+    config.dropout = None
+
+    config.data = data = ConfigDict()
+    data.train = None
+    data.eval = None
+    data.passages = None
+    data.columns = ConfigDict({"query": "Question", "passage": "Abstract", "answer": "Answer"})
+    data.query_len = 64
+    data.passage_len = 256
+    data.prompt_passage_len = 256
+    data.prompt_query_len = 64
+    data.answer_len = 64
+    data.bad_rows = "drop"
+
+    config.prompt = prompt = ConfigDict()
+    prompt.passage = "{passage}"
+    prompt.query = "\n\nQuestion: {query}\nAnswer:"
+    prompt.answer = " {answer}"
+
+    config.retriever = retriever = ConfigDict()
+    retriever.path = "BAAI/bge-large-en"
+    retriever.pooling = "auto"
+    retriever.query_prefix = "Represent this sentence for searching relevant passages: "
+    retriever.passage_prefix = None
+    retriever.remat = True
+
+    config.generator = generator = ConfigDict()
+    generator.path = "meta-llama/Llama-2-7b-hf"
+    generator.remat = True
+
+    config.objective = objective = ConfigDict()
+    objective.name = "token"
+    objective.candidates = 4
+    objective.temperature = 0.01
+    objective.marginal_temperature = 0.05
+    objective.contrastive_weight = 1.0
+    objective.marginal_weight = 1.0
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.learning_rate = 2e-5
+    optimizer.schedule = "cosine"
+    optimizer.warmup_steps = 100
+    optimizer.weight_decay = 0.01
+    optimizer.clip_norm = 1.0
+    optimizer.rate_rules = ((r".*", 1.0),)
+    optimizer.decay_rules = ((r"(bias|scale)$", 0.0), (r".*", 1.0))
+
+    config.mesh = ConfigDict({"replica": 1, "data": -1, "model": 1})
+    config.checkpoint = ConfigDict({"every_steps": 250, "keep": 2})
+    config.log = ConfigDict({"every_steps": 10})
+    config.eval = ConfigDict({"every_steps": 500, "rows": 2000, "answers": 256, "batch_size": 256})
+    return config

@@ -1,0 +1,74 @@
+"""MiniLM and SmolLM2-135M, a real pair that fits a laptop, on your own rows.
+
+    make quickstart        # once: leaves the two models in quickstart/models
+    python -m rag_jax.main --config=configs/minilm_smollm2.py --workdir=my_run \\
+        --config.data.train=my_rows.csv --config.data.eval=my_held_out_rows.csv
+
+The file needs columns Question, Abstract and Answer, or `--config.data.columns.query=...` and so on. Hub names work as
+models too: sentence-transformers/all-MiniLM-L6-v2 and HuggingFaceTB/SmolLM2-135M are this pair.
+
+Cost: about 40 s a step on 2 CPU cores. Expected: held-out answer NLL falls within the first 50 steps.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.total_steps = 100
+    config.batch_size = 16
+    config.group_size = 4
+    config.dtype = "float32"
+    config.dropout = None
+
+    config.data = data = ConfigDict()
+    data.train = None
+    data.eval = None
+    data.passages = None
+    data.columns = ConfigDict({"query": "Question", "passage": "Abstract", "answer": "Answer"})
+    data.query_len = 48
+    data.passage_len = 256
+    data.prompt_passage_len = 192
+    data.prompt_query_len = 48
+    data.answer_len = 48
+    data.bad_rows = "drop"
+
+    config.prompt = prompt = ConfigDict()
+    prompt.passage = "{passage}"
+    prompt.query = "\n\nQuestion: {query}\nAnswer:"
+    prompt.answer = " {answer}"
+
+    config.retriever = retriever = ConfigDict()
+    retriever.path = "quickstart/models/minilm"
+    retriever.pooling = "auto"
+    retriever.query_prefix = None
+    retriever.passage_prefix = None
+    retriever.remat = False
+
+    config.generator = generator = ConfigDict()
+    generator.path = "quickstart/models/smollm2-135m"
+    generator.remat = False
+
+    config.objective = objective = ConfigDict()
+    objective.name = "token"
+    objective.candidates = 2
+    objective.temperature = 0.05
+    objective.marginal_temperature = 0.1
+    objective.contrastive_weight = 1.0
+    objective.marginal_weight = 1.0
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.learning_rate = 5e-5
+    optimizer.schedule = "linear"
+    optimizer.warmup_steps = 10
+    optimizer.weight_decay = 0.01
+    optimizer.clip_norm = 1.0
+    optimizer.rate_rules = ((r".*", 1.0),)
+    optimizer.decay_rules = ((r"(bias|scale)$", 0.0), (r".*", 1.0))
+
+    config.mesh = ConfigDict({"replica": 1, "data": -1, "model": 1})
+    config.checkpoint = ConfigDict({"every_steps": 25, "keep": 2})
+    config.log = ConfigDict({"every_steps": 1})
+    config.eval = ConfigDict({"every_steps": 50, "rows": 200, "answers": 16, "batch_size": 16})
+    return config

@@ -1,0 +1,71 @@
+"""MiniLM and SmolLM2-135M on the linter's rule texts: what `make quickstart` trains.
+
+    python -m rag_jax.main --config=configs/quickstart.py --workdir=quickstart/run
+
+`make quickstart` writes the models and rows that stand here, then runs this command and the evaluations around it.
+Cost: about 5 minutes on 2 CPU cores. Expected, on held-out rules against the passages of all: answer NLL at least a
+fifth lower than the untrained pair's, MRR@10 higher.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.total_steps = 24
+    config.batch_size = 16
+    config.group_size = 4
+    config.dtype = "float32"
+    config.dropout = None
+
+    config.data = data = ConfigDict()
+    data.train = "quickstart/rows/train.csv"
+    data.eval = "quickstart/rows/eval.csv"
+    data.passages = "quickstart/rows/passages.csv"
+    data.columns = ConfigDict({"query": "Question", "passage": "Abstract", "answer": "Answer"})
+    data.query_len = 32
+    data.passage_len = 128
+    data.prompt_passage_len = 64
+    data.prompt_query_len = 40
+    data.answer_len = 48
+    data.bad_rows = "drop"
+
+    config.prompt = prompt = ConfigDict()
+    prompt.passage = "{passage}"
+    prompt.query = "\n\nQuestion: {query}\nAnswer:"
+    prompt.answer = " {answer}"
+
+    config.retriever = retriever = ConfigDict()
+    retriever.path = "quickstart/models/minilm"
+    retriever.pooling = "auto"
+    retriever.query_prefix = None
+    retriever.passage_prefix = None
+    retriever.remat = False
+
+    config.generator = generator = ConfigDict()
+    generator.path = "quickstart/models/smollm2-135m"
+    generator.remat = False
+
+    config.objective = objective = ConfigDict()
+    objective.name = "token"
+    objective.candidates = 2
+    objective.temperature = 0.05
+    objective.marginal_temperature = 0.1
+    objective.contrastive_weight = 1.0
+    objective.marginal_weight = 1.0
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.learning_rate = 1e-4
+    optimizer.schedule = "linear"
+    optimizer.warmup_steps = 3
+    optimizer.weight_decay = 0.01
+    optimizer.clip_norm = 1.0
+    optimizer.rate_rules = ((r".*", 1.0),)
+    optimizer.decay_rules = ((r"(bias|scale)$", 0.0), (r".*", 1.0))
+
+    config.mesh = ConfigDict({"replica": 1, "data": -1, "model": 1})
+    config.checkpoint = ConfigDict({"every_steps": 24, "keep": 1})
+    config.log = ConfigDict({"every_steps": 1})
+    config.eval = ConfigDict({"every_steps": 0, "rows": 0, "answers": 16, "batch_size": 16})
+    return config
