@@ -23,7 +23,7 @@ import safetensors.numpy
 import tokenizers
 from tokenizers import decoders, pre_tokenizers
 
-from rag_jax import cli, errors
+from rag_jax import cli, config, errors
 
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py"
 ROWS_OF_TABLE = {
@@ -62,13 +62,15 @@ def quickstart(out: pathlib.Path, overrides: dict[str, str]) -> None:
         "retriever.path": models / "minilm",
         "generator.path": models / "smollm2-135m",
     }
-    flags = [f"--config={CONFIG}", *(f"--config.{key}={value}" for key, value in (values | overrides).items())]
+    values = {key: str(value) for key, value in values.items()} | overrides
+    total_steps = config.load(CONFIG, values).total_steps
+    flags = [f"--config={CONFIG}", *(f"--config.{key}={value}" for key, value in values.items())]
     say("2/4  the untrained pair on held-out rows, against all passages")
     untrained = evaluated(out / "untrained.json", *flags)
     say("3/4  training both models end to end")
     command("rag_jax.main", *flags, f"--workdir={run}")
     say("4/4  the trained pair on the same rows, and the export")
-    trained = evaluated(out / "trained.json", f"--workdir={run}")
+    trained = evaluated(run / "eval" / f"step_{total_steps}.json", f"--workdir={run}")
     if not (out / "export").exists():
         command("rag_jax.export", f"--workdir={run}", f"--out={out / 'export'}")
     say(table(untrained, trained))
