@@ -84,14 +84,21 @@ class Checkpoints:
     def restore(self, items: Mapping[str, Any], step: int | str | None = None) -> dict[str, Any]:
         """The named items, each in the structure, dtypes and shardings of the abstract tree given for it.
 
-        UserError when there is no such checkpoint, or when it holds other arrays than the config's models have.
+        UserError when there is no such checkpoint, when it holds other arrays than the config's models have, and when
+        its files are damaged.
         """
         step = self.find(step)
         assert self._manager is not None
         wanted = {name: flatten(tree) for name, tree in items.items()}
-        self._check(step, wanted)
         args = {name: ocp.args.StandardRestore(flat) for name, flat in wanted.items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        try:
+            self._check(step, wanted)
+            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        except (ValueError, OSError, KeyError) as error:
+            raise UserError(
+                f"checkpoint {self.directory / str(step)} cannot be read ({str(error)[:200]}); it is damaged: move that "
+                "folder away to go on from the one before it"
+            ) from error
         return {
             name: jax.tree.unflatten(jax.tree.structure(tree), [restored[name][path] for path in wanted[name]])
             for name, tree in items.items()
@@ -115,7 +122,7 @@ class Checkpoints:
         problems = []
         for name, flat in wanted.items():
             if saved_items.get(name) is None:
-                raise UserError(f"checkpoint {self.directory / str(step)}: holds no {name!r}")
+                raise ValueError(f"no whole {name!r} in it")
             saved = {path: tuple(array.shape) for path, array in saved_items[name].items()}
             here = {path: tuple(array.shape) for path, array in flat.items()}
             problems += [f"{name}/{p} is missing" for p in here.keys() - saved.keys()]

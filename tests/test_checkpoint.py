@@ -128,6 +128,20 @@ def test_other_models_than_the_checkpoint_holds_are_listed(tmp_path):
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize("damage", ["data", "metadata"])
+def test_a_damaged_checkpoint_is_named(tmp_path, damage):
+    params = {"kernel": jnp.arange(100.0)}
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(3, {"params": params, "opt_state": {"count": jnp.zeros(())}})
+    for file in (tmp_path / "checkpoints" / "3" / "params").rglob("*"):
+        if damage == "metadata" and file.name == "_METADATA":
+            file.unlink()
+        elif damage == "data" and file.parent.name == "d":
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match=r"checkpoints/3 cannot be read \("):
+        checkpoints.restore({"params": abstract(params, sharding(1))})
+
+
 @pytest.mark.slow
 def test_a_process_killed_while_it_saves_leaves_the_finished_ones(tmp_path):
     program = textwrap.dedent("""
