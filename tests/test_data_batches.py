@@ -95,7 +95,7 @@ def test_the_predecessors_strings_in_a_batch(tmp_path):
 
 
 def test_the_report_counts_rows(tmp_path):
-    rows = [*ROWS, ("", "p", "a"), ("q", " ", "a"), ("q", "only here", "an answer too long"), ("q", "p", "")]
+    rows = [*ROWS, ("", "p", "a"), ("q", " ", "a"), ("q", "only in this one row", "an answer too long"), ("q", "p", "")]
     examples, report = load(tmp_path, rows)
     assert (report.rows_read, report.rows, report.queries, report.passages) == (9, 5, 4, 4)
     assert report.dropped == {
