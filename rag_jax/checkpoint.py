@@ -96,8 +96,8 @@ class Checkpoints:
             restored = self._manager.restore(step, args=ocp.args.Composite(**args))
         except (ValueError, OSError, KeyError) as error:
             raise UserError(
-                f"checkpoint {self.directory / str(step)} cannot be read ({str(error)[:200]}); it is damaged: move that "
-                "folder away to go on from the one before it"
+                f"checkpoint {self.directory / str(step)} cannot be read ({str(error)[:200]}); it is damaged: move "
+                "that folder away to go on from the one before it"
             ) from error
         return {
             name: jax.tree.unflatten(jax.tree.structure(tree), [restored[name][path] for path in wanted[name]])
