@@ -15,7 +15,7 @@ LAYERS = (
     ("errors",),
     ("losses", "models", "data", "sharding", "metrics", "config", "optim", "checkpoint"),
     ("hf", "flops", "rag", "cli"),
-    ("retrieval", "generate", "train_step"),
+    ("retrieval", "generate", "run", "train_step"),
     ("evaluate",),
     ("train",),
     ("main", "export", "quickstart"),
