@@ -91,16 +91,18 @@ def test_braces_in_templates_and_texts():
 
 
 def test_retriever_texts_have_prefix_and_special_tokens():
-    ragged, cut = segments.whole_text_tokens(WORDS, ["the dog", "the dog barks the dog"], "query: ", 6)
+    ragged, cut = segments.retriever_tokens(WORDS, ["the dog", "the dog barks the dog"], "query: ", 6)
     assert rows_of(ragged) == [[1, 6, 3, 4, 2], [1, 6, 3, 4, 5, 2]]
     assert cut.tolist() == [False, True]
 
 
-def test_texts_for_evaluation_are_padded_on_the_right():
-    ids, mask = segments.tokenize_queries(WORDS, ["dog", "the dog"], "", 32)
-    assert ids.tolist() == [[1, 4, 2, 0, 0, 0, 0, 0], [1, 3, 4, 2, 0, 0, 0, 0]]
-    assert mask.sum(axis=1).tolist() == [3, 4] and mask.dtype == bool and ids.dtype == np.int32
-    assert segments.tokenize_passages(WORDS, ["dog " * 9], "", 5)[0].tolist() == [[1, 4, 4, 4, 2]]
+def test_padding_is_on_the_right_to_a_round_length():
+    ragged, _ = segments.retriever_tokens(WORDS, ["dog", "the dog"], "", 32)
+    ids, mask = segments.pad(ragged, np.array([1, 0]), segments.padded_length(ragged.lengths, 32))
+    assert ids.tolist() == [[1, 3, 4, 2, 0, 0, 0, 0], [1, 4, 2, 0, 0, 0, 0, 0]]
+    assert mask.sum(axis=1).tolist() == [4, 3] and mask.dtype == bool and ids.dtype == np.int32
+    assert segments.padded_length(np.array([3, 9]), 32) == 16
+    assert segments.padded_length(np.array([3, 9]), 10) == 10
 
 
 def test_strings_of_the_predecessor():

@@ -11,9 +11,7 @@ from rag_jax.data.segments import (
     answer_segments,
     pad,
     prompt_segments,
-    tokenize_passages,
-    tokenize_queries,
-    tokenize_texts,
+    retriever_tokens,
 )
 
 __all__ = [
@@ -37,8 +35,6 @@ __all__ = [
     "prompt_segments",
     "read_passages",
     "read_rows",
+    "retriever_tokens",
     "take",
-    "tokenize_passages",
-    "tokenize_queries",
-    "tokenize_texts",
 ]

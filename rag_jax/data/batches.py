@@ -8,7 +8,7 @@ import grain
 import numpy as np
 
 from rag_jax.data.examples import Examples
-from rag_jax.data.segments import Ragged, join_padded, pad, padded_length
+from rag_jax.data.segments import Ragged, join_padded, pad, round_up
 
 # For ever; what grain itself means by that overflows in batches of one row.
 EPOCHS = 10**9
@@ -88,7 +88,7 @@ def buckets(examples: Examples, batch_size: int) -> tuple[Lengths, ...]:
 
 
 def _padded(needed: dict[str, int]) -> Lengths:
-    return Lengths(**{name: padded_length(length) for name, length in needed.items()})
+    return Lengths(**{name: round_up(length) for name, length in needed.items()})
 
 
 def collate(examples: Examples, rows: Sequence[int] | np.ndarray, shapes: Sequence[Lengths]) -> Batch:

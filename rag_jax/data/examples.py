@@ -157,8 +157,8 @@ def _tokenise(
 
     if retriever is not None:
         r = retriever
-        put("retriever_queries", *segments.whole_text_tokens(r.tokenizer, queries, r.query_prefix, r.query_len))
-        put("retriever_passages", *segments.whole_text_tokens(r.tokenizer, passages, r.passage_prefix, r.passage_len))
+        put("retriever_queries", *segments.retriever_tokens(r.tokenizer, queries, r.query_prefix, r.query_len))
+        put("retriever_passages", *segments.retriever_tokens(r.tokenizer, passages, r.passage_prefix, r.passage_len))
     if prompt is not None:
         prefixes, prompt_queries = segments.prompt_segments(prompt, passages, queries)
         put("prefixes", *prefixes)

@@ -75,19 +75,7 @@ class WholeString:
     max_len: int
 
 
-def tokenize_texts(tokenizer: Any, texts: Sequence[str], prefix: str, max_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """What the retriever reads of `texts`: ids (rows, L) int32 and attention_mask (rows, L) bool.
-
-    L is the longest row's length rounded up to a multiple of 8, at most `max_len`; padding on the right.
-    """
-    ragged, _ = whole_text_tokens(tokenizer, texts, prefix, max_len)
-    return pad(ragged, np.arange(len(ragged)), min(padded_length(int(ragged.lengths.max(initial=1))), max_len))
-
-
-tokenize_queries = tokenize_passages = tokenize_texts
-
-
-def whole_text_tokens(tokenizer: Any, texts: Sequence[str], prefix: str, max_len: int) -> tuple[Ragged, np.ndarray]:
+def retriever_tokens(tokenizer: Any, texts: Sequence[str], prefix: str, max_len: int) -> tuple[Ragged, np.ndarray]:
     """Tokens of prefix + text as the tokenizer makes and cuts them, special tokens included; which were cut (rows,)."""
     texts = [prefix + text for text in texts]
     # One more than fits shows what is cut without keeping all of it.
@@ -132,7 +120,7 @@ def string_segments(whole: WholeString, rows: Iterable[tuple[str, str, str]]) ->
     heads = [f"#query# #query# {query} #passage# #passage# {passage} #answer#" for query, passage, _ in rows]
     strings = [f"{head} {answer}" for head, (_, _, answer) in zip(heads, rows, strict=True)]
     answer_start = np.array([len(head) - 1 for head in _encode(whole.tokenizer, heads)], np.int32)
-    ragged, cut = whole_text_tokens(whole.tokenizer, strings, "", whole.max_len)
+    ragged, cut = retriever_tokens(whole.tokenizer, strings, "", whole.max_len)
     return ragged, answer_start, cut
 
 
@@ -201,9 +189,14 @@ def _encode(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[list[i
     return tokenizer(list(texts), padding=False, **options)["input_ids"]
 
 
-def padded_length(longest: int) -> int:
-    """Rounded up to a multiple of 8: few shapes, few compilations."""
-    return -(-longest // 8) * 8
+def padded_length(lengths: np.ndarray, max_len: int) -> int:
+    """The longest of the lengths rounded up, at most `max_len`."""
+    return min(round_up(int(lengths.max(initial=1))), max_len)
+
+
+def round_up(length: int) -> int:
+    """To a multiple of 8: few shapes, few compilations."""
+    return -(-length // 8) * 8
 
 
 def pad(ragged: Ragged, rows: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
