@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.total_steps = 24
-    config.batch_size = 16
+    config.total_steps = 16
+    config.batch_size = 8
     config.group_size = 4
     config.dtype = "float32"
     config.dropout = None
@@ -24,10 +24,10 @@ def get_config() -> ConfigDict:
     data.eval = "quickstart/rows/eval.csv"
     data.passages = "quickstart/rows/passages.csv"
     data.columns = ConfigDict({"query": "Question", "passage": "Abstract", "answer": "Answer"})
-    data.query_len = 32
+    data.query_len = 40
     data.passage_len = 128
-    data.prompt_passage_len = 64
-    data.prompt_query_len = 40
+    data.prompt_passage_len = 128
+    data.prompt_query_len = 48
     data.answer_len = 48
     data.bad_rows = "drop"
 
@@ -56,16 +56,16 @@ def get_config() -> ConfigDict:
     objective.marginal_weight = 1.0
 
     config.optimizer = optimizer = ConfigDict()
-    optimizer.learning_rate = 1e-4
+    optimizer.learning_rate = 2e-4
     optimizer.schedule = "linear"
-    optimizer.warmup_steps = 3
+    optimizer.warmup_steps = 2
     optimizer.weight_decay = 0.01
     optimizer.clip_norm = 1.0
-    optimizer.rate_rules = ((r".*", 1.0),)
+    optimizer.rate_rules = ((r"retriever/", 0.5), (r".*", 1.0))
     optimizer.decay_rules = ((r"(bias|scale)$", 0.0), (r".*", 1.0))
 
     config.mesh = ConfigDict({"replica": 1, "data": -1, "model": 1})
-    config.checkpoint = ConfigDict({"every_steps": 24, "keep": 1})
+    config.checkpoint = ConfigDict({"every_steps": 8, "keep": 1})
     config.log = ConfigDict({"every_steps": 1})
-    config.eval = ConfigDict({"every_steps": 0, "rows": 0, "answers": 16, "batch_size": 16})
+    config.eval = ConfigDict({"every_steps": 0, "rows": 96, "answers": 16, "batch_size": 8})
     return config

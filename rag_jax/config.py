@@ -125,8 +125,8 @@ KEYS: dict[str, Key] = {
     "checkpoint.keep": Key(int, at_least(1), "newest checkpoints kept"),
     "log.every_steps": Key(int, at_least(0), "write metrics as often; 0: never"),
     "eval.every_steps": Key(int, at_least(0), "evaluate as often; 0: never"),
-    "eval.rows": Key(int, at_least(0), "first rows of data.eval that are evaluated; 0: all"),
-    "eval.answers": Key(int, at_least(0), "greedy answers generated for EM and F1; 0: none"),
+    "eval.rows": Key(int, at_least(0), "how many rows of data.eval are evaluated, the same ones in every run; 0: all"),
+    "eval.answers": Key(int, at_least(0), "how many greedy answers are generated for EM and F1; 0: none"),
     "eval.batch_size": Key(int, at_least(1), "global queries evaluated at a time"),
 }
 
