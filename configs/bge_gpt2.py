@@ -6,7 +6,8 @@
 The models come from the Hugging Face hub (0.7 GB, once). The generator's 256 tokens are split into segments, so that a
 long passage is cut and an answer never is; bge reads the instruction its makers give for queries.
 
-Cost: minutes on one GPU; on 2 CPU cores the better part of a minute a step. On eight devices every one holds a group.
+Cost: about 17,000 generator tokens a step: fit for one GPU. On eight devices every one holds a group. Expected:
+`eval/mrr@10` rises and `eval/answer_nll` falls from the first evaluation on.
 """
 
 from ml_collections import ConfigDict

@@ -2,8 +2,8 @@
 
     python -m rag_jax.main --config=configs/tiny.py --workdir=/tmp/tiny
 
-Cost: about a minute on 2 CPU cores, nearly all of it compilation. Result: `loss/total` falls by about a quarter; the
-models are random and byte-level, so the numbers mean nothing else.
+Cost: nearly all of it is compilation. Result: `loss/total` falls; the models are random and byte-level, so the numbers
+mean nothing else.
 """
 
 from ml_collections import ConfigDict
