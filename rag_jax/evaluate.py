@@ -187,12 +187,14 @@ def prompt_batches(rows: EvalRows, candidates: Int[np.ndarray, "R K"], label: st
     (num_rows, K), lengths = candidates.shape, prefixes.lengths
     batch_size = min(rows.batch_size, num_rows)
     longest = segments.padded_length(lengths[candidates], int(lengths.max()))
-    for batch in tqdm(sharing_batches(candidates, batch_size), desc=label, leave=False, mininterval=1.0):
-        filled = np.concatenate([batch, np.repeat(batch[:1], batch_size - len(batch))])
+    # Rows that share nothing meet rows of like length, so that short batches are padded to less.
+    order = np.argsort(-lengths[candidates].max(axis=1), kind="stable")
+    for batch in tqdm(sharing_batches(candidates[order], batch_size), desc=label, leave=False, mininterval=1.0):
+        filled = order[np.concatenate([batch, np.repeat(batch[:1], batch_size - len(batch))])]
         distinct, local = np.unique(candidates[filled], return_inverse=True)
-        num_prefixes = retrieval.size_for(len(distinct), batch_size * K)
+        num_prefixes = retrieval.size_for(len(distinct), batch_size * K, steps=2)
         which = np.concatenate([distinct, np.repeat(distinct[:1], num_prefixes - len(distinct))])
-        prefix = segments.pad(prefixes, which, retrieval.size_for(int(lengths[distinct].max()), longest))
+        prefix = segments.pad(prefixes, which, retrieval.size_for(int(lengths[distinct].max()), longest, steps=2))
         yield Prompts(filled, len(batch), prefix, local.reshape(batch_size, K).astype(np.int32))
 
 
@@ -219,19 +221,22 @@ def answer_nll(
 
     The marginal is RAG-Sequence for the objective "sequence" and RAG-Token for every other.
     """
-    examples, shape = rows.examples, data.longest(rows.examples)
+    examples = rows.examples
     queries, answers = examples.prompt_queries, examples.answers
     assert queries is not None and answers is not None
+    answer_lengths = answers.lengths[rows.sample]
+    suffix_lengths = queries.lengths[examples.query_key[rows.sample]] + answer_lengths
+    suffix_len, num_tokens = (segments.round_up(int(a.max())) for a in (suffix_lengths, answer_lengths))
     parts = []
     for batch in prompt_batches(rows, candidates, "answer likelihood"):
         row = rows.sample[batch.rows]
         query = examples.query_key[row]
-        suffix = segments.join_padded((queries, answers), (query, row), shape.suffix)
-        answer_mask = np.arange(shape.answer) < answers.lengths[row][:, None]
+        suffix = segments.join_padded((queries, answers), (query, row), suffix_len)
+        answer_mask = np.arange(num_tokens) < answers.lengths[row][:, None]
         answer_mask[batch.real :] = False
         answer = (queries.lengths[query].astype(np.int32), answer_mask)
         parts.append(_batch_nll(model, params, (batch.prefix, batch.candidates), suffix, answer, cosine[batch.rows]))
-    return float(np.sum(np.asarray(parts, np.float64))) / int(answers.lengths[rows.sample].sum())
+    return float(np.sum(np.asarray(parts, np.float64))) / int(answer_lengths.sum())
 
 
 def greedy_answers(
