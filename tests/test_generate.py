@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 from flax import nnx
 
@@ -101,6 +100,7 @@ def upto_eos(ids):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_one_passage_is_greedy_generation_of_transformers(name):
+    torch = pytest.importorskip("torch")
     torch.manual_seed(3)
     theirs = TORCH[name]().eval()
     graphdef, state = nnx.split(
