@@ -232,9 +232,11 @@ def loss(
         same_query_BB = batch.query_key[:, None] == batch.query_key[None, :]
         scores_BB = cosine_BB / objective.temperature
         parts["loss/contrastive"] = losses.contrastive_loss(scores_BB, same_passage_BB, same_query_BB)
-    if objective.uses_generator:
-        marginal = dalm_loss if objective.name == "dalm" else marginal_loss
-        parts["loss/marginal"] = marginal(rag, params, batch, cosine_BB, named_key(key, "generator"))
+    if objective.uses_generator and objective.name == "dalm":
+        assert cosine_BB is not None
+        parts["loss/marginal"] = dalm_loss(rag, params, batch, cosine_BB, named_key(key, "generator"))
+    elif objective.uses_generator:
+        parts["loss/marginal"] = marginal_loss(rag, params, batch, cosine_BB, named_key(key, "generator"))
     total = objective.contrastive_weight * parts.get("loss/contrastive", jnp.zeros(())) + (
         objective.marginal_weight * parts.get("loss/marginal", jnp.zeros(()))
     )

@@ -6,6 +6,7 @@ its optimizer state), `model` (tensor parallel).
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ PARAM_RULES: tuple[tuple[str, PartitionSpec], ...] = (
 )
 
 
-def make_mesh(replica: int, data: int, model: int, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(replica: int, data: int, model: int, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all devices; -1 stands for what the other axes leave. UserError when the numbers do not fit."""
     devices = jax.devices() if devices is None else devices
     sizes = {"replica": replica, "data": data, "model": model}
@@ -57,7 +58,7 @@ def check_batch(mesh: Mesh, batch_size: int, group_size: int) -> None:
     if groups % shards:
         raise UserError(
             f"batch_size={batch_size}, group_size={group_size}: {groups} groups cannot be split over the {shards} "
-            f"devices of mesh axes replica and data; make batch_size a multiple of {group_size * shards} or set mesh.data"
+            f"devices of mesh.replica and mesh.data; make batch_size a multiple of {group_size * shards}"
         )
 
 

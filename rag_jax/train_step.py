@@ -36,8 +36,8 @@ def init_state(params: Any, frozen: Any, optimizer: optax.GradientTransformation
     return jax.jit(init, out_shardings=shardings, donate_argnums=(0, 1))(params, frozen)
 
 
-def state_shardings(abstract_state: TrainState, mesh: Mesh) -> TrainState:
-    """Parameters by the rules; optimizer leaves like the parameter whose path they end in, scalars everywhere."""
+def state_shardings(abstract_state: TrainState, mesh: Mesh) -> Any:
+    """Shardings of a state: parameters by the rules; the optimizer's leaves like the parameter they are of."""
     whole = NamedSharding(mesh, PartitionSpec())
 
     def place(tree: Any) -> Any:
@@ -54,7 +54,7 @@ def make_train_step(
     model: rag.Rag,
     optimizer: optax.GradientTransformation,
     learning_rate: Callable[[jax.Array], jax.Array],
-    shardings: TrainState,
+    shardings: Any,
     *,
     dropout_seed: int | None,
 ) -> Step:
@@ -73,7 +73,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics |= {
             "optim/learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
-            "optim/grad_norm": optax.global_norm(grads),
+            "optim/grad_norm": optax.tree.norm(grads),
         }
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, state.frozen, opt_state), metrics

@@ -1,5 +1,6 @@
 """The model families: a frozen config each, and modules that know no mesh, no tokenizer and no run config."""
 
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
@@ -11,7 +12,7 @@ from rag_jax.models.llama import Llama, LlamaConfig, RopeScaling
 
 ModelConfig = BertConfig | Gpt2Config | LlamaConfig
 
-FAMILIES: dict[type, type[nnx.Module]] = {BertConfig: Bert, Gpt2Config: Gpt2, LlamaConfig: Llama}
+FAMILIES: dict[type, Callable[..., nnx.Module]] = {BertConfig: Bert, Gpt2Config: Gpt2, LlamaConfig: Llama}
 
 __all__ = [
     "FAMILIES",

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from rag_jax.models import layers
+from rag_jax.models.layers import Rope
 
 
 class Cache(NamedTuple):
@@ -32,7 +33,7 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "B L D"]:
         raise NotImplementedError
 
-    def _rope(self, positions: Int[Array, "B L"]) -> layers.Rope | None:
+    def _rope(self, positions: Int[Array, "B L"]) -> Rope | None:
         raise NotImplementedError
 
     def head_kernel(self) -> Float[Array, "D V"]:

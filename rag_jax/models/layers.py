@@ -1,7 +1,7 @@
 """What the model families share: attention, dropout, positions and the scan over stacked layers.
 
-Letters as in the whole project: B rows, L own tokens, M keys that may be looked at, D width, H heads, G key-value heads,
-R query heads per key-value head (H = G * R), C channels of a head, N layers.
+Letters as in the whole project: B rows, L own tokens, M keys that may be looked at, D width, H heads, G key-value
+heads, R query heads per key-value head (H = G * R), C channels of a head, N layers.
 """
 
 import zlib
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
-KeysValues = tuple[Float[Array, "B M G C"], Float[Array, "B M G C"]]
+KeysValues = tuple[Float[Array, "B _ G C"], Float[Array, "B _ G C"]]  # of any number of tokens
 Rope = tuple[Float[Array, "B L C2"], Float[Array, "B L C2"]]
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -113,7 +113,7 @@ class Attention(nnx.Module):
         context: KeysValues | None = None,
         dropout_key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B L D"], KeysValues]:
-        """The attended values, and the rows' own keys and values (M counts the context first, then the L own tokens)."""
+        """The attended values, and the rows' own keys and values; M counts the context first, then the own tokens."""
         B, L, _ = x.shape
         query = self.query(x).reshape(B, L, self.num_heads, self.head_dim)
         key = self.key(x).reshape(B, L, self.num_kv_heads, self.head_dim)

@@ -1,0 +1,136 @@
+"""Hugging Face folders in and out: config, tokenizer, pooling, weights."""
+
+import dataclasses
+import json
+import pathlib
+import re
+import shutil
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import transformers
+
+from rag_jax import models
+from rag_jax.errors import UserError
+from rag_jax.hf import config as configs
+from rag_jax.hf import folder as folders
+from rag_jax.hf import weights
+from rag_jax.hf.pooling import Pooling, read_pooling, write_pooling
+from rag_jax.hf.weights import load_params
+
+__all__ = ["Pooling", "Source", "copy_small_files", "load_params", "open_model", "save_model"]
+
+# Everything of a model's folder but weights and papers, relative names.
+SMALL_FILES = (
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|modules"
+    r"|config_sentence_transformers|sentence_bert_config)\.json"
+    r"|vocab\.txt|merges\.txt|chat_template\.jinja|[\w.-]+\.model|[\w.-]*Pooling/config\.json"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model's folder, read but for its weights."""
+
+    path: str  # as the config has it
+    folder: pathlib.Path
+    model_type: str  # theirs
+    model_config: models.ModelConfig
+    tokenizer: Any
+    pooling: Pooling
+    dtype: str  # of the weights in the folder
+
+
+def open_model(path: str, key: str, role: str) -> Source:
+    """The model that the config key `key` names, as "retriever" or "generator". UserError for what cannot be used."""
+    folder, where = folders.resolve(path, key), f"{key}={path!r}"
+    model_type, model_config = configs.read_config(folder, where)
+    if isinstance(model_config, models.BertConfig):
+        if role == "generator":
+            able = [name for name, family in configs.FAMILIES.items() if family.config is not models.BertConfig]
+            raise UserError(f"{where}: a {model_type} model cannot generate; give one of type {', '.join(able)}")
+    elif role == "retriever" and isinstance(model_config, models.LlamaConfig):
+        # A retriever's output matrix is never used: not read, not kept, not written.
+        model_config = dataclasses.replace(model_config, tied_head=True)
+    tokenizer = _tokenizer(folder, where, model_config.vocab_size)
+    pooling = read_pooling(folder, "mean" if isinstance(model_config, models.BertConfig) else "last", where)
+    dtype = _rest_dtype(folder) or weights.file_dtype(folder, model_config)
+    return Source(path, folder, model_type, model_config, tokenizer, pooling, dtype)
+
+
+def save_model(
+    source: Source, params: Any, folder: pathlib.Path, dtype: str = "float32", pooling: Pooling | None = None
+) -> None:
+    """A folder that `transformers` loads, and with `pooling` sentence-transformers too; `folder` must be empty.
+
+    `dtype` is that of the weights: "float32", "float16", "bfloat16", or "source" for what they came in.
+    """
+    dtype = source.dtype if dtype == "source" else dtype
+    _copy(source.folder, folder)
+    theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    theirs["architectures"] = [_architecture(source, is_retriever=pooling is not None)]
+    theirs.pop("torch_dtype", None)
+    theirs["dtype"] = dtype
+    _write_json(folder / "config.json", theirs)
+    if pooling is not None:
+        write_pooling(folder, pooling, source.model_config.width)
+        _with_pad_token(folder, source.tokenizer)
+    rest = weights.load_rest(source.folder, source.model_config)
+    weights.save_params(params, folder, source.model_config, np.dtype(dtype), rest)
+
+
+def copy_small_files(source: Source, folder: pathlib.Path) -> None:
+    """All of a model but its weights: with a checkpoint's parameters it can be evaluated and exported again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _copy(source.folder, folder)
+    rest = weights.load_rest(source.folder, source.model_config)
+    safetensors.numpy.save_file(rest, folder / weights.REST, {"dtype": source.dtype})
+
+
+def _tokenizer(folder: pathlib.Path, where: str, vocab_size: int) -> Any:
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # any kind, from any of its many readers
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{where}: its tokenizer cannot be read ({reason}); is tokenizer.json whole?") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"{where}: its tokenizer has no fast version; give a folder that holds tokenizer.json")
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= vocab_size:
+        raise UserError(f"{where}: its tokenizer has ids up to {largest}, but the model only {vocab_size} embeddings")
+    return tokenizer
+
+
+def _rest_dtype(folder: pathlib.Path) -> str | None:
+    """What a workdir's copy says about the weights it was made from."""
+    if not (folder / weights.REST).is_file():
+        return None
+    with safetensors.safe_open(folder / weights.REST, "np") as file:
+        return file.metadata()["dtype"]
+
+
+def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
+    for path in sorted(source.rglob("*")):
+        name = path.relative_to(source).as_posix()
+        if path.is_file() and re.fullmatch(SMALL_FILES, name):
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target / name)
+
+
+def _architecture(source: Source, *, is_retriever: bool) -> str:
+    """The class to load with: a retriever has no head."""
+    architecture = configs.FAMILIES[source.model_type].architecture
+    return re.sub(r"(ForCausalLM|LMHeadModel)$", "Model", architecture) if is_retriever else architecture
+
+
+def _with_pad_token(folder: pathlib.Path, tokenizer: Any) -> None:
+    """sentence-transformers pads its batches, which a tokenizer made for generation may have no token for."""
+    if tokenizer.pad_token is None:
+        file = folder / "tokenizer_config.json"
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        _write_json(file, settings | {"pad_token": tokenizer.eos_token})
+
+
+def _write_json(path: pathlib.Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,91 @@
+"""How a retriever's token states become an embedding: sentence-transformers' files, read and written."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from rag_jax.errors import UserError
+
+# Theirs -> ours. Older files have one flag a mode, newer ones a name.
+MODES = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
+FLAGS = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "lasttoken"}
+QUERY_PROMPTS = ("query", "s2p_query")
+PASSAGE_PROMPTS = ("passage", "document", "corpus")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pooling:
+    """What a model's folder says about its embeddings; those of training are always normalised."""
+
+    mode: str  # "cls" | "mean" | "last"
+    query_prefix: str = ""
+    passage_prefix: str = ""
+    max_len: int | None = None  # tokens
+
+
+def read_pooling(folder: pathlib.Path, default: str, where: str) -> Pooling:
+    """What the folder says; `default` mode and no prefixes where it says nothing."""
+    problems: list[str] = []
+    mode = default
+    for module in _read(folder, "modules.json", where) or []:
+        kind = str(module.get("type", "")).rsplit(".", 1)[-1]
+        if kind == "Pooling":
+            mode = _mode(_read(folder, f"{module.get('path', '')}/config.json", where) or {}, problems)
+        elif kind not in ("Transformer", "Normalize"):
+            problems.append(f"modules.json: a module {kind} (supported: Transformer, Pooling, Normalize)")
+    prompts = (_read(folder, "config_sentence_transformers.json", where) or {}).get("prompts") or {}
+    if problems:
+        raise UserError(f"{where}: {'; '.join(problems)}; set retriever.pooling and remove modules.json to go on")
+    max_len = (_read(folder, "sentence_bert_config.json", where) or {}).get("max_seq_length")
+    return Pooling(mode, _first(prompts, QUERY_PROMPTS), _first(prompts, PASSAGE_PROMPTS), max_len)
+
+
+def write_pooling(folder: pathlib.Path, pooling: Pooling, width: int) -> None:
+    """The files from which `SentenceTransformer(folder)` embeds as training did."""
+    modules = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+    # The old names of types, flags and sizes: releases from 2.2 on read them.
+    types = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(modules)
+    ]
+    flags = {flag: MODES[name] == pooling.mode for flag, name in FLAGS.items()}
+    others = {"pooling_mode_max_tokens": False, "pooling_mode_mean_sqrt_len_tokens": False}
+    _write(folder, "modules.json", types)
+    _write(folder, "1_Pooling/config.json", {"word_embedding_dimension": width, **flags, **others})
+    prompts = {"query": pooling.query_prefix, "document": pooling.passage_prefix}
+    _write(folder, "config_sentence_transformers.json", {"prompts": prompts, "similarity_fn_name": "cosine"})
+    _write(folder, "sentence_bert_config.json", {"max_seq_length": pooling.max_len, "do_lower_case": False})
+    (folder / "2_Normalize").mkdir(exist_ok=True)
+
+
+def _mode(config: dict[str, Any], problems: list[str]) -> str:
+    if config.get("include_prompt") is False:
+        problems.append("pooling leaves the prompt out (include_prompt), which is not supported")
+    modes = [config["pooling_mode"]] if "pooling_mode" in config else []
+    modes = modes or [FLAGS.get(flag, flag) for flag, on in config.items() if flag.startswith("pooling_mode_") and on]
+    if len(modes) != 1 or modes[0] not in MODES:
+        problems.append(f"pooling by {' and '.join(map(str, modes)) or 'nothing'} (supported: {', '.join(MODES)})")
+        return "mean"
+    return MODES[modes[0]]
+
+
+def _first(prompts: dict[str, str], names: tuple[str, ...]) -> str:
+    return next((prompts[name] for name in names if prompts.get(name)), "")
+
+
+def _read(folder: pathlib.Path, name: str, where: str) -> Any:
+    path = folder / name
+    if ".." in pathlib.PurePath(name).parts or pathlib.PurePath(name).is_absolute():
+        raise UserError(f"{where}: modules.json points outside of the folder, to {name}")
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: {name} is not JSON ({error})") from None
+
+
+def _write(folder: pathlib.Path, name: str, content: Any) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

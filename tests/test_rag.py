@@ -1,0 +1,293 @@
+"""The composite against full sequences: one (query, passage) string at a time, no prefix shared, no chunk, no group."""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from rag_jax import losses, models, rag, sharding
+from rag_jax.models import BertConfig, Gpt2Config, LlamaConfig
+
+BERT = BertConfig(61, 2, 2, 16, 32, 64, 2, 1e-12, "gelu", 0.0, 0.0)
+GENERATORS = {
+    "gpt2": Gpt2Config(67, 2, 2, 16, 32, 64, 1e-5, "gelu_tanh", 0.0, 0.0, 0.0),
+    "llama": LlamaConfig(
+        67, 2, 4, 2, 8, 16, 32, 64, 1e-5, 1e4, None, "silu", False, False, False, True, False, None, 0.0
+    ),
+    "mistral": LlamaConfig(
+        67, 2, 4, 2, 8, 16, 32, 64, 1e-5, 1e4, None, "silu", True, False, False, False, True, 6, 0.0
+    ),
+}
+LP, LQ, T = 9, 5, 4
+
+
+class Rows(NamedTuple):
+    query_key: jax.Array
+    passage_key: jax.Array
+    query_ids: jax.Array
+    query_mask: jax.Array
+    passage_ids: jax.Array
+    passage_mask: jax.Array
+    prefix_ids: jax.Array
+    prefix_mask: jax.Array
+    suffix_ids: jax.Array
+    suffix_mask: jax.Array
+    answer_start: jax.Array
+    answer_mask: jax.Array
+
+
+def make_rows(num_rows, seed=0, passages=None, prefix_room=0, suffix_room=0):
+    """Ragged rows; `passages` says which passage each row carries (rows may share one)."""
+    rng = np.random.default_rng(seed)
+    passages = np.arange(num_rows) if passages is None else np.asarray(passages)
+
+    def padded(lengths, ids, room=0):
+        width = ids.shape[1] + room
+        mask = np.arange(width) < lengths[:, None]
+        ids = np.pad(ids, ((0, 0), (0, room)))
+        return jnp.asarray(np.where(mask, ids, 0), jnp.int32), jnp.asarray(mask)
+
+    distinct = passages.max() + 1
+    passage = padded(rng.integers(3, 9, distinct), rng.integers(1, 61, (distinct, 8)))
+    prefix = padded(rng.integers(4, LP + 1, distinct), rng.integers(1, 67, (distinct, LP)), prefix_room)
+    query_lengths, answer_lengths = rng.integers(2, LQ + 1, num_rows), rng.integers(1, T + 1, num_rows)
+    suffix = padded(query_lengths + answer_lengths, rng.integers(1, 67, (num_rows, LQ + T)), suffix_room)
+    query = padded(rng.integers(2, 7, num_rows), rng.integers(1, 61, (num_rows, 6)))
+    return Rows(
+        jnp.arange(num_rows),
+        jnp.asarray(passages),
+        *query,
+        *(a[passages] for a in passage),
+        *(a[passages] for a in prefix),
+        *suffix,
+        jnp.asarray(query_lengths, jnp.int32),
+        jnp.asarray(np.arange(T) < answer_lengths[:, None]),
+    )
+
+
+def make_model(config, seed):
+    graphdef, shapes = models.abstract(config)
+    rng = np.random.default_rng(seed)
+
+    def draw(path, shape):
+        # Livelier than at random; with much more, answers get so unlikely that float32 leaves few digits of them.
+        return jnp.asarray(rng.normal(path[-1].key == "scale", 0.2, shape.shape), shape.dtype)
+
+    return graphdef, jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def make(generator="llama", **objective):
+    retriever, retriever_params = make_model(BERT, 1)
+    graphdef, params = make_model(GENERATORS[generator], 2)
+    settings = dict(
+        name="token",
+        candidates=4,
+        temperature=0.1,
+        marginal_temperature=0.5,
+        contrastive_weight=0.7,
+        marginal_weight=1.3,
+    )
+    model = rag.Rag(rag.Objective(**settings | objective), retriever, graphdef, "mean", 4)
+    return model, {"retriever": retriever_params, "generator": params}
+
+
+def candidates_by_hand(cosine, keys, group_size, num_candidates):
+    """The positive first, then other passages of the group by falling score, none twice."""
+    chosen = []
+    for i in range(len(keys)):
+        group, seen, row = range(i // group_size * group_size, (i // group_size + 1) * group_size), {keys[i]}, [i]
+        for j in sorted(group, key=lambda j: -float(cosine[i, j])):
+            if keys[j] not in seen:
+                seen.add(keys[j])
+                row.append(j)
+        chosen.append(row[:num_candidates])
+    return chosen
+
+
+def reference(model, params, rows):
+    """Loss and gradients with one full [passage][query][answer] sequence a pair, and all logits."""
+    objective, keys = model.objective, np.asarray(rows.passage_key)
+    same = jnp.asarray(keys[:, None] == keys[None, :])
+
+    def cosine_of(params):
+        retriever = nnx.merge(model.retriever, params["retriever"])
+
+        def embed(ids, mask):
+            sums = (retriever(ids, mask) * mask[:, :, None]).sum(axis=1)
+            return sums / jnp.sqrt((sums**2).sum(axis=1, keepdims=True))
+
+        return embed(rows.query_ids, rows.query_mask) @ embed(rows.passage_ids, rows.passage_mask).T
+
+    chosen = candidates_by_hand(np.asarray(jax.jit(cosine_of)(params)), keys, model.group_size, objective.candidates)
+    sequences, targets = [], []
+    for i, row in enumerate(chosen):
+        for j in row:
+            prefix = np.asarray(rows.prefix_ids[j])[: int(rows.prefix_mask[j].sum())]
+            start, length = int(rows.answer_start[i]), int(rows.answer_mask[i].sum())
+            sequences.append(np.concatenate([prefix, np.asarray(rows.suffix_ids[i])[: start + length]]))
+            targets.append([len(prefix) + start + min(t, length - 1) for t in range(T)])
+    lengths = np.array([len(s) for s in sequences])
+    ids = np.stack([np.pad(s, (0, lengths.max() - len(s))) for s in sequences]).astype(np.int32)
+    mask = jnp.asarray(np.arange(lengths.max()) < lengths[:, None])
+    pair, target = np.arange(len(sequences))[:, None], np.array(targets)
+    answer = rows.answer_mask[:, None, :]
+
+    def loss(params):
+        cosine = cosine_of(params)
+        contrastive = losses.contrastive_loss(cosine / objective.temperature, same)
+        generator = nnx.merge(model.generator, params["generator"])
+        log_probs = jax.nn.log_softmax(generator.logits(generator(jnp.asarray(ids), mask)))
+        gold = log_probs[pair, target - 1, ids[pair, target]].reshape(len(chosen), -1, T)
+        prior = jax.nn.log_softmax(
+            jnp.take_along_axis(cosine, np.array(chosen), axis=1) / objective.marginal_temperature
+        )
+        if objective.name == "sequence":
+            total = jnp.log(jnp.exp(prior + (gold * answer).sum(-1)).sum(1)).sum()
+        else:
+            total = (jnp.log(jnp.exp(prior[:, :, None] + gold).sum(1)) * answer[:, 0]).sum()
+        return objective.contrastive_weight * contrastive - objective.marginal_weight * total / answer.sum()
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+def assert_trees_close(got, expected, tolerance):
+    """Every tensor by its norm, but none by less than a hundredth of its model's: what cancels keeps its rounding."""
+    for model in expected:
+        floor = 1e-2 * float(optax.tree.norm(expected[model]))
+        pairs = zip(*(jax.tree_util.tree_leaves_with_path(tree[model]) for tree in (got, expected)), strict=True)
+        errors = [
+            (float(jnp.linalg.norm(a - b) / max(jnp.linalg.norm(b), floor)), sharding.path_of(path))
+            for (path, a), (_, b) in pairs
+        ]
+        assert max(errors)[0] < tolerance, (model, max(errors))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_grad(model, params, rows, key=None):
+    return jax.value_and_grad(lambda p: rag.loss(model, p, rows, key)[0])(params)
+
+
+@pytest.mark.parametrize(
+    ("generator", "name", "candidates"),
+    [("gpt2", "token", 4), ("gpt2", "sequence", 2), ("llama", "token", 2), ("mistral", "sequence", 4)],
+)
+def test_loss_and_gradients_equal_full_sequences(generator, name, candidates):
+    model, params = make(generator, name=name, candidates=candidates)
+    rows = make_rows(8)
+    loss, gradients = value_and_grad(model, params, rows)
+    expected, expected_gradients = reference(model, params, rows)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert_trees_close(gradients, expected_gradients, 1e-4)
+
+
+def test_duplicate_passages_are_read_last_and_never_negatives():
+    model, params = make(candidates=2)
+    rows = make_rows(8, passages=[0, 1, 0, 2, 3, 3, 3, 4])
+    loss, gradients = value_and_grad(model, params, rows)
+    expected, expected_gradients = reference(model, params, rows)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert_trees_close(gradients, expected_gradients, 1e-4)
+
+
+def test_the_marginal_alone_trains_the_retriever_and_dalm_does_not_couple():
+    model, params = make(contrastive_weight=0.0)
+    _, gradients = value_and_grad(model, params, make_rows(8))
+    assert all(float(jnp.linalg.norm(g)) > 0 for g in jax.tree.leaves(gradients["retriever"]["layers"]["mlp"]))
+    assert all(float(jnp.linalg.norm(g)) > 0 for g in jax.tree.leaves(gradients["generator"]["layers"]["mlp"]))
+
+
+@pytest.mark.parametrize("name", ["token", "sequence"])
+def test_padding_changes_nothing(name):
+    model, params = make(name=name)
+    loss, gradients = value_and_grad(model, params, make_rows(8))
+    padded, padded_gradients = value_and_grad(model, params, make_rows(8, prefix_room=6, suffix_room=3))
+    np.testing.assert_allclose(padded, loss, rtol=1e-6)
+    assert_trees_close(padded_gradients, gradients, 1e-5)
+
+
+def test_head_chunks_change_nothing(monkeypatch):
+    model, params = make()
+    rows = make_rows(8)
+    loss, gradients = value_and_grad(model, params, rows)
+    monkeypatch.setattr(rag, "HEAD_CHUNK", 7)
+    value_and_grad.clear_cache()
+    chunked, chunked_gradients = value_and_grad(model, params, rows)
+    value_and_grad.clear_cache()
+    np.testing.assert_allclose(chunked, loss, rtol=1e-6)
+    assert_trees_close(chunked_gradients, gradients, 1e-5)
+
+
+def test_rematerialisation_changes_nothing():
+    model, params = make("gpt2")
+    rows = make_rows(8)
+    loss, gradients = value_and_grad(model, params, rows)
+    config = dataclasses.replace(GENERATORS["gpt2"], remat=True)
+    remat = dataclasses.replace(model, generator=models.abstract(config)[0])
+    again, again_gradients = value_and_grad(remat, params, rows)
+    np.testing.assert_allclose(again, loss, rtol=1e-6)
+    assert_trees_close(again_gradients, gradients, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (1, 1, 8)])
+def test_the_mesh_changes_nothing(shape):
+    rows = make_rows(32, passages=[0, 1, 0, *range(2, 31)])
+    model, params = make()
+    loss, gradients = value_and_grad(model, params, rows)
+    devices = jax.devices()[: int(np.prod(shape))]
+    mesh = sharding.make_mesh(*shape, devices=devices)
+    placed = jax.device_put(params, sharding.param_shardings(mesh, params))
+    split = jax.device_put(rows, jax.sharding.NamedSharding(mesh, sharding.BATCH))
+    model = dataclasses.replace(model, batch_shards=sharding.batch_shards(mesh))
+    meshed, meshed_gradients = value_and_grad(model, placed, split)
+    np.testing.assert_allclose(meshed, loss, rtol=1e-5)
+    assert_trees_close(jax.device_get(meshed_gradients), jax.device_get(gradients), 1e-5)
+
+
+def test_candidates_are_the_positive_and_the_best_distinct_others():
+    cosine = jnp.asarray([[0.1, 0.9, 0.5, 0.9], [0.2, 0.3, 0.4, 0.5], [0.0, 0.1, 0.2, 0.3], [0.9, 0.8, 0.7, 0.0]])
+    passages = jnp.asarray([5, 6, 7, 6])
+    got = rag.choose_candidates(cosine, passages, 3)
+    np.testing.assert_array_equal(got, [[0, 1, 2], [1, 2, 0], [2, 1, 0], [3, 0, 2]])
+
+
+def test_only_the_used_model_is_computed():
+    rows = make_rows(8)
+    model, params = make(name="none", marginal_weight=0.0)
+    loss, metrics = rag.loss(model, {"retriever": params["retriever"]}, rows, None)
+    assert set(metrics) == {"loss/total", "loss/contrastive"} and np.isfinite(loss)
+    model, params = make(candidates=1, contrastive_weight=0.0)
+    loss, metrics = rag.loss(model, {"generator": params["generator"]}, rows, None)
+    assert set(metrics) == {"loss/total", "loss/marginal"}
+    np.testing.assert_allclose(loss, reference(model, params, rows)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["cls", "mean", "last"])
+@pytest.mark.parametrize("left", [False, True])
+def test_pooling_against_numpy(mode, left):
+    rng = np.random.default_rng(0)
+    hidden, lengths = rng.normal(size=(3, 5, 4)).astype(np.float32), [5, 2, 3]
+    mask = np.array([[i >= 5 - n if left else i < n for i in range(5)] for n in lengths])
+    pick = {"cls": lambda h: h[0], "mean": lambda h: h.mean(0), "last": lambda h: h[-1]}[mode]
+    expected = [pick(h[m]) for h, m in zip(hidden, mask, strict=True)]
+    np.testing.assert_allclose(rag.pool(jnp.asarray(hidden), jnp.asarray(mask), mode), expected, rtol=1e-6)
+
+
+def test_dropout_is_a_function_of_the_key():
+    model, params = make("gpt2")
+    config = dataclasses.replace(GENERATORS["gpt2"], dropout=0.2, embed_dropout=0.2, attention_dropout=0.2)
+    retriever = dataclasses.replace(BERT, dropout=0.2, attention_dropout=0.2)
+    model = dataclasses.replace(
+        model, generator=models.abstract(config)[0], retriever=models.abstract(retriever)[0], batch_shards=1
+    )
+    rows = make_rows(8)
+    one, again, other = (float(value_and_grad(model, params, rows, jax.random.key(k))[0]) for k in (0, 0, 1))
+    assert one == again != other
+    assert float(value_and_grad(model, params, rows)[0]) == pytest.approx(
+        float(value_and_grad(make("gpt2")[0], params, rows)[0])
+    )
