@@ -62,18 +62,18 @@ def parse(flags: Parser, argv: Sequence[str] | None = None) -> tuple[argparse.Na
     return flags.parse_args(rest), overrides
 
 
-def run(main: Callable[[], Any]) -> NoReturn:
-    """Run a command: exit 0 when done, 2 and one line for what the user can mend, 130 when interrupted."""
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command: exit with what it returns, 2 and one line for what the user can mend, 130 when interrupted."""
     quiet()
     try:
-        main()
+        code = main() or 0
     except UserError as error:
         print(f"rag_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("rag_jax: interrupted", file=sys.stderr)
         sys.exit(130)
-    sys.exit(0)
+    sys.exit(code)
 
 
 def quiet() -> None:

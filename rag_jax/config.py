@@ -175,6 +175,11 @@ def require(config: ConfigDict, name: str) -> Any:
     return value
 
 
+def flat(config: ConfigDict) -> dict[str, Any]:
+    """`{dotted key: value}` of all keys."""
+    return _flatten(config)
+
+
 def to_json(config: ConfigDict) -> str:
     """Nested JSON, in the order of `KEYS`."""
     return json.dumps(_nest(_flatten(config)), indent=2, ensure_ascii=False) + "\n"

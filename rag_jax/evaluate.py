@@ -189,7 +189,9 @@ def prompt_batches(rows: EvalRows, candidates: Int[np.ndarray, "R K"], label: st
     longest = segments.padded_length(lengths[candidates], int(lengths.max()))
     # Rows that share nothing meet rows of like length, so that short batches are padded to less.
     order = np.argsort(-lengths[candidates].max(axis=1), kind="stable")
-    for batch in tqdm(sharing_batches(candidates[order], batch_size), desc=label, leave=False, mininterval=1.0):
+    for batch in tqdm(
+        sharing_batches(candidates[order], batch_size), desc=label, leave=False, mininterval=1.0, disable=None
+    ):
         filled = order[np.concatenate([batch, np.repeat(batch[:1], batch_size - len(batch))])]
         distinct, local = np.unique(candidates[filled], return_inverse=True)
         num_prefixes = retrieval.size_for(len(distinct), batch_size * K, steps=2)
@@ -346,6 +348,7 @@ def main() -> None:
 
     from rag_jax import run
 
+    run.keep_compiled()
     opened = run.open_run(loaded, args.workdir)
     rows, report = load_rows(loaded, opened.retriever_text, opened.prompt)
     if not args.json:

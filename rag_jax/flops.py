@@ -4,6 +4,8 @@ A product of (M, D) and (D, F) counts 2 M D F; a backward pass counts twice its 
 softmaxes are left out; a causal token looks at half of its own stream on average.
 """
 
+from typing import Any
+
 from rag_jax.models import BertConfig, LlamaConfig, ModelConfig
 
 
@@ -35,3 +37,18 @@ def shared_prefix(config: ModelConfig, prefixes: tuple[int, int], suffixes: tupl
         + layer_stack(config, num_suffixes * suffix_len, prefix_len + suffix_len / 2)
         + 2.0 * tokens * config.width * config.vocab_size
     )
+
+
+def training_step(configs: dict[str, ModelConfig], batch_size: int, candidates: int, lengths: Any) -> float:
+    """FLOPs of one update of the models that are used; `lengths` as in `data.Lengths`, 0 for what is not read."""
+    forward = 0.0
+    if "retriever" in configs:
+        forward += sum(encoding(configs["retriever"], batch_size, n) for n in (lengths.query, lengths.passage))
+    if "generator" in configs and lengths.string:
+        tokens, config = batch_size * lengths.string, configs["generator"]
+        forward += layer_stack(config, tokens, lengths.string / 2) + 2.0 * tokens * config.width * config.vocab_size
+    elif "generator" in configs:
+        pairs = batch_size * candidates
+        prefixes, suffixes = (batch_size, lengths.prefix), (pairs, lengths.suffix)
+        forward += shared_prefix(configs["generator"], prefixes, suffixes, pairs * lengths.answer)
+    return 3 * forward

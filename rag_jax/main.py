@@ -9,7 +9,7 @@ from rag_jax.errors import UserError
 RECORDS = ("checkpoints", "metrics.jsonl", "tensorboard", "eval", "models")
 
 
-def main() -> None:
+def main() -> int:
     flags = cli.parser("main", __doc__)
     flags.add_argument("--config", required=True, metavar="FILE.py", help="file that defines get_config()")
     flags.add_argument("--workdir", required=True, type=pathlib.Path, metavar="DIR", help="where the run is kept")
@@ -21,7 +21,8 @@ def main() -> None:
 
     from rag_jax import train  # here: it takes seconds to load, and everything above answers at once
 
-    train.train(run_config, args.workdir)
+    ended_by = train.train(run_config, args.workdir)
+    return 128 + ended_by if ended_by else 0  # as a shell tells of a signal
 
 
 def check_workdir(workdir: pathlib.Path) -> None:

@@ -49,7 +49,9 @@ def embed(
     longest = int(lengths.max())
     found: list[Any] = []
     order = np.argsort(-lengths, kind="stable")  # the longest first: too little memory shows at once
-    for rows, real in tqdm(list(full_batches(order, batch_size)), desc=label, leave=False, mininterval=1.0):
+    for rows, real in tqdm(
+        list(full_batches(order, batch_size)), desc=label, leave=False, mininterval=1.0, disable=None
+    ):
         ids, mask = segments.pad(tokens, rows, size_for(int(lengths[rows].max()), longest))
         found.append(_encode(model, params, ids, mask)[:real])
     emb = np.empty((len(tokens), found[0].shape[-1]), np.float32)

@@ -6,10 +6,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
 from rag_jax import data, hf, models, rag, sharding
+from rag_jax.data import cache
+from rag_jax.errors import UserError
 
 ROLES = ("retriever", "generator")
+# How the predecessor's retriever reads, where the config says nothing else.
+DALM_PREFIXES = ("#query# ", "#passage# ")
+# Of compiled programs kept on disk; those used longest ago go first.
+COMPILED_BYTES = 4 * 10**9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +29,20 @@ class Run:
     model: rag.Rag
     retriever_text: data.RetrieverText | None
     prompt: data.Prompt | None
+    whole_string: data.WholeString | None  # objective "dalm": what its generator trains on
+
+    def shapes(self) -> dict[str, Any]:
+        """Shapes of all parameters, by role."""
+        return {role: models.abstract(source.model_config)[1] for role, source in self.sources.items()}
 
 
-def open_run(config: Any, workdir: pathlib.Path | None = None) -> Run:
+def keep_compiled() -> None:
+    """What is compiled from now on is found again by later processes."""
+    jax.config.update("jax_compilation_cache_dir", str(cache.folder() / "compiled"))
+    jax.config.update("jax_compilation_cache_max_size", COMPILED_BYTES)
+
+
+def open_run(config: Any, workdir: pathlib.Path | None = None, batch_shards: int = 1) -> Run:
     """Configs and tokenizers of the models, from the copies in the workdir where it has them. Reads no weights."""
     sources = {}
     for role in ROLES:
@@ -31,14 +50,37 @@ def open_run(config: Any, workdir: pathlib.Path | None = None) -> Run:
             copy = None if workdir is None else workdir / "models" / role
             path = str(copy) if copy is not None and copy.is_dir() else config[role].path
             sources[role] = hf.open_model(path, f"{role}.path", role)
-    return Run(config, sources, composite(config, sources), retriever_text(config, sources), prompt(config, sources))
+    check_lengths(config, sources)
+    text, prompt_text = retriever_text(config, sources), prompt(config, sources)
+    whole = None
+    if prompt_text is not None and config.objective.name == "dalm":
+        whole = data.WholeString(prompt_text.tokenizer, string_len(config))
+    return Run(config, sources, composite(config, sources, batch_shards), text, prompt_text, whole)
+
+
+def string_len(config: Any) -> int:
+    """Tokens of a generator's whole prompt: all three segments."""
+    return config.data.prompt_passage_len + config.data.prompt_query_len + config.data.answer_len
+
+
+def check_lengths(config: Any, sources: dict[str, hf.Source]) -> None:
+    """UserError for texts longer than the positions that a model has."""
+    lengths = {
+        "retriever": {name: config.data[name] for name in ("query_len", "passage_len")},
+        "generator": {"prompt_passage_len + data.prompt_query_len + data.answer_len": string_len(config)},
+    }
+    problems = [
+        f"data.{name}={length}: {role}.path={source.path!r} has {source.model_config.max_positions} positions"
+        for role, source in sources.items()
+        for name, length in lengths[role].items()
+        if length > source.model_config.max_positions
+    ]
+    if problems:
+        raise UserError(f"{'; '.join(problems)}; lower what is too long")
 
 
 def composite(config: Any, sources: dict[str, hf.Source], batch_shards: int = 1) -> rag.Rag:
-    graphs = {
-        role: models.abstract(dataclasses.replace(source.model_config, remat=config[role].remat))[0]
-        for role, source in sources.items()
-    }
+    graphs = {role: models.abstract(model_config(config, role, source))[0] for role, source in sources.items()}
     pooling = config.retriever.pooling
     if pooling == "auto":
         pooling = sources["retriever"].pooling.mode if "retriever" in sources else "mean"
@@ -53,14 +95,31 @@ def composite(config: Any, sources: dict[str, hf.Source], batch_shards: int = 1)
     )
 
 
+def model_config(config: Any, role: str, source: hf.Source) -> models.ModelConfig:
+    """The model's own config, with what the run decides: rematerialisation and dropout."""
+    changes: dict[str, Any] = {"remat": config[role].remat}
+    if config.dropout is not None:
+        changes |= dict.fromkeys(dropouts(source.model_config), config.dropout)
+    return dataclasses.replace(source.model_config, **changes)
+
+
+def dropouts(model_config: models.ModelConfig) -> dict[str, float]:
+    """The dropout rates of a model, by the names of its config."""
+    return {name: rate for name, rate in vars(model_config).items() if name.endswith("dropout")}
+
+
 def retriever_text(config: Any, sources: dict[str, hf.Source]) -> data.RetrieverText | None:
     if "retriever" not in sources:
         return None
     source, section = sources["retriever"], config.retriever
-    query_prefix = source.pooling.query_prefix if section.query_prefix is None else section.query_prefix
-    passage_prefix = source.pooling.passage_prefix if section.passage_prefix is None else section.passage_prefix
+    folder_says = (source.pooling.query_prefix, source.pooling.passage_prefix)
+    query, passage = DALM_PREFIXES if config.objective.name == "dalm" else folder_says
     return data.RetrieverText(
-        source.tokenizer, query_prefix, passage_prefix, config.data.query_len, config.data.passage_len
+        source.tokenizer,
+        query if section.query_prefix is None else section.query_prefix,
+        passage if section.passage_prefix is None else section.passage_prefix,
+        config.data.query_len,
+        config.data.passage_len,
     )
 
 
@@ -74,14 +133,17 @@ def prompt(config: Any, sources: dict[str, hf.Source]) -> data.Prompt | None:
     )  # fmt: skip
 
 
-def abstract_params(run: Run) -> dict[str, Any]:
-    """Shapes of all parameters, with their places on a mesh of all devices."""
-    shapes = {role: models.abstract(source.model_config)[1] for role, source in run.sources.items()}
-    places = sharding.param_shardings(sharding.make_mesh(1, -1, 1), shapes)
+def abstract_params(run: Run, mesh: Mesh | None = None) -> dict[str, Any]:
+    """Shapes of all parameters, with their places on a mesh, if none is given one of all devices."""
+    shapes = run.shapes()
+    places = sharding.param_shardings(mesh or sharding.make_mesh(1, -1, 1), shapes)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, jnp.float32, sharding=s), shapes, places)
 
 
-def pretrained_params(run: Run) -> dict[str, Any]:
+def pretrained_params(run: Run, mesh: Mesh | None = None) -> dict[str, Any]:
     """The parameters in the models' folders, placed as `abstract_params` says."""
-    params = {role: hf.load_params(source.folder, source.model_config) for role, source in run.sources.items()}
-    return jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), params, abstract_params(run))
+    params = {}
+    for role, places in abstract_params(run, mesh).items():
+        loaded = hf.load_params(run.sources[role].folder, run.sources[role].model_config)
+        params[role] = jax.tree.map(lambda a, b: jax.device_put(np.asarray(a), b.sharding), loaded, places)
+    return params

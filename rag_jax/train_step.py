@@ -1,6 +1,7 @@
 """The state of training and the one jitted step."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,15 +29,23 @@ Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 
 def init_state(params: Any, frozen: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Step 0 around parameters that lie on the mesh; the optimizer's moments are born beside them."""
-
-    def init(params: Any, frozen: Any) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
-
+    init = functools.partial(_init, optimizer)
     shardings = state_shardings(jax.eval_shape(init, params, frozen), mesh)
     return jax.jit(init, out_shardings=shardings, donate_argnums=(0, 1))(params, frozen)
 
 
-def state_shardings(abstract_state: TrainState, mesh: Mesh) -> Any:
+def abstract_state(params: Any, frozen: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
+    """The shapes and places of `init_state`'s result for abstract parameters; no array is made."""
+    state = jax.eval_shape(functools.partial(_init, optimizer), params, frozen)
+    shardings = state_shardings(state, mesh)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
+
+
+def _init(optimizer: optax.GradientTransformation, params: Any, frozen: Any) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> Any:
     """Shardings of a state: parameters by the rules; the optimizer's leaves like the parameter they are of."""
     whole = NamedSharding(mesh, PartitionSpec())
 
@@ -45,8 +54,9 @@ def state_shardings(abstract_state: TrainState, mesh: Mesh) -> Any:
         arrays = sharding.param_shardings(mesh, jax.tree.map(lambda a: None if a.ndim == 0 else a, tree))
         return jax.tree.map(lambda s, a: a if s is None else s, scalars, arrays, is_leaf=lambda x: x is None)
 
-    return TrainState(
-        whole, place(abstract_state.params), place(abstract_state.frozen), place(abstract_state.opt_state)
+    return jax.tree.unflatten(
+        jax.tree.structure(state),
+        jax.tree.leaves((whole, place(state.params), place(state.frozen), place(state.opt_state))),
     )
 
 

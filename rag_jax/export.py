@@ -1,0 +1,151 @@
+"""Export: a run's checkpoint as two Hugging Face folders.
+
+    python -m rag_jax.export --workdir=DIR --out=OUT [--step=N|best|latest] [--dtype=float32]
+
+OUT/retriever is read by `transformers.AutoModel` and `SentenceTransformer`, OUT/generator by
+`transformers.AutoModelForCausalLM`.
+"""
+
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Any
+
+import jax
+
+from rag_jax import checkpoint, cli, config
+from rag_jax.errors import UserError
+
+DTYPES = ("float32", "float16", "bfloat16", "source")
+
+
+def main() -> None:
+    flags = cli.parser("export", __doc__)
+    flags.add_argument("--workdir", required=True, type=pathlib.Path, metavar="DIR", help="a run")
+    flags.add_argument("--out", required=True, type=pathlib.Path, metavar="OUT", help="a folder that is not there yet")
+    flags.add_argument("--step", metavar="N|best|latest", help="which of its checkpoints; the latest if not given")
+    flags.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights; source: as they came in")
+    args, overrides = cli.parse(flags)
+    loaded = config.load_workdir(args.workdir, overrides)
+    check_out(args.out)
+    step = export(loaded, args.workdir, args.out, args.step, args.dtype)
+    print(f"step {step} of {args.workdir}: {', '.join(str(path) for path in sorted(args.out.iterdir()))}")
+
+
+def check_out(out: pathlib.Path) -> None:
+    """UserError unless `out` is a new or an empty folder."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out={out}: is a file; give a new folder")
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"--out={out}: is not empty; give a new folder")
+
+
+def export(loaded: Any, workdir: pathlib.Path, out: pathlib.Path, step: str | int | None, dtype: str) -> int:
+    """Write all models of the config at a step; `out` appears when it is whole, never before. Returns the step."""
+    from rag_jax import hf, run
+
+    opened = run.open_run(loaded, workdir)
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        found = checkpoints.find(step)
+        params = checkpoints.restore({"params": run.abstract_params(opened)}, found)["params"]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        made = pathlib.Path(scratch) / "export"
+        for role, source in opened.sources.items():
+            folder = made / role
+            folder.mkdir(parents=True)
+            pooling = None
+            text = opened.retriever_text
+            if role == "retriever" and text is not None:
+                longest = max(text.query_len, text.passage_len)
+                pooling = hf.Pooling(opened.model.pooling, text.query_prefix, text.passage_prefix, longest)
+            hf.save_model(source, jax.device_get(params[role]), folder, dtype, pooling)
+            (folder / "README.md").write_text(card(loaded, role, found), encoding="utf-8")
+        made.chmod(0o777 & ~_umask())
+        if out.is_dir():
+            out.rmdir()  # empty, as checked
+        shutil.move(made, out)
+    return found
+
+
+def _umask() -> int:
+    """What new folders do without; temporary ones are for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+CARD = """---
+library_name: {library}
+tags:
+- retrieval-augmented-generation
+- rag_jax
+---
+
+# {role} trained with rag_jax
+
+Trained for {step} steps together with its {other}, from `{path}`.
+
+| | |
+|---|---|
+| objective | {objective}, K = {candidates}, contrastive weight {contrastive:g}, marginal weight {marginal:g} |
+| batch | {batch} queries in groups of {group} |
+| learning rate | {rate:g}, {schedule} |
+{reads}
+## Use
+
+```python
+{use}
+```
+"""
+USE = {
+    "retriever": """from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("retriever")
+query_emb = model.encode(["a question"], prompt_name="query")
+passage_emb = model.encode(["a passage"], prompt_name="document")
+scores = query_emb @ passage_emb.T""",
+    "generator": """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("generator")
+model = AutoModelForCausalLM.from_pretrained("generator")
+prompt = {passage!r}.format(passage="a passage") + {query!r}.format(query="a question")
+ids = tokenizer(prompt, return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=48)[0]))""",
+}
+
+
+def card(loaded: Any, role: str, step: int) -> str:
+    """The model card: what it is, what it was trained with, how to load it."""
+    texts, objective = loaded.prompt, loaded.objective
+    reads, use = "", USE[role]
+    if role == "generator":
+        reads = f"| prompt | `{_code(texts.passage)}` `{_code(texts.query)}` `{_code(texts.answer)}` |\n"
+        use = use.format(passage=texts.passage, query=texts.query)
+    return CARD.format(
+        library="sentence-transformers" if role == "retriever" else "transformers",
+        role=role.capitalize(),
+        other="generator" if role == "retriever" else "retriever",
+        step=step,
+        path=_code(pathlib.PurePath(loaded[role].path).name),
+        objective=objective.name,
+        candidates=objective.candidates,
+        contrastive=objective.contrastive_weight,
+        marginal=objective.marginal_weight,
+        batch=loaded.batch_size,
+        group=loaded.group_size,
+        rate=loaded.optimizer.learning_rate,
+        schedule=loaded.optimizer.schedule,
+        reads=reads,
+        use=use,
+    )
+
+
+def _code(text: str) -> str:
+    """Text that can stand between backticks in a table."""
+    return text.replace("\n", "\\n").replace("`", "'").replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    cli.run(main)

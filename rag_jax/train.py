@@ -1,0 +1,402 @@
+"""The training loop: open what the config names, restore or start, then step, log, evaluate and save."""
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rag_jax import config as configs
+from rag_jax import data, evaluate, flops, hf, metrics, optim, run, sharding, train_step
+from rag_jax.checkpoint import Checkpoints
+from rag_jax.errors import UserError
+
+# Keys that may differ between a run and its continuation; all others change what the checkpoint means.
+MAY_CHANGE = (
+    "total_steps", "mesh", "checkpoint", "log", "eval", "data.eval", "data.passages", "retriever.remat",
+    "generator.remat",
+)  # fmt: skip
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Everything that stays the same from the first step to the last."""
+
+    config: Any
+    workdir: pathlib.Path
+    opened: run.Run
+    mesh: Mesh
+    examples: data.Examples
+    shapes: tuple[data.Lengths, ...]
+    eval_rows: evaluate.EvalRows | None
+    state: Any  # abstract
+    step: train_step.Step
+    is_main: bool  # the one process that prints and writes the record
+
+
+def train(config: Any, workdir: pathlib.Path) -> int:
+    """Train to `total_steps`, from the newest checkpoint if there is one; the number of the signal that ended it, or 0.
+
+    UserError for what the config, its files or the machine make impossible, before anything is compiled.
+    """
+    run.keep_compiled()
+    mesh = sharding.make_mesh(**config.mesh.to_dict())
+    sharding.check_batch(mesh, config.batch_size, config.group_size)
+    checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep) if resumable(config, workdir) else None
+    start_step = (checkpoints.latest() or 0) if checkpoints else 0
+    training = build(config, workdir, mesh, start_step)
+    if checkpoints is None:
+        checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
+    with checkpoints:
+        if start_step >= config.total_steps:
+            say(training, f"{workdir} is trained to step {start_step} already; total_steps={config.total_steps}")
+            return 0
+        state = restore(training, checkpoints, start_step) if start_step else pretrained(training)
+        return loop(training, state, checkpoints, start_step)
+
+
+def resumable(config: Any, workdir: pathlib.Path) -> bool:
+    """Whether the workdir holds checkpoints of this very run; UserError with the difference if they are of another."""
+    if not (workdir / "config.json").is_file() or not (workdir / "checkpoints").is_dir():
+        return False
+    with Checkpoints(workdir) as checkpoints:
+        if checkpoints.latest() is None:
+            return False
+    before, now = configs.flat(configs.load_workdir(workdir)), configs.flat(config)
+    changed = [
+        f"{name} was {before[name]!r} and is {now[name]!r}"
+        for name in now
+        if before[name] != now[name] and not any(name == key or name.startswith(f"{key}.") for key in MAY_CHANGE)
+    ]
+    if changed:
+        raise UserError(
+            f"--workdir={workdir} holds a run of another config: {'; '.join(changed)}; "
+            "give the same values to go on, or another --workdir"
+        )
+    return True
+
+
+def build(config: Any, workdir: pathlib.Path, mesh: Mesh, start_step: int) -> Training:
+    """Open models and rows, say what will be done, and write what a workdir holds from the start."""
+    is_main = jax.process_index() == 0
+    opened = run.open_run(config, workdir if start_step else None, sharding.batch_shards(mesh))
+    used = used_roles(opened)
+    prompt = opened.prompt if opened.whole_string is None else None
+    examples, report = data.load_examples(
+        config.data.train,
+        key="data.train",
+        columns=config.data.columns.to_dict(),
+        bad_rows=config.data.bad_rows,
+        retriever=opened.retriever_text if "retriever" in used else None,
+        prompt=prompt if "generator" in used else None,
+        whole_string=opened.whole_string if "generator" in used else None,
+        min_rows=config.batch_size,
+    )
+    eval_rows = eval_report = None
+    if config.data.eval is not None and config.eval.every_steps:
+        eval_rows, eval_report = evaluate.load_rows(config, opened.retriever_text, opened.prompt)
+    abstract = run.abstract_params(opened, mesh)
+    trainable, frozen = optim.split_frozen(abstract, rate_rules(config, used))
+    optimizer = optim.make_optimizer(config.optimizer, config.total_steps, trainable)
+    state = train_step.abstract_state(trainable, frozen, optimizer, mesh)
+    step = train_step.make_train_step(
+        opened.model,
+        optimizer,
+        optim.learning_rate(config.optimizer, config.total_steps),
+        jax.tree.map(lambda a: a.sharding, state),
+        dropout_seed=config.seed if has_dropout(opened) else None,
+    )
+    shapes = data.buckets(examples, config.batch_size)
+    training = Training(config, workdir, opened, mesh, examples, shapes, eval_rows, state, step, is_main)
+    say(training, summary(training, report, eval_report, start_step))
+    if is_main:
+        write_workdir(training, start_step)
+    return training
+
+
+def used_roles(opened: run.Run) -> set[str]:
+    objective = opened.model.objective
+    return {role for role in opened.sources if getattr(objective, f"uses_{role}")}
+
+
+def rate_rules(config: Any, used: set[str]) -> optim.Rules:
+    """The config's rules; a model that the objective does not use stays as it is."""
+    unused = tuple((f"^{role}/", 0.0) for role in run.ROLES if role not in used)
+    return unused + tuple(config.optimizer.rate_rules)
+
+
+def has_dropout(opened: run.Run) -> bool:
+    model_configs = [run.model_config(opened.config, role, source) for role, source in opened.sources.items()]
+    return any(rate > 0 for model_config in model_configs for rate in run.dropouts(model_config).values())
+
+
+def write_workdir(training: Training, start_step: int) -> None:
+    """config.json, and all of the models but their weights, so that the workdir can be used on its own."""
+    folder = training.workdir / "models"
+    if not start_step:
+        shutil.rmtree(folder, ignore_errors=True)
+        for role, source in training.opened.sources.items():
+            hf.copy_small_files(source, folder / role)
+    (training.workdir / "config.json").write_text(configs.to_json(training.config), encoding="utf-8")
+
+
+def pretrained(training: Training) -> train_step.TrainState:
+    params = run.pretrained_params(training.opened, training.mesh)
+    rules = rate_rules(training.config, used_roles(training.opened))
+    trainable, frozen = optim.split_frozen(params, rules)
+    optimizer = optim.make_optimizer(training.config.optimizer, training.config.total_steps, trainable)
+    return train_step.init_state(trainable, frozen, optimizer, training.mesh)
+
+
+def restore(training: Training, checkpoints: Checkpoints, step: int) -> train_step.TrainState:
+    abstract = training.state
+    items = {"params": optim.join(abstract.params, abstract.frozen), "opt_state": abstract.opt_state}
+    restored = checkpoints.restore(items, step)
+    rules = rate_rules(training.config, used_roles(training.opened))
+    trainable, frozen = optim.split_frozen(restored["params"], rules)
+    at = jax.device_put(np.int32(step), abstract.step.sharding)
+    return train_step.TrainState(at, trainable, frozen, restored["opt_state"])
+
+
+def loop(training: Training, state: Any, checkpoints: Checkpoints, start_step: int) -> int:
+    """All steps; the number of the signal that ended them early, or 0."""
+    config, total_steps = training.config, training.config.total_steps
+    compiled = Compiled(training)
+    pending: tuple[int, Any, float] | None = None
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(metrics.Writer(training.workdir, start_step, active=training.is_main))
+        progress = metrics.Progress(total_steps, start_step, active=training.is_main)
+        stack.callback(progress.close)
+        stopped = stack.enter_context(stop_signals())
+        record = Record(training, writer, progress)
+        if start_step == 0:
+            evaluation(training, state, 0, record)
+            record.resume()
+        for step, (batch, wait_s) in enumerate(batches(training, start_step), start=start_step + 1):
+            run_step, compile_s = compiled.of(state, batch, progress)
+            record.pause(compile_s)
+            state, values = run_step(state, batch)
+            # The step runs; meanwhile the one before it, which must be done by now, is written down.
+            if pending:
+                record.train(*pending)
+            pending = (step, values, wait_s)
+            last = step == total_steps or bool(stopped)
+            evaluates = due(step, config.eval.every_steps) or (step == total_steps)
+            if last or evaluates or due(step, config.checkpoint.every_steps):
+                record.train(*pending)
+                pending = None
+                began = time.perf_counter()
+                if evaluates:
+                    evaluation(training, state, step, record)
+                save(training, state, checkpoints, step, last=last)
+                record.pause(time.perf_counter() - began)
+            if last:
+                break
+    if stopped and step < total_steps:
+        saved = "saved; the same command goes on from there" if config.checkpoint.every_steps else "not saved"
+        say(training, f"stopped by {signal.Signals(stopped[0]).name} after step {step}: {saved}")
+        return stopped[0]
+    say(
+        training,
+        f"trained to step {total_steps}; next: python -m rag_jax.export --workdir={training.workdir} --out=DIR",
+    )
+    return 0
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def batches(training: Training, start_step: int) -> Iterator[tuple[data.Batch, float]]:
+    """Batches on the mesh from the step after `start_step` on, with the seconds that each was waited for."""
+    config = training.config
+    source = data.iterate(
+        training.examples,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_step=start_step,
+        total_steps=config.total_steps,
+        shapes=training.shapes,
+    )
+    while True:
+        began = time.perf_counter()
+        batch = next(source, None)
+        if batch is None:
+            return
+        placed = sharding.put_batch(training.mesh, batch)
+        yield placed, time.perf_counter() - began
+
+
+class Compiled:
+    """The step, compiled for each shape of batch when it is first met."""
+
+    def __init__(self, training: Training):
+        self.training, self.by_shape = training, {}
+
+    def of(self, state: Any, batch: data.Batch, progress: metrics.Progress) -> tuple[Any, float]:
+        """The compiled step for this batch, and the seconds that compiling took, 0 if it was known."""
+        shape = tuple(a.shape for a in jax.tree.leaves(batch))
+        if shape in self.by_shape:
+            return self.by_shape[shape], 0.0
+        began = time.perf_counter()
+        self.by_shape[shape] = self.training.step.lower(state, batch).compile()
+        seconds = time.perf_counter() - began
+        progress.print(f"compiled the step for {lengths_of(batch)} in {seconds:.0f} s")
+        return self.by_shape[shape], seconds
+
+
+class Record:
+    """Writes each step's metrics once its values are there, and times it."""
+
+    def __init__(self, training: Training, writer: metrics.Writer, progress: metrics.Progress):
+        self.training, self.writer, self.progress = training, writer, progress
+        self.peak_flops = metrics.peak_flops()
+        self.done_at = time.perf_counter()
+
+    def resume(self) -> None:
+        """Steps are timed from now on."""
+        self.done_at = time.perf_counter()
+
+    def pause(self, seconds: float) -> None:
+        """Time that is no step's."""
+        self.done_at += seconds
+
+    def train(self, step: int, values: dict[str, jax.Array], wait_s: float) -> None:
+        numbers = {name: float(value) for name, value in jax.device_get(values).items()}
+        now = time.perf_counter()
+        step_s, self.done_at = now - self.done_at, now
+        loss, config = numbers["loss/total"], self.training.config
+        if not math.isfinite(loss):
+            raise UserError(
+                f"loss/total is {loss} at step {step}; nothing of it was saved: lower optimizer.learning_rate, or "
+                "raise objective.temperature"
+            )
+        self.progress.update(step, loss)
+        if due(step, config.log.every_steps) or step == config.total_steps:
+            numbers |= {
+                "time/step_s": step_s,
+                "time/data_wait_s": wait_s,
+                "throughput/queries_per_s": config.batch_size / step_s,
+                "throughput/mfu": self.model_flops() / step_s / self.peak_flops,
+            }
+            self.writer.train(step, numbers)
+
+    def model_flops(self) -> float:
+        """Of a step by formula; batches of shorter shapes count as the longest."""
+        opened = self.training.opened
+        used = {role: opened.sources[role].model_config for role in used_roles(opened)}
+        config = self.training.config
+        return flops.training_step(used, config.batch_size, config.objective.candidates, self.training.shapes[-1])
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        self.writer.evaluation(step, values)
+        shown = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in values.items())
+        self.progress.print(f"step {step}: {shown}")
+
+
+def lengths_of(batch: data.Batch) -> str:
+    named = {"queries": batch.query_ids, "passages": batch.passage_ids, "prefixes": batch.prefix_ids,
+             "suffixes": batch.suffix_ids, "strings": batch.string_ids}  # fmt: skip
+    return ", ".join(f"{name} of {ids.shape[1]}" for name, ids in named.items() if ids is not None) + " tokens"
+
+
+def evaluation(training: Training, state: Any, step: int, record: Record) -> None:
+    """Metrics of this step on the held-out rows, to the record and `eval/step_N.json`."""
+    if training.eval_rows is None:
+        return
+    params = optim.join(state.params, state.frozen)
+    values = evaluate.evaluate(training.opened.model, params, training.eval_rows)
+    if training.is_main:
+        content = evaluate.record(values, training.eval_rows, training.opened.model, step)
+        evaluate.write_record(training.workdir, content)
+    record.evaluation(step, values)
+
+
+def save(training: Training, state: Any, checkpoints: Checkpoints, step: int, *, last: bool) -> None:
+    every = training.config.checkpoint.every_steps
+    if every and (last or step % every == 0):
+        items = {"params": optim.join(state.params, state.frozen), "opt_state": state.opt_state}
+        checkpoints.save(step, items)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that gets the number of the first signal to end; the second one ends the process at once."""
+    received: list[int] = []
+
+    def receive(number: int, _: Any) -> None:
+        received.append(number)
+        for other, handler in before.items():
+            signal.signal(other, handler)
+
+    before = {number: signal.signal(number, receive) for number in SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def say(training: Training, text: str) -> None:
+    if training.is_main:
+        print(text, flush=True)
+
+
+def summary(training: Training, report: data.Report, eval_report: data.Report | None, start_step: int) -> str:
+    """What is about to be done, for a look before it takes hours."""
+    config, opened, mesh = training.config, training.opened, training.mesh
+    objective, devices = opened.model.objective, mesh.devices.size
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    lines = {"devices": f"{devices} {jax.devices()[0].device_kind} ({axes})"}
+    for role, source in opened.sources.items():
+        lines[role] = model_line(training, role, source)
+    lines["rows"] = str(report)
+    if training.eval_rows is not None:
+        counts = training.eval_rows.counts()
+        lines["evaluation"] = (
+            f"{counts['queries']:,} queries against {counts['passages']:,} passages and {counts['answers']} greedy "
+            f"answers, every {config.eval.every_steps} steps"
+            + ("" if config.data.eval == config.data.train else f"; {eval_report}")
+        )
+    lines["objective"] = (
+        f"{objective.name}: contrastive weight {objective.contrastive_weight:g}, marginal weight "
+        f"{objective.marginal_weight:g}, K = {objective.candidates} candidates a query"
+    )
+    lines["batch"] = (
+        f"{config.batch_size} queries in {config.batch_size // config.group_size} groups of {config.group_size}, "
+        f"{config.batch_size - 1} in-batch negatives a query"
+    )
+    lines["lengths"] = "; or ".join(describe(shape) for shape in training.shapes)
+    epochs = config.total_steps * config.batch_size / len(training.examples)
+    begins = f"from step {start_step} of" if start_step else "from the pretrained models,"
+    lines["steps"] = (
+        f"{begins} {config.total_steps} ({epochs:.1f} epochs), {config.optimizer.schedule} rate up to "
+        f"{config.optimizer.learning_rate:g} after {config.optimizer.warmup_steps}, {config.dtype}"
+    )
+    every, keep = config.checkpoint.every_steps, config.checkpoint.keep
+    saves = f"a checkpoint every {every} steps, the newest {keep} kept" if every else "no checkpoints"
+    lines["output"] = f"{training.workdir} ({saves})"
+    return "\n".join(f"{name:<11}{text}" for name, text in lines.items())
+
+
+def model_line(training: Training, role: str, source: hf.Source) -> str:
+    def count(tree: Any) -> int:
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree.get(role)))
+
+    trainable, frozen = count(training.state.params), count(training.state.frozen)
+    text = f"{training.config[role].path} ({source.model_type}), {(trainable + frozen) / 1e6:,.1f} M parameters"
+    text += f", {trainable / (trainable + frozen):.0%} trained"
+    return f"{text}, {training.opened.model.pooling} pooling" if role == "retriever" else text
+
+
+def describe(shape: data.Lengths) -> str:
+    return ", ".join(f"{name} {length}" for name, length in dataclasses.asdict(shape).items() if length) + " tokens"
