@@ -1,0 +1,285 @@
+"""Pretrained MiniLM and SmolLM2 on real rows against PyTorch: gradients, objectives by brute force, export."""
+
+import functools
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from rag_jax import config, data, hf, optim, quickstart, rag, run
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.slow
+
+NUM_ROWS = 3
+TEMPERATURE, MARGINAL_TEMPERATURE = 0.05, 0.1
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Real rows, those with the shortest passages first."""
+    import csv
+
+    folder = quickstart.make_rows(tmp_path_factory.mktemp("real") / "rows")
+    with open(folder / "train.csv", newline="", encoding="utf-8") as file:
+        every = [(r["Question"], r["Abstract"], r["Answer"]) for r in csv.DictReader(file)]
+    return folder, sorted(every, key=lambda row: len(row[1]))
+
+
+@pytest.fixture(scope="module")
+def few_rows(rows, tmp_path_factory):
+    _, every = rows
+    path = tmp_path_factory.mktemp("few") / "rows.csv"
+    quickstart.write_csv(path, quickstart.COLUMNS, every[: NUM_ROWS - 1] + every[200:201])  # ragged lengths
+    return path, every[: NUM_ROWS - 1] + every[200:201]
+
+
+@pytest.fixture(scope="module")
+def torch_models(real_models):
+    kind = {"torch_dtype": torch.float32, "attn_implementation": "eager"}
+    retriever = transformers.AutoModel.from_pretrained(real_models / "minilm", **kind).eval()
+    generator = transformers.AutoModelForCausalLM.from_pretrained(real_models / "smollm2-135m", **kind).eval()
+    return retriever, generator
+
+
+def opened_run(real_models, file, **objective):
+    values = config.flat(config.load("configs/quickstart.py"))
+    values |= {
+        "data.train": str(file),
+        "retriever.path": str(real_models / "minilm"),
+        "generator.path": str(real_models / "smollm2-135m"),
+        "batch_size": NUM_ROWS,
+        "group_size": NUM_ROWS,
+        "data.prompt_passage_len": 256,
+        "data.passage_len": 256,
+        "objective.temperature": TEMPERATURE,
+        "objective.marginal_temperature": MARGINAL_TEMPERATURE,
+        "objective.candidates": NUM_ROWS,
+    }
+    return run.open_run(config.build(values, {f"objective.{name}": value for name, value in objective.items()}))
+
+
+def batch_of(opened):
+    examples, report = data.load_examples(
+        opened.config.data.train,
+        key="data.train",
+        columns=opened.config.data.columns.to_dict(),
+        bad_rows="refuse",
+        retriever=opened.retriever_text,
+        prompt=opened.prompt if opened.whole_string is None else None,
+        whole_string=opened.whole_string,
+    )
+    assert not any(report.cut.values()), report
+    return jax.tree.map(jnp.asarray, data.collate(examples, np.arange(NUM_ROWS), data.buckets(examples, NUM_ROWS)))
+
+
+@pytest.fixture(scope="module")
+def params(real_models):
+    sources = {
+        "retriever": hf.open_model(str(real_models / "minilm"), "retriever.path", "retriever"),
+        "generator": hf.open_model(str(real_models / "smollm2-135m"), "generator.path", "generator"),
+    }
+    return {r: jax.tree.map(jnp.asarray, hf.load_params(s.folder, s.model_config)) for r, s in sources.items()}
+
+
+def embed(model, folder, texts):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    hidden = model(**inputs).last_hidden_state
+    mask = inputs["attention_mask"][:, :, None]
+    return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def token_log_probs(model, folder, query, passage, answer):
+    """(T,) of the answer's tokens and the end of sequence, one full sequence, all logits."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    plain = functools.partial(tokenizer.encode, add_special_tokens=False)
+    target = plain(f" {answer}") + [tokenizer.eos_token_id]
+    ids = [tokenizer.bos_token_id] + plain(passage) + plain(f"\n\nQuestion: {query}\nAnswer:") + target
+    log_probs = torch.log_softmax(model(torch.tensor([ids])).logits[0], dim=-1)
+    positions = torch.arange(len(ids) - len(target), len(ids))
+    return log_probs[positions - 1, torch.tensor(target)]
+
+
+def brute_force(name, torch_models, real_models, rows):
+    """The marginal loss from every (query, passage) pair as its own full sequence."""
+    retriever, generator = torch_models
+    queries, passages, _ = zip(*rows, strict=True)
+    folder = real_models / "minilm"
+    cosine = embed(retriever, folder, list(queries)) @ embed(retriever, folder, list(passages)).T
+    prior = torch.log_softmax(cosine / MARGINAL_TEMPERATURE, dim=-1)
+    total, count = torch.zeros(()), 0
+    for i, (query, _, answer) in enumerate(rows):
+        pairs = [token_log_probs(generator, real_models / "smollm2-135m", query, p, answer) for p in passages]
+        log_probs = torch.stack(pairs)  # (K, T)
+        count += log_probs.shape[1]
+        if name == "sequence":
+            total = total - torch.logsumexp(prior[i] + log_probs.sum(1), 0)
+        else:
+            total = total - torch.logsumexp(prior[i][:, None] + log_probs, 0).sum()
+    scores = cosine / TEMPERATURE
+    diagonal = torch.arange(len(rows))
+    contrastive = sum(torch.nn.functional.cross_entropy(s, diagonal) for s in (scores, scores.T)) / 2
+    return contrastive, total / count
+
+
+def gradients_of(torch_models, real_models, tmp_path):
+    """PyTorch's gradients as trees of ours, by the same tables as weights."""
+    import safetensors.torch
+
+    trees = {}
+    for role, model, name in zip(run.ROLES, torch_models, ("minilm", "smollm2-135m"), strict=True):
+        folder = tmp_path / role
+        folder.mkdir()
+        grads = {n: p.grad.contiguous() for n, p in model.named_parameters() if p.grad is not None}
+        safetensors.torch.save_file(grads, folder / "model.safetensors")
+        model_config = hf.open_model(str(real_models / name), "path", role).model_config
+        trees[role] = hf.load_params(folder, model_config)
+    return trees
+
+
+@pytest.mark.parametrize("name", ["token", "sequence"])
+def test_marginal_and_gradients_equal_brute_force(name, real_models, torch_models, params, few_rows, tmp_path):
+    path, texts = few_rows
+    opened = opened_run(real_models, path, name=name)
+    batch = batch_of(opened)
+    fn = jax.jit(jax.value_and_grad(lambda p: rag.loss(opened.model, p, batch, None), has_aux=True))
+    (total, metrics), grads = fn(params)
+    for model in torch_models:
+        model.zero_grad()
+    contrastive, marginal = brute_force(name, torch_models, real_models, texts)
+    (contrastive + marginal).backward()
+    np.testing.assert_allclose(metrics["loss/marginal"], marginal.item(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["loss/contrastive"], contrastive.item(), rtol=1e-4)
+    np.testing.assert_allclose(total, (contrastive + marginal).item(), rtol=1e-4)
+    expected = gradients_of(torch_models, real_models, tmp_path)
+    for role in run.ROLES:
+        whole = float(np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(expected[role]))))
+        for (where, ours), theirs in zip(
+            jax.tree_util.tree_leaves_with_path(grads[role]), jax.tree.leaves(expected[role]), strict=True
+        ):
+            error = np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), 1e-2 * whole)
+            assert error < 1e-4, (role, jax.tree_util.keystr(where), error)
+
+
+def dalm_by_hand(torch_models, real_models, rows, max_len):
+    """The predecessor's formula, string by string."""
+    retriever, generator = torch_models
+    tokenizer = transformers.AutoTokenizer.from_pretrained(real_models / "smollm2-135m")
+    query_emb = embed(retriever, real_models / "minilm", [f"#query# {q}" for q, _, _ in rows])
+    passage_emb = embed(retriever, real_models / "minilm", [f"#passage# {p}" for _, p, _ in rows])
+    cross_entropy = -torch.log_softmax(100 * query_emb @ passage_emb.T, dim=-1).diagonal()
+    nll, answers, scored = torch.zeros(()), torch.zeros(()), 0
+    for i, (query, passage, answer) in enumerate(rows):
+        head = f"#query# #query# {query} #passage# #passage# {passage} #answer#"
+        ids = tokenizer(f"{head} {answer}").input_ids[:max_len]
+        log_probs = torch.log_softmax(generator(torch.tensor([ids])).logits[0, :-1], dim=-1)
+        nll = nll - log_probs[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].sum()
+        first = len(tokenizer(head).input_ids) - 1
+        answers = answers + max(0, len(ids) - 1 - first) * cross_entropy[i]
+        scored += len(ids) - 1
+    return (nll + answers) / scored
+
+
+def test_dalm_equals_its_formula(real_models, torch_models, params, few_rows):
+    path, texts = few_rows
+    opened = opened_run(real_models, path, name="dalm", contrastive_weight=0.0)
+    with torch.no_grad():
+        expected = dalm_by_hand(torch_models, real_models, texts, run.string_len(opened.config)).item()
+    got = jax.jit(lambda p: rag.loss(opened.model, p, batch_of(opened), None)[0])(params)
+    np.testing.assert_allclose(got, expected, rtol=1e-3)
+
+
+def test_dalm_teaches_the_generator_nothing_about_retrieval(real_models, params, few_rows):
+    path, _ = few_rows
+    other = dict(params, retriever=jax.tree.map(lambda a: a * 0.9, params["retriever"]))
+    same = {}
+    for name in ("dalm", "token"):
+        opened = opened_run(real_models, path, name=name, contrastive_weight=0.0)
+        batch = batch_of(opened)
+
+        def grads(p, model=opened.model, batch=batch):
+            return jax.grad(lambda p: rag.loss(model, p, batch, None)[0])(p)["generator"]["norm"]["scale"]
+
+        one, two = (np.asarray(jax.jit(grads)(p)) for p in (params, other))
+        same[name] = np.linalg.norm(one - two) / np.linalg.norm(one)
+    assert same["dalm"] < 1e-6 < 1e-4 < same["token"]
+
+
+def command(module, *flags):
+    process = subprocess.run([sys.executable, "-m", module, *flags], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def test_the_marginal_alone_teaches_retrieval(real_models, rows, tmp_path):
+    """Contrastive weight 0: whatever the retriever learns, it learns from the generator's evidence."""
+    folder, _ = rows
+    flags = {
+        "data.train": folder / "train.csv",
+        "data.eval": folder / "eval.csv",
+        "data.passages": folder / "passages.csv",
+        "retriever.path": real_models / "minilm",
+        "generator.path": real_models / "smollm2-135m",
+        "objective.contrastive_weight": 0.0,
+        "objective.candidates": 4,
+        "optimizer.rate_rules": "(('^generator/', 0.0), ('.*', 1.0))",
+        "total_steps": 16,
+        "eval.every_steps": 16,
+        "eval.rows": 0,
+        "eval.answers": 0,
+        "data.prompt_passage_len": 64,
+        "checkpoint.every_steps": 0,
+    }
+    command(
+        "rag_jax.main",
+        "--config=configs/quickstart.py",
+        f"--workdir={tmp_path / 'run'}",
+        *(f"--config.{name}={value}" for name, value in flags.items()),
+    )
+    before, after = (json.loads((tmp_path / "run" / "eval" / f"step_{step}.json").read_text()) for step in (0, 16))
+    assert after["eval/recall@1"] > before["eval/recall@1"]
+
+
+def test_export_equals_ours(real_models, params, tmp_path):
+    """Changed weights, so that nothing of the originals could be read by mistake."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    changed = jax.tree.map(lambda a: a * 1.01, params)
+    texts = ["what does the linter say?", "an unused import costs time\nand more"]
+    for role, name in zip(run.ROLES, ("minilm", "smollm2-135m"), strict=True):
+        source = hf.open_model(str(real_models / name), "path", role)
+        folder = tmp_path / role
+        folder.mkdir()
+        pooling = hf.Pooling("mean", "query: ", "", 64) if role == "retriever" else None
+        hf.save_model(source, changed[role], folder, "float32", pooling)
+    theirs = sentence_transformers.SentenceTransformer(str(tmp_path / "retriever"), device="cpu")
+    source = hf.open_model(str(tmp_path / "retriever"), "path", "retriever")
+    model = run.composite(_config(), {"retriever": source}).model("retriever", changed)
+    tokens, _ = data.retriever_tokens(source.tokenizer, texts, source.pooling.query_prefix, 64)
+    ids, mask = data.pad(tokens, np.arange(2), int(tokens.lengths.max()))
+    ours = rag.encode(model, jnp.asarray(ids), jnp.asarray(mask), "mean")
+    np.testing.assert_allclose(ours, theirs.encode(texts, prompt_name="query"), atol=1e-5)
+    generator = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "generator").eval()
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "generator")(texts[1], return_tensors="pt").input_ids
+    source = hf.open_model(str(tmp_path / "generator"), "path", "generator")
+    model = run.composite(_config(), {"generator": source}).model("generator", changed)
+    logits = model.logits(model(jnp.asarray(ids.numpy(), jnp.int32), jnp.ones(ids.shape, bool)))
+    with torch.no_grad():
+        expected = generator(ids).logits.numpy()
+    assert np.linalg.norm(logits - expected) / np.linalg.norm(expected) < 1e-5
+
+
+def _config() -> ConfigDict:
+    return config.load("configs/quickstart.py")
+
+
+def test_only_what_the_rules_say_is_trained(params):
+    trainable, frozen = optim.split_frozen(params, (("^generator/", 0.0), (".*", 1.0)))
+    assert not jax.tree.leaves(trainable["generator"]) and not jax.tree.leaves(frozen["retriever"])
