@@ -12,7 +12,7 @@ quickstart: .venv/.quickstart
 	@$(BIN)/python -m rag_jax.quickstart
 
 test: .venv/.test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: .venv/.test
 	$(BIN)/python -m pytest -m slow

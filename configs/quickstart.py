@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.total_steps = 12
     config.batch_size = 8
-    config.group_size = 4
+    config.group_size = 8
     config.dtype = "float32"
     config.dropout = None
 

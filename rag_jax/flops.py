@@ -26,7 +26,7 @@ def layer_stack(config: ModelConfig, tokens: int, seen: float) -> float:
 
 def encoding(config: ModelConfig, rows: int, length: int) -> float:
     """Forward FLOPs of embedding `rows` texts of `length` tokens."""
-    return layer_stack(config, rows * length, length if isinstance(config, BertConfig) else length / 2)
+    return layer_stack(config, rows * length, float(length) if isinstance(config, BertConfig) else length / 2)
 
 
 def shared_prefix(config: ModelConfig, prefixes: tuple[int, int], suffixes: tuple[int, int], tokens: int) -> float:

@@ -1,0 +1,89 @@
+"""Exported folders, read by the libraries they are for, and by ourselves."""
+
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from command import TINY, run
+
+from rag_jax import export
+
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    cache, workdir = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("run") / "run"
+    out = tmp_path_factory.mktemp("out") / "deep" / "export"
+    values = {"total_steps": STEPS, "eval__every_steps": 2, "retriever__query_prefix": "ask: "}
+    run(cache, "main", f"--config={TINY}", f"--workdir={workdir}", **values)
+    printed = run(cache, "export", f"--workdir={workdir}", f"--out={out}")
+    return cache, workdir, out, printed
+
+
+def test_it_evaluates_as_the_checkpoint_does(exported):
+    cache, workdir, out, printed = exported
+    assert printed == f"step {STEPS} of {workdir}: {out / 'generator'}, {out / 'retriever'}\n"
+    content = run(
+        cache, "evaluate", f"--config={TINY}", "--json", retriever__path=out / "retriever",
+        generator__path=out / "generator",
+    )  # fmt: skip
+    here = json.loads(content.splitlines()[-1])
+    there = json.loads((workdir / "eval" / f"step_{STEPS}.json").read_text())
+    assert here.pop("step") == 0 and there.pop("step") == STEPS
+    assert here == there  # to the last bit, the prefix being read from the folder
+
+
+def test_it_loads_where_it_should(exported):
+    _, _, out, _ = exported
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(out / "generator", output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "generator")
+    assert model.generate(**tokenizer("a b", return_tensors="pt"), max_new_tokens=2).shape == (1, 5)
+    plain = transformers.AutoModel.from_pretrained(out / "retriever")
+    embedder = sentence_transformers.SentenceTransformer(str(out / "retriever"), device="cpu")
+    assert embedder.max_seq_length == 64
+    embedded = embedder.encode(["hello"], prompt_name="query")
+    inputs = transformers.AutoTokenizer.from_pretrained(out / "retriever")("ask: hello", return_tensors="pt")
+    with torch.no_grad():
+        mean = plain(**inputs).last_hidden_state.mean(1)
+    np.testing.assert_allclose(embedded, torch.nn.functional.normalize(mean).numpy(), atol=1e-6)
+
+
+def test_cards_are_plain_text_about_the_run(exported):
+    _, _, out, _ = exported
+    card = (out / "generator" / "README.md").read_text()
+    assert "Trained for 2 steps" in card and "`random:gpt2`" in card and "`\\n\\nQuestion: {query}\\nAnswer:`" in card
+    assert "learning rate | 0.003, linear" in (out / "retriever" / "README.md").read_text()
+
+
+def test_dtype_and_step(exported, tmp_path):
+    cache, workdir, out, _ = exported
+    half = tmp_path / "half"
+    half.mkdir()  # empty, so it may be there
+    run(cache, "export", f"--workdir={workdir}", f"--out={half}", "--step=best", "--dtype=bfloat16")
+    full = safetensors.numpy.load_file(out / "generator" / "model.safetensors")
+    short = safetensors.numpy.load_file(half / "generator" / "model.safetensors")
+    assert full.keys() == short.keys()
+    for name in full:
+        assert short[name].dtype.name == "bfloat16"
+        np.testing.assert_array_equal(short[name], full[name].astype(short[name].dtype))
+    assert json.loads((half / "generator" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_failed_export_leaves_nothing(exported, tmp_path, monkeypatch):
+    cache, workdir, _, _ = exported
+    monkeypatch.setenv("RAG_JAX_CACHE", str(cache))
+    from rag_jax import config, hf
+
+    def broken(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(hf.weights, "_write", broken)
+    with pytest.raises(OSError, match="disk full"):
+        export.export(config.load_workdir(workdir), workdir, tmp_path / "out", None, "float32")
+    assert not list(tmp_path.iterdir())
