@@ -549,11 +549,18 @@ def hub(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["someone/some.bert-small", "bert_of-old"])
-def test_hub_names_are_read_from_the_hubs_cache(hub, random_model, name):
+def test_hub_names_are_read_from_the_hubs_cache(hub, random_model, monkeypatch, name):
+    """A model that is there is not looked up again, so that a run started anew reads the same one."""
+    download = huggingface_hub.snapshot_download
+
+    def local_only(name, local_files_only=False, **kwargs):
+        assert local_files_only
+        return download(name, local_files_only=True, **kwargs)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", local_only)
     shutil.copytree(random_model("bert"), snapshot := hub(name), dirs_exist_ok=True)
     source = open_model(name)
     assert source.folder == snapshot and source.path == name and source.model_config == tiny.MODELS["bert"]
-    assert_same_bits(read_tensors(source.folder), read_tensors(snapshot))
 
 
 def test_hub_names_that_are_not_there(hub, random_model):
@@ -565,6 +572,8 @@ def test_hub_names_that_are_not_there(hub, random_model):
     shutil.copytree(random_model("bert"), snapshot := hub("someone/half"), dirs_exist_ok=True)
     (snapshot / weights.SINGLE).unlink()
     assert folders._cached("someone/half") is None
+    with pytest.raises(UserError, match="holds no weights; needed is model.safetensors"):
+        open_model("someone/half")
 
 
 # Pooling.
