@@ -129,7 +129,7 @@ def read_config(folder: pathlib.Path, where: str) -> tuple[str, ModelConfig]:
         raise UserError(f"{where}: no config.json in {folder}; give the folder of a Hugging Face model")
     try:
         theirs = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # transformers checks types and sizes by many kinds
         known = ", ".join(FAMILIES)
         raise UserError(
             f"{where}: its config.json cannot be read ({_short(error)}); supported model types are {known}"
@@ -145,7 +145,7 @@ def read_config(folder: pathlib.Path, where: str) -> tuple[str, ModelConfig]:
 
 
 def from_hf(theirs: Mapping[str, Any], problems: list[str]) -> Any:
-    """Our config for their complete dict; what cannot be told in it is added to `problems`."""
+    """Our config for their complete dict; where it cannot be told in one, None and the reasons in `problems`."""
     family = FAMILIES[theirs["model_type"]]
     for key, value in family.only.items():
         if theirs.get(key, value) != value:
@@ -168,7 +168,7 @@ def from_hf(theirs: Mapping[str, Any], problems: list[str]) -> Any:
             ours["num_kv_heads"] = ours["num_heads"]
         ours["rope_theta"], ours["rope_scaling"] = _rope_from_hf(theirs.get("rope_parameters") or {}, problems)
     _check_sizes(ours, problems)
-    return family.config(**ours)
+    return None if problems else family.config(**ours)
 
 
 def to_hf(config: ModelConfig, model_type: str) -> dict[str, Any]:

@@ -154,9 +154,9 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
         )
     try:
         names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in names if name != pathlib.PurePath(name).name]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / INDEX} is no index of safetensors files; fetch it again") from None
-    outside = [name for name in names if name != pathlib.PurePath(name).name]
     if outside:
         raise UserError(f"{folder / INDEX} points outside of its folder, to {outside[0]}")
     missing = [name for name in names if not (folder / name).is_file()]
