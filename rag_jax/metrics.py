@@ -139,6 +139,12 @@ class Progress:
                 left = clock(step_s * (self.total - step))
                 self.print(f"step {step}/{self.total}  loss {loss:.4f}  {step_s:.2f} s a step  {left} left")
 
+    def pause(self, seconds: float) -> None:
+        """Leave time that was no step's out of the time left."""
+        self.began += seconds
+        if self._bar is not None:
+            self._bar.start_t += seconds
+
     def print(self, text: str) -> None:
         """A line of text that does not tear the bar."""
         if self.active:

@@ -179,8 +179,7 @@ def loop(training: Training, state: Any, checkpoints: Checkpoints, start_step: i
         stopped = stack.enter_context(stop_signals())
         record = Record(training, writer, progress)
         if start_step == 0:
-            evaluation(training, state, 0, record)
-            record.resume()
+            record.pause(evaluation(training, state, 0, record))
         for step, (batch, wait_s) in enumerate(batches(training, start_step), start=start_step + 1):
             run_step, compile_s = compiled.of(state, batch, progress)
             record.pause(compile_s)
@@ -194,11 +193,9 @@ def loop(training: Training, state: Any, checkpoints: Checkpoints, start_step: i
             if last or evaluates or due(step, config.checkpoint.every_steps):
                 record.train(*pending)
                 pending = None
-                began = time.perf_counter()
                 if evaluates:
-                    evaluation(training, state, step, record)
-                save(training, state, checkpoints, step, last=last)
-                record.pause(time.perf_counter() - began)
+                    record.pause(evaluation(training, state, step, record))
+                record.pause(save(training, state, checkpoints, step, last=last))
             if last:
                 break
     if stopped and step < total_steps:
@@ -262,13 +259,10 @@ class Record:
         self.peak_flops = metrics.peak_flops()
         self.done_at = time.perf_counter()
 
-    def resume(self) -> None:
-        """Steps are timed from now on."""
-        self.done_at = time.perf_counter()
-
     def pause(self, seconds: float) -> None:
-        """Time that is no step's."""
+        """Time that was no step's."""
         self.done_at += seconds
+        self.progress.pause(seconds)
 
     def train(self, step: int, values: dict[str, jax.Array], wait_s: float) -> None:
         numbers = {name: float(value) for name, value in jax.device_get(values).items()}
@@ -309,23 +303,27 @@ def lengths_of(batch: data.Batch) -> str:
     return ", ".join(f"{name} of {ids.shape[1]}" for name, ids in named.items() if ids is not None) + " tokens"
 
 
-def evaluation(training: Training, state: Any, step: int, record: Record) -> None:
-    """Metrics of this step on the held-out rows, to the record and `eval/step_N.json`."""
+def evaluation(training: Training, state: Any, step: int, record: Record) -> float:
+    """Metrics of this step on the held-out rows, to the record and `eval/step_N.json`; the seconds it took."""
     if training.eval_rows is None:
-        return
+        return 0.0
+    began = time.perf_counter()
     params = optim.join(state.params, state.frozen)
     values = evaluate.evaluate(training.opened.model, params, training.eval_rows)
     if training.is_main:
         content = evaluate.record(values, training.eval_rows, training.opened.model, step)
         evaluate.write_record(training.workdir, content)
     record.evaluation(step, values)
+    return time.perf_counter() - began
 
 
-def save(training: Training, state: Any, checkpoints: Checkpoints, step: int, *, last: bool) -> None:
-    every = training.config.checkpoint.every_steps
+def save(training: Training, state: Any, checkpoints: Checkpoints, step: int, *, last: bool) -> float:
+    """Start saving if it is time; the seconds until training may go on."""
+    every, began = training.config.checkpoint.every_steps, time.perf_counter()
     if every and (last or step % every == 0):
         items = {"params": optim.join(state.params, state.frozen), "opt_state": state.opt_state}
         checkpoints.save(step, items)
+    return time.perf_counter() - began
 
 
 @contextlib.contextmanager
@@ -371,8 +369,9 @@ def summary(training: Training, report: data.Report, eval_report: data.Report | 
         f"{objective.name}: contrastive weight {objective.contrastive_weight:g}, marginal weight "
         f"{objective.marginal_weight:g}, K = {objective.candidates} candidates a query"
     )
+    groups = config.batch_size // config.group_size
     lines["batch"] = (
-        f"{config.batch_size} queries in {config.batch_size // config.group_size} groups of {config.group_size}, "
+        f"{config.batch_size} queries in {groups} group{'s' if groups > 1 else ''} of {config.group_size}, "
         f"{config.batch_size - 1} in-batch negatives a query"
     )
     lines["lengths"] = "; or ".join(describe(shape) for shape in training.shapes)

@@ -129,21 +129,29 @@ def test_another_config_is_refused_with_the_difference(whole, cache, monkeypatch
         train.resumable(other, workdir)
 
 
-def test_objectives_and_missing_models(cache, tmp_path):
-    """Each trains by itself; what is not named is not there, what is not used stays as it is."""
-    values = {"total_steps": 2, "eval__every_steps": 0}
-    for name, changes in {
-        "sequence": {"objective__name": "sequence"},
-        "dalm": {"objective__name": "dalm", "objective__contrastive_weight": 0.5},
-        "retriever only": {"objective__name": "none", "generator__path": None},
-        "generator unused": {"objective__name": "none"},
-        "llama": {"generator__path": "random:llama", "retriever__path": "random:qwen3", "dtype": "bfloat16"},
-    }.items():
-        workdir = tmp_path / name
-        printed = run(cache, "main", f"--config={TINY}", f"--workdir={workdir}", **values, **changes)
-        assert len(records(workdir)) == 2 and np.isfinite(records(workdir)[-1]["loss/total"]), name
-        if name == "generator unused":
-            assert "0% trained" in printed
+SLOW = pytest.mark.slow
+OBJECTIVES = [
+    pytest.param({"objective__name": "sequence"}, id="sequence", marks=SLOW),
+    pytest.param({"objective__name": "dalm", "objective__contrastive_weight": 0.5}, id="dalm"),
+    pytest.param({"objective__name": "none", "generator__path": None}, id="retriever only"),
+    pytest.param({"objective__name": "none"}, id="generator unused", marks=SLOW),
+    pytest.param({"generator__path": "random:llama", "retriever__path": "random:qwen3"}, id="llama", marks=SLOW),
+    pytest.param({"dtype": "bfloat16", "retriever__remat": True, "generator__remat": True}, id="bfloat16", marks=SLOW),
+]
+
+
+@pytest.mark.parametrize("changes", OBJECTIVES)
+def test_every_objective_trains(cache, tmp_path, changes):
+    """What is not named is not there, what is not used stays as it is."""
+    workdir = tmp_path / "run"
+    printed = run(
+        cache, "main", f"--config={TINY}", f"--workdir={workdir}", total_steps=2, eval__every_steps=0, **changes
+    )
+    losses = records(workdir)
+    assert len(losses) == 2 and all(np.isfinite(line["loss/total"]) for line in losses)
+    assert ("loss/marginal" in losses[0]) == (changes.get("objective__name") != "none")
+    assert (" 0% trained" in printed) == (changes == {"objective__name": "none"})
+    assert ("\ngenerator " in printed) == ("generator__path" not in changes or changes["generator__path"] is not None)
 
 
 def test_signals_are_noted_once_then_as_before():
