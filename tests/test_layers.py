@@ -16,7 +16,7 @@ LAYERS = (
     ("losses", "models", "data", "sharding", "metrics", "config", "optim", "checkpoint"),
     ("hf", "flops", "rag", "cli"),
     ("retrieval", "generate", "run", "train_step"),
-    ("evaluate",),
+    ("evaluate", "summary"),
     ("train",),
     ("main", "export", "quickstart"),
 )

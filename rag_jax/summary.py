@@ -1,0 +1,61 @@
+"""What a run is about to do, in a few lines, for a look before it takes hours."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from rag_jax import data, hf
+
+
+def summary(training: Any, report: data.Report, eval_report: data.Report | None, start_step: int) -> str:
+    """One line a topic; `training` is a `train.Training`."""
+    config, opened, mesh = training.config, training.opened, training.mesh
+    objective, devices = opened.model.objective, mesh.devices.size
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    lines = {"devices": f"{devices} {jax.devices()[0].device_kind} ({axes})"}
+    for role, source in opened.sources.items():
+        lines[role] = model_line(training, role, source)
+    lines["rows"] = str(report)
+    if training.eval_rows is not None:
+        counts = training.eval_rows.counts()
+        lines["evaluation"] = (
+            f"{counts['queries']:,} queries against {counts['passages']:,} passages and {counts['answers']} greedy "
+            f"answers, every {config.eval.every_steps} steps"
+            + ("" if config.data.eval == config.data.train else f"; {eval_report}")
+        )
+    lines["objective"] = (
+        f"{objective.name}: contrastive weight {objective.contrastive_weight:g}, marginal weight "
+        f"{objective.marginal_weight:g}, K = {objective.candidates} candidates a query"
+    )
+    groups = config.batch_size // config.group_size
+    lines["batch"] = (
+        f"{config.batch_size} queries in {groups} group{'s' if groups > 1 else ''} of {config.group_size}, "
+        f"{config.batch_size - 1} in-batch negatives a query"
+    )
+    lines["lengths"] = "; or ".join(describe(shape) for shape in training.shapes)
+    epochs = config.total_steps * config.batch_size / len(training.examples)
+    begins = f"from step {start_step} of" if start_step else "from the pretrained models,"
+    lines["steps"] = (
+        f"{begins} {config.total_steps} ({epochs:.1f} epochs), {config.optimizer.schedule} rate up to "
+        f"{config.optimizer.learning_rate:g} after {config.optimizer.warmup_steps}, {config.dtype}"
+    )
+    every, keep = config.checkpoint.every_steps, config.checkpoint.keep
+    saves = f"a checkpoint every {every} steps, the newest {keep} kept" if every else "no checkpoints"
+    lines["output"] = f"{training.workdir} ({saves})"
+    return "\n".join(f"{name:<11}{text}" for name, text in lines.items())
+
+
+def model_line(training: Any, role: str, source: hf.Source) -> str:
+    def count(tree: Any) -> int:
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree.get(role)))
+
+    trainable, frozen = count(training.state.params), count(training.state.frozen)
+    text = f"{training.config[role].path} ({source.model_type}), {(trainable + frozen) / 1e6:,.1f} M parameters"
+    text += f", {trainable / (trainable + frozen):.0%} trained"
+    return f"{text}, {training.opened.model.pooling} pooling" if role == "retriever" else text
+
+
+def describe(shape: data.Lengths) -> str:
+    return ", ".join(f"{name} {length}" for name, length in dataclasses.asdict(shape).items() if length) + " tokens"
