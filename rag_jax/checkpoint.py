@@ -67,7 +67,7 @@ class Checkpoints:
             if best is None:
                 raise UserError(f"--step=best: no saved step of {self.workdir} was evaluated; give --step=latest")
             return best
-        if not str(step).isdigit() or int(step) not in steps:
+        if not str(step).isdecimal() or int(step) not in steps:
             shown = ", ".join(str(s) for s in steps)
             raise UserError(f"--step={step}: not in {self.directory}, which holds {shown}; give one, latest or best")
         return int(step)

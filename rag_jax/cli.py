@@ -1,6 +1,7 @@
 """What all commands share: flags, overrides of config keys, one-line errors, quiet third parties."""
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -24,6 +25,8 @@ for _name, _value in {
 # All of these or none tell processes of each other; RAG_JAX_DISTRIBUTED=1 asks Slurm, Kubernetes or a TPU pod instead.
 PROCESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 PREFIX = "--config."
+# Of a path that was given: no bug of ours.
+FOR_THE_USER = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC)
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,6 +72,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = main() or 0
     except UserError as error:
         print(f"rag_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in FOR_THE_USER or error.filename is None:
+            raise
+        print(f"rag_jax: error: {error.filename}: {error.strerror}; give another path or mend it", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("rag_jax: interrupted", file=sys.stderr)

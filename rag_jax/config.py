@@ -41,6 +41,10 @@ def positive(v: float) -> str | None:
     return None if v > 0 else "must be greater than 0"
 
 
+def seed(v: int) -> str | None:
+    return None if 0 <= v < 2**32 else "must be at least 0 and less than 2**32"
+
+
 def fraction(v: float) -> str | None:
     return None if 0 <= v < 1 else "must be at least 0 and less than 1"
 
@@ -77,7 +81,7 @@ def rules(v: Rules) -> str | None:
 
 
 KEYS: dict[str, Key] = {
-    "seed": Key(int, at_least(0), "random keys and the order of rows"),
+    "seed": Key(int, seed, "random keys and the order of rows"),
     "total_steps": Key(int, at_least(1), "optimizer steps of the run"),
     "batch_size": Key(int, at_least(1), "global queries a step"),
     "group_size": Key(int, at_least(1), "rows whose passages can be each other's candidates; divides batch_size"),

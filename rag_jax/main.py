@@ -27,8 +27,10 @@ def main() -> int:
 
 def check_workdir(workdir: pathlib.Path) -> None:
     """UserError for a place where a run would mix with something else."""
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir}: is a file; give a folder")
+    there = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
+    if not there.is_dir():
+        named = "" if there == workdir.absolute() else f"{there} "
+        raise UserError(f"--workdir={workdir}: {named}is a file; give a folder")
     others = [name for name in RECORDS if (workdir / name).exists()]
     if others and not (workdir / "config.json").is_file():
         raise UserError(

@@ -71,7 +71,17 @@ def _texts(values: Iterable[Any], where: str) -> list[str]:
             raise UserError(f"{where} holds a {type(value).__name__} in row {number}: make it one text per row")
         nothing = value is None or value != value  # NaN is how tables of numbers say nothing
         texts.append("" if nothing else str(value))
+        if not _is_unicode(texts[-1]):
+            raise UserError(f"{where} holds half a character (a lone surrogate) in row {number}: mend its encoding")
     return texts
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_table(source: str, where: str, names: Sequence[str]) -> Columns:
@@ -87,7 +97,7 @@ def _read_table(source: str, where: str, names: Sequence[str]) -> Columns:
             raise UserError(f"{where} is an empty file")
         try:
             return reader(path, where, names)
-        except (OSError, ValueError, csv.Error) as error:  # pyarrow's errors are among these
+        except (OSError, ValueError, RecursionError, csv.Error) as error:  # pyarrow's errors are among these
             raise UserError(f"{where} cannot be read as {path.suffix[1:]}: {_one_line(error)}") from error
     if path.suffix.lower() in READERS or not HUB_NAME.fullmatch(source):
         raise UserError(f"{where}: no such file or folder; mend the path (it is relative to {pathlib.Path.cwd()})")
@@ -100,6 +110,8 @@ def _read_separated(separator: str) -> Callable[[pathlib.Path, str, Sequence[str
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = csv.reader(file, delimiter=separator)
             header = next(lines, [])
+            if twice := [name for name in names if header.count(name) > 1]:
+                raise UserError(f"{where} has column {twice[0]!r} more than once; rename all but one")
             rows = []
             for row in lines:
                 if len(row) == len(header):

@@ -168,7 +168,11 @@ def template_tokens(
 def split_template(template: str) -> tuple[str, str]:
     """The literal texts around a template's one {field}; `{{` and `}}` stand for braces."""
     before, after, seen = "", "", 0
-    for literal, name, _, _ in string.Formatter().parse(template):
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise UserError(f"prompt {template!r}: {error}; write {{{{ and }}}} for braces of its text") from None
+    for literal, name, _, _ in parts:
         before, after = (before + literal, after) if not seen else (before, after + literal)
         seen += name is not None
     if seen != 1:

@@ -96,6 +96,8 @@ def _tokenizer(folder: pathlib.Path, where: str, vocab_size: int) -> Any:
         raise UserError(f"{where}: its tokenizer cannot be read ({reason}); is tokenizer.json whole?") from None
     if not tokenizer.is_fast:
         raise UserError(f"{where}: its tokenizer has no fast version; give a folder that holds tokenizer.json")
+    if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):  # what transformers makes of no files
+        raise UserError(f"{where}: no tokenizer in {folder}; save the model's own there, with its tokenizer.json")
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= vocab_size:
         raise UserError(f"{where}: its tokenizer has ids up to {largest}, but the model only {vocab_size} embeddings")

@@ -79,8 +79,12 @@ def load_rest(folder: pathlib.Path, config: models.ModelConfig) -> dict[str, np.
 
 
 def file_dtype(folder: pathlib.Path, config: models.ModelConfig) -> str:
-    """ "float32", "float16" or "bfloat16": that of most of the folder's tensors."""
+    """ "float32", "float16" or "bfloat16": that of most of the folder's tensors, of which all must be there.
+
+    UserError as of `load_params`, for only the files' headers are needed to see what it would complain about.
+    """
     with _opened(folder, config) as tensors:
+        _check(folder, tensors, expected_tensors(config))
         kinds = [tensor.kind for tensor in tensors.values() if tensor.kind in DTYPES] or ["F32"]
     return np.dtype(DTYPES[max(set(kinds), key=kinds.count)]).name
 
