@@ -65,7 +65,7 @@ def get_config() -> ConfigDict:
     optimizer.decay_rules = ((r"(bias|scale)$", 0.0), (r".*", 1.0))
 
     config.mesh = ConfigDict({"replica": 1, "data": -1, "model": 1})
-    config.checkpoint = ConfigDict({"every_steps": 6, "keep": 1})
+    config.checkpoint = ConfigDict({"every_steps": 12, "keep": 1})
     config.log = ConfigDict({"every_steps": 1})
     config.eval = ConfigDict({"every_steps": 0, "rows": 64, "answers": 16, "batch_size": 8})
     return config
