@@ -148,6 +148,9 @@ def load_workdir(workdir: str | pathlib.Path, overrides: Mapping[str, Any] | Non
     file = pathlib.Path(workdir) / "config.json"
     if not file.is_file():
         raise UserError(f"--workdir={workdir}: no config.json there; give the folder of a run")
+    models = [name for name in overrides or {} if name in ("retriever.path", "generator.path")]
+    if models:
+        raise UserError(f"--config.{models[0]}: the models are those of --workdir={workdir}; leave it out")
     return from_json(file.read_text(encoding="utf-8"), overrides, name=str(file))
 
 
