@@ -8,6 +8,7 @@ import collections
 import csv
 import importlib.metadata
 import json
+import os
 import pathlib
 import random
 import re
@@ -113,9 +114,16 @@ def next_steps(out: pathlib.Path, seconds: float) -> str:
   run/       config, metrics, checkpoints      export/    the trained pair, as Hugging Face folders
 
 Next:
-  tensorboard --logdir {out / "run"}
+{activate()}  tensorboard --logdir {out / "run"}
   python -m rag_jax.main --config=configs/minilm_smollm2.py --workdir=my_run --config.data.train=my_rows.csv \\
       --config.data.columns.query=Question --config.data.columns.passage=Abstract --config.data.columns.answer=Answer"""
+
+
+def activate() -> str:
+    """The line that brings our commands into a shell which does not have them."""
+    if sys.prefix == sys.base_prefix or "VIRTUAL_ENV" in os.environ:
+        return ""
+    return f"  source {os.path.relpath(sys.prefix)}/bin/activate\n"
 
 
 def make_once(target: pathlib.Path, build: Callable[[pathlib.Path], None]) -> pathlib.Path:

@@ -38,6 +38,8 @@ class Training:
     examples: data.Examples
     shapes: tuple[data.Lengths, ...]
     eval_rows: evaluate.EvalRows | None
+    rules: optim.Rules  # of rate and freezing
+    optimizer: Any
     state: Any  # abstract
     step: train_step.Step
     is_main: bool  # the one process that prints and writes the record
@@ -105,7 +107,8 @@ def build(config: Any, workdir: pathlib.Path, mesh: Mesh, start_step: int) -> Tr
     if config.data.eval is not None and config.eval.every_steps:
         eval_rows, eval_report = evaluate.load_rows(config, opened.retriever_text, opened.prompt)
     abstract = run.abstract_params(opened, mesh)
-    trainable, frozen = optim.split_frozen(abstract, rate_rules(config, used))
+    rules = rate_rules(config, used)
+    trainable, frozen = optim.split_frozen(abstract, rules)
     optimizer = optim.make_optimizer(config.optimizer, config.total_steps, trainable)
     state = train_step.abstract_state(trainable, frozen, optimizer, mesh)
     step = train_step.make_train_step(
@@ -116,7 +119,9 @@ def build(config: Any, workdir: pathlib.Path, mesh: Mesh, start_step: int) -> Tr
         dropout_seed=config.seed if has_dropout(opened) else None,
     )
     shapes = data.buckets(examples, config.batch_size)
-    training = Training(config, workdir, opened, mesh, examples, shapes, eval_rows, state, step, is_main)
+    training = Training(
+        config, workdir, opened, mesh, examples, shapes, eval_rows, rules, optimizer, state, step, is_main
+    )
     say(training, summary.summary(training, report, eval_report, start_step))
     if is_main:
         write_workdir(training, start_step)
@@ -151,18 +156,14 @@ def write_workdir(training: Training, start_step: int) -> None:
 
 def pretrained(training: Training) -> train_step.TrainState:
     params = run.pretrained_params(training.opened, training.mesh)
-    rules = rate_rules(training.config, used_roles(training.opened))
-    trainable, frozen = optim.split_frozen(params, rules)
-    optimizer = optim.make_optimizer(training.config.optimizer, training.config.total_steps, trainable)
-    return train_step.init_state(trainable, frozen, optimizer, training.mesh)
+    return train_step.init_state(*optim.split_frozen(params, training.rules), training.optimizer, training.mesh)
 
 
 def restore(training: Training, checkpoints: Checkpoints, step: int) -> train_step.TrainState:
     abstract = training.state
     items = {"params": optim.join(abstract.params, abstract.frozen), "opt_state": abstract.opt_state}
     restored = checkpoints.restore(items, step)
-    rules = rate_rules(training.config, used_roles(training.opened))
-    trainable, frozen = optim.split_frozen(restored["params"], rules)
+    trainable, frozen = optim.split_frozen(restored["params"], training.rules)
     at = jax.device_put(np.int32(step), abstract.step.sharding)
     return train_step.TrainState(at, trainable, frozen, restored["opt_state"])
 
@@ -171,7 +172,7 @@ def loop(training: Training, state: Any, checkpoints: Checkpoints, start_step: i
     """All steps; the number of the signal that ended them early, or 0."""
     config, total_steps = training.config, training.config.total_steps
     compiled = Compiled(training)
-    pending: tuple[int, Any, float] | None = None
+    pending: tuple[int, Any, float, data.Lengths] | None = None
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(metrics.Writer(training.workdir, start_step, active=training.is_main))
         progress = metrics.Progress(total_steps, start_step, active=training.is_main)
@@ -187,7 +188,7 @@ def loop(training: Training, state: Any, checkpoints: Checkpoints, start_step: i
             # The step runs; meanwhile the one before it, which must be done by now, is written down.
             if pending:
                 record.train(*pending)
-            pending = (step, values, wait_s)
+            pending = (step, values, wait_s, lengths_of(batch))
             last = step == total_steps or bool(stopped)
             evaluates = due(step, config.eval.every_steps) or (step == total_steps)
             if last or evaluates or due(step, config.checkpoint.every_steps):
@@ -247,7 +248,7 @@ class Compiled:
         began = time.perf_counter()
         self.by_shape[shape] = self.training.step.lower(state, batch).compile()
         seconds = time.perf_counter() - began
-        progress.print(f"compiled the step for {lengths_of(batch)} in {seconds:.0f} s")
+        progress.print(f"compiled the step for {summary.describe(lengths_of(batch))} in {seconds:.0f} s")
         return self.by_shape[shape], seconds
 
 
@@ -264,7 +265,7 @@ class Record:
         self.done_at += seconds
         self.progress.pause(seconds)
 
-    def train(self, step: int, values: dict[str, jax.Array], wait_s: float) -> None:
+    def train(self, step: int, values: dict[str, jax.Array], wait_s: float, lengths: data.Lengths) -> None:
         numbers = {name: float(value) for name, value in jax.device_get(values).items()}
         now = time.perf_counter()
         step_s, self.done_at = now - self.done_at, now
@@ -280,16 +281,16 @@ class Record:
                 "time/step_s": step_s,
                 "time/data_wait_s": wait_s,
                 "throughput/queries_per_s": config.batch_size / step_s,
-                "throughput/mfu": self.model_flops() / step_s / self.peak_flops,
+                "throughput/mfu": self.model_flops(lengths) / step_s / self.peak_flops,
             }
             self.writer.train(step, numbers)
 
-    def model_flops(self) -> float:
-        """Of a step by formula; batches of shorter shapes count as the longest."""
+    def model_flops(self, lengths: data.Lengths) -> float:
+        """Of a step by formula."""
         opened = self.training.opened
         used = {role: opened.sources[role].model_config for role in used_roles(opened)}
         config = self.training.config
-        return flops.training_step(used, config.batch_size, config.objective.candidates, self.training.shapes[-1])
+        return flops.training_step(used, config.batch_size, config.objective.candidates, lengths)
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         self.writer.evaluation(step, values)
@@ -297,10 +298,17 @@ class Record:
         self.progress.print(f"step {step}: {shown}")
 
 
-def lengths_of(batch: data.Batch) -> str:
-    named = {"queries": batch.query_ids, "passages": batch.passage_ids, "prefixes": batch.prefix_ids,
-             "suffixes": batch.suffix_ids, "strings": batch.string_ids}  # fmt: skip
-    return ", ".join(f"{name} of {ids.shape[1]}" for name, ids in named.items() if ids is not None) + " tokens"
+def lengths_of(batch: data.Batch) -> data.Lengths:
+    """The padded lengths of a batch."""
+    masks = {
+        "query": batch.query_mask,
+        "passage": batch.passage_mask,
+        "prefix": batch.prefix_mask,
+        "suffix": batch.suffix_mask,
+        "answer": batch.answer_mask,
+        "string": batch.string_mask,
+    }
+    return data.Lengths(**{name: mask.shape[1] for name, mask in masks.items() if mask is not None})
 
 
 def evaluation(training: Training, state: Any, step: int, record: Record) -> float:

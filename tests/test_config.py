@@ -53,7 +53,7 @@ def test_the_reference_run_keeps_the_predecessors_numbers():
     assert (run.batch_size, run.data.query_len, run.data.passage_len) == (32, 50, 128)
     assert run.data.prompt_passage_len + run.data.prompt_query_len + run.data.answer_len == 256
     assert (run.optimizer.learning_rate, run.optimizer.schedule, run.optimizer.warmup_steps) == (1e-4, "linear", 100)
-    assert 1 / run.objective.temperature == 100
+    assert run.objective.temperature == 0.01  # there: scores are 100 times the cosine
 
 
 def test_overrides_take_the_kind_of_their_key():
