@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.total_steps = 12
+    config.total_steps = 18
     config.batch_size = 8
     config.group_size = 8
     config.dtype = "float32"
@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
 
     config.generator = generator = ConfigDict()
     generator.path = "quickstart/models/smollm2-135m"
-    generator.remat = False
+    generator.remat = True
 
     config.objective = objective = ConfigDict()
     objective.name = "token"
@@ -65,7 +65,7 @@ def get_config() -> ConfigDict:
     optimizer.decay_rules = ((r"(bias|scale)$", 0.0), (r".*", 1.0))
 
     config.mesh = ConfigDict({"replica": 1, "data": -1, "model": 1})
-    config.checkpoint = ConfigDict({"every_steps": 12, "keep": 1})
+    config.checkpoint = ConfigDict({"every_steps": 18, "keep": 1})
     config.log = ConfigDict({"every_steps": 1})
     config.eval = ConfigDict({"every_steps": 0, "rows": 64, "answers": 16, "batch_size": 8})
     return config

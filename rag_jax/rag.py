@@ -163,8 +163,12 @@ def map_groups(rag: Rag, fn: Callable[[Any], Any], rows: Any) -> Any:
         a = a.reshape(rag.batch_shards, -1, rag.group_size, *a.shape[1:])
         return jnp.swapaxes(a, 0, 1)
 
+    def alone(group: Any) -> Any:
+        return jax.tree.map(lambda a: a[None], fn(jax.tree.map(lambda a: a[0], group)))
+
     groups = jax.tree.map(split, rows)
-    side_by_side = jax.vmap(fn)
+    # One device needs no vmap, whose axis of 1 costs XLA's CPU backend a transposing copy a weight gradient.
+    side_by_side = jax.vmap(fn) if rag.batch_shards > 1 else alone
     if jax.tree.leaves(groups)[0].shape[0] == 1:
         out = jax.tree.map(lambda a: a[None], side_by_side(jax.tree.map(lambda a: a[0], groups)))
     else:

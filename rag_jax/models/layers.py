@@ -24,8 +24,15 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+def flat_dot_general(x: jax.Array, kernel: jax.Array, dimensions: Any, **kwargs: Any) -> jax.Array:
+    """`x @ kernel` over tokens in one row of rows: XLA's CPU backend copies an operand of more axes before it multiplies."""
+    flat = x.reshape(-1, x.shape[-1])
+    out = jax.lax.dot_general(flat, kernel, (((1,), (0,)), ((), ())), **kwargs)
+    return out.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 def linear(in_width: int, out_width: int, *, bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(in_width, out_width, use_bias=bias, rngs=rngs)
+    return nnx.Linear(in_width, out_width, use_bias=bias, dot_general=flat_dot_general, rngs=rngs)
 
 
 def layer_norm(width: int, eps: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
