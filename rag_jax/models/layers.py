@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def flat_dot_general(x: jax.Array, kernel: jax.Array, dimensions: Any, **kwargs: Any) -> jax.Array:
-    """`x @ kernel` over tokens in one row of rows: XLA's CPU backend copies an operand of more axes before it multiplies."""
+    """`x @ kernel` as a product of two matrices: XLA's CPU backend first copies operands that have more axes."""
     flat = x.reshape(-1, x.shape[-1])
     out = jax.lax.dot_general(flat, kernel, (((1,), (0,)), ((), ())), **kwargs)
     return out.reshape(*x.shape[:-1], kernel.shape[-1])
