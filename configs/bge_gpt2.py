@@ -44,11 +44,12 @@ def get_config() -> ConfigDict:
     retriever.pooling = "auto"
     retriever.query_prefix = "Represent this sentence for searching relevant passages: "
     retriever.passage_prefix = None
-    retriever.remat = False
+    retriever.remat = "none"
+    retriever.chunk_size = 0
 
     config.generator = generator = ConfigDict()
     generator.path = "gpt2"
-    generator.remat = False
+    generator.remat = "none"
 
     config.objective = objective = ConfigDict()
     objective.name = "token"

@@ -43,11 +43,12 @@ def get_config() -> ConfigDict:
     retriever.pooling = "auto"
     retriever.query_prefix = "Represent this sentence for searching relevant passages: "
     retriever.passage_prefix = None
-    retriever.remat = True
+    retriever.remat = "full"
+    retriever.chunk_size = 0
 
     config.generator = generator = ConfigDict()
     generator.path = "meta-llama/Llama-2-7b-hf"
-    generator.remat = True
+    generator.remat = "full"
 
     config.objective = objective = ConfigDict()
     objective.name = "token"

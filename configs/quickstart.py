@@ -41,11 +41,12 @@ def get_config() -> ConfigDict:
     retriever.pooling = "auto"
     retriever.query_prefix = None
     retriever.passage_prefix = None
-    retriever.remat = False
+    retriever.remat = "none"
+    retriever.chunk_size = 0
 
     config.generator = generator = ConfigDict()
     generator.path = "quickstart/models/smollm2-135m"
-    generator.remat = True
+    generator.remat = "full"
 
     config.objective = objective = ConfigDict()
     objective.name = "token"

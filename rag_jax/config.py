@@ -17,6 +17,8 @@ from ml_collections import ConfigDict
 from rag_jax.errors import UserError
 
 OBJECTIVES = ("token", "sequence", "dalm", "none")
+REMAT = ("none", "dots", "full")
+REMAT_MEANING = "what layers compute again in the backward pass: nothing, all but weight products, all"
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 Rules = tuple[tuple[str, float], ...]
@@ -106,9 +108,10 @@ KEYS: dict[str, Key] = {
     "retriever.pooling": Key(str, one_of("auto", "cls", "mean", "last"), "auto: what the model's folder says"),
     "retriever.query_prefix": Key(str | None, anything, "put before queries; None: what the model's folder says"),
     "retriever.passage_prefix": Key(str | None, anything, "put before passages; None: what the model's folder says"),
-    "retriever.remat": Key(bool, anything, "recompute layers in the backward pass: less memory, more time"),
+    "retriever.remat": Key(str, one_of(*REMAT), REMAT_MEANING),
+    "retriever.chunk_size": Key(int, at_least(0), "rows encoded at a time on a device, to bound memory; 0: all"),
     "generator.path": Key(str | None, not_empty, "Hugging Face folder, hub name, or random:gpt2|llama|qwen3"),
-    "generator.remat": Key(bool, anything, "recompute layers in the backward pass: less memory, more time"),
+    "generator.remat": Key(str, one_of(*REMAT), REMAT_MEANING),
     "objective.name": Key(str, one_of(*OBJECTIVES), "how the generator's loss is put together; none: retriever only"),
     "objective.candidates": Key(int, at_least(1), "K, passages the generator reads for a query; at most group_size"),
     "objective.temperature": Key(float, positive, "divides the cosine in the contrastive loss"),
@@ -228,14 +231,12 @@ _PARSERS: dict[Any, Callable[[str], Any]] = {
     int: int,
     float: float,
     str: str,
-    bool: lambda text: {"true": True, "1": True, "false": False, "0": False}[text.lower()],
     Rules: ast.literal_eval,
 }
 _KIND_NAMES = {
     int: "a whole number",
     float: "a number",
     str: "text",
-    bool: "true or false",
     Rules: "pairs such as (('generator/', 0.5), ('.*', 1.0))",
 }
 
@@ -300,7 +301,7 @@ def _is_kind(kind: Any, value: Any) -> bool:
     if value is None:
         return optional
     if isinstance(value, bool):
-        return kind is bool
+        return False
     return isinstance(value, kind) and not (isinstance(value, float) and not math.isfinite(value))
 
 

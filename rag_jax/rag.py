@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from rag_jax import losses
 from rag_jax.models.decoder import Decoder
-from rag_jax.models.layers import named_key
+from rag_jax.models.layers import named_keys
 
 # Tokens whose (tokens, V) logits exist at one time in `gold_log_probs`.
 HEAD_CHUNK = 512
@@ -53,6 +53,7 @@ class Rag:
     group_size: int  # b
     dtype: Any = jnp.float32
     batch_shards: int = 1  # how many devices the batch is split over: groups run side by side on them
+    chunk_size: int = 0  # rows that the retriever encodes at a time on each of them; 0: all
 
     def model(self, name: str, params: dict) -> Any:
         """A model in the compute dtype; gradients reach the float32 parameters through the cast."""
@@ -75,10 +76,10 @@ def encode(
     ids_BL: Int[Array, "B L"],
     mask_BL: Bool[Array, "B L"],
     pooling: str,
-    dropout_key: Key[Array, ""] | None = None,
+    dropout_keys: Key[Array, " B"] | None = None,
 ) -> Float[Array, "B E"]:
     """Pooled and L2-normalised embeddings, float32."""
-    emb_BE = pool(retriever(ids_BL, mask_BL, dropout_key), mask_BL, pooling)
+    emb_BE = pool(retriever(ids_BL, mask_BL, dropout_keys), mask_BL, pooling)
     return emb_BE / jnp.maximum(jnp.linalg.norm(emb_BE, axis=-1, keepdims=True), 1e-12)
 
 
@@ -134,7 +135,7 @@ def answer_log_probs(
 
 
 def group_nll(
-    generator: Decoder, objective: Objective, group: Any, cosine_bb: Float[Array, "b b"] | None, key: Any
+    generator: Decoder, objective: Objective, group: Any, cosine_bb: Float[Array, "b b"] | None, keys: Any
 ) -> Float[Array, ""]:
     """Summed negative log marginal of one group's answers, each read with K passages of the group."""
     b = group.suffix_ids.shape[0]
@@ -144,7 +145,7 @@ def group_nll(
         candidates_bK = choose_candidates(cosine_bb, group.passage_key, objective.candidates)
         scores_bK = jnp.take_along_axis(cosine_bb, candidates_bK, axis=1) / objective.marginal_temperature
     hidden_bKLD = generator.prefix_suffix(
-        (group.prefix_ids, group.prefix_mask), (group.suffix_ids, group.suffix_mask), candidates_bK, key
+        (group.prefix_ids, group.prefix_mask), (group.suffix_ids, group.suffix_mask), candidates_bK, keys
     )
     token_log_probs_bKT = answer_log_probs(
         generator, hidden_bKLD, group.suffix_ids, group.answer_start, group.answer_mask.shape[1]
@@ -152,65 +153,85 @@ def group_nll(
     return losses.marginal_nll(objective.name, losses.doc_log_probs(scores_bK), token_log_probs_bKT, group.answer_mask)
 
 
-def map_groups(rag: Rag, fn: Callable[[Any], Any], rows: Any) -> Any:
-    """`fn` of each group of rows; results with a leading axis G.
+def map_blocks(fn: Callable[[Any], Any], rows: Any, size: int, shards: int) -> Any:
+    """`fn` of each block of `size` neighbouring rows; results with a leading axis of blocks.
 
-    Groups that live on different devices run side by side, those of one device one after the other under
-    rematerialisation, so that memory is that of one group a device.
+    Blocks that live on different devices (`shards` of them) run side by side, those of one device one after the other
+    under rematerialisation, so that memory is that of one block a device.
     """
 
-    def split(a: Array) -> Array:  # (B, ...) -> (groups a device, devices, b, ...); a device's rows are neighbours
-        a = a.reshape(rag.batch_shards, -1, rag.group_size, *a.shape[1:])
-        return jnp.swapaxes(a, 0, 1)
+    def split(a: Array) -> Array:  # (B, ...) -> (blocks a device, devices, size, ...); a device's rows are neighbours
+        return jnp.swapaxes(a.reshape(shards, -1, size, *a.shape[1:]), 0, 1)
 
-    def alone(group: Any) -> Any:
-        return jax.tree.map(lambda a: a[None], fn(jax.tree.map(lambda a: a[0], group)))
+    def alone(block: Any) -> Any:
+        return jax.tree.map(lambda a: a[None], fn(jax.tree.map(lambda a: a[0], block)))
 
-    groups = jax.tree.map(split, rows)
+    blocks = jax.tree.map(split, rows)
     # One device needs no vmap, whose axis of 1 costs XLA's CPU backend a transposing copy a weight gradient.
-    side_by_side = jax.vmap(fn) if rag.batch_shards > 1 else alone
-    if jax.tree.leaves(groups)[0].shape[0] == 1:
-        out = jax.tree.map(lambda a: a[None], side_by_side(jax.tree.map(lambda a: a[0], groups)))
+    side_by_side = jax.vmap(fn) if shards > 1 else alone
+    if jax.tree.leaves(blocks)[0].shape[0] == 1:
+        out = jax.tree.map(lambda a: a[None], side_by_side(jax.tree.map(lambda a: a[0], blocks)))
     else:
-        out = jax.lax.map(jax.checkpoint(side_by_side), groups)
+        out = jax.lax.map(jax.checkpoint(side_by_side), blocks)
     return jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1).reshape(-1, *a.shape[2:]), out)
 
 
+def encode_in_chunks(
+    rag: Rag,
+    retriever: Callable[..., Array],
+    ids_BL: Int[Array, "B L"],
+    mask_BL: Bool[Array, "B L"],
+    dropout_keys: Key[Array, " B"] | None,
+) -> Float[Array, "B E"]:
+    """`encode`, at most `rag.chunk_size` rows at a time on a device: of the others only embeddings are in memory.
+
+    What GradCache (Gao et al., 2021) does by hand, the backward pass of a rematerialised loop does by itself.
+    """
+    B = ids_BL.shape[0]
+    rows = B // rag.batch_shards
+    if not 0 < rag.chunk_size < rows:
+        return encode(retriever, ids_BL, mask_BL, rag.pooling, dropout_keys)
+    num_chunks = next(n for n in range(-(-rows // rag.chunk_size), rows + 1) if rows % n == 0)
+
+    def chunk(chunk_rows: Any) -> Array:
+        ids, mask, keys = chunk_rows
+        return encode(retriever, ids, mask, rag.pooling, keys)
+
+    return map_blocks(chunk, (ids_BL, mask_BL, dropout_keys), rows // num_chunks, rag.batch_shards).reshape(B, -1)
+
+
 def marginal_loss(
-    rag: Rag, params: dict, batch: Any, cosine_BB: Float[Array, "B B"] | None, key: Key[Array, ""] | None
+    rag: Rag, params: dict, batch: Any, cosine_BB: Float[Array, "B B"] | None, dropout_keys: Key[Array, " B"] | None
 ) -> Float[Array, ""]:
     """Mean negative log marginal per answer token of the whole batch, nats."""
     B, b = batch.suffix_ids.shape[0], rag.group_size
     generator = rag.model("generator", params)
     index_G = jnp.arange(B // b)
     own_Gbb = None if cosine_BB is None else cosine_BB.reshape(B // b, b, B // b, b)[index_G, :, index_G]
-
-    def nll(group_and_index: Any) -> Array:
-        group, cosine_bb, index = group_and_index
-        group_key = None if key is None else jax.random.fold_in(key, index[0])
-        return group_nll(generator, rag.objective, group, cosine_bb, group_key)
-
     own_Bb = None if own_Gbb is None else own_Gbb.reshape(B, b)
-    group_of_row = jnp.repeat(index_G, b)
-    nll_G = map_groups(rag, nll, (batch, own_Bb, group_of_row))
+
+    def nll(rows: Any) -> Array:
+        group, cosine_bb, keys = rows
+        return group_nll(generator, rag.objective, group, cosine_bb, keys)
+
+    nll_G = map_blocks(nll, (batch, own_Bb, dropout_keys), b, rag.batch_shards)
     return jnp.sum(nll_G) / jnp.maximum(jnp.sum(batch.answer_mask), 1)
 
 
 def dalm_loss(
-    rag: Rag, params: dict, batch: Any, cosine_BB: Float[Array, "B B"], key: Key[Array, ""] | None
+    rag: Rag, params: dict, batch: Any, cosine_BB: Float[Array, "B B"], dropout_keys: Key[Array, " B"] | None
 ) -> Float[Array, ""]:
     """The predecessor's objective on its own strings; see `losses.dalm_marginal`."""
     generator = rag.model("generator", params)
 
-    def string_log_probs(group: Any) -> Array:
-        ids, mask, index = group
-        group_key = None if key is None else jax.random.fold_in(key, index[0])
-        hidden = generator(ids, mask, group_key)[:, :-1]
+    def string_log_probs(rows: Any) -> Array:
+        ids, mask, keys = rows
+        hidden = generator(ids, mask, keys)[:, :-1]
         flat = gold_log_probs(hidden.reshape(-1, hidden.shape[-1]), generator.head_kernel(), ids[:, 1:].reshape(-1))
         return flat.reshape(ids.shape[0], -1)
 
-    group_of_row = jnp.arange(batch.string_ids.shape[0]) // rag.group_size
-    log_probs_GbL = map_groups(rag, string_log_probs, (batch.string_ids, batch.string_mask, group_of_row))
+    rows = (batch.string_ids, batch.string_mask, dropout_keys)
+    log_probs_GbL = map_blocks(string_log_probs, rows, rag.group_size, rag.batch_shards)
     log_probs_BL = log_probs_GbL.reshape(-1, log_probs_GbL.shape[-1])
     # Position l predicts token l + 1; `string_answer_start` counts in these positions.
     answer_BL = jnp.arange(log_probs_BL.shape[1])[None, :] >= batch.string_answer_start[:, None]
@@ -222,14 +243,14 @@ def loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Total = contrastive_weight * contrastive + marginal_weight * marginal, and its parts by their metric names."""
     objective = rag.objective
+    keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(batch.query_key)))
     parts: dict[str, Float[Array, ""]] = {}
     cosine_BB = None
     if objective.uses_retriever:
         retriever = rag.model("retriever", params)
-        query_emb_BE = encode(retriever, batch.query_ids, batch.query_mask, rag.pooling, named_key(key, "query"))
-        passage_emb_BE = encode(
-            retriever, batch.passage_ids, batch.passage_mask, rag.pooling, named_key(key, "passage")
-        )
+        query_keys, passage_keys = named_keys(keys, "query"), named_keys(keys, "passage")
+        query_emb_BE = encode_in_chunks(rag, retriever, batch.query_ids, batch.query_mask, query_keys)
+        passage_emb_BE = encode_in_chunks(rag, retriever, batch.passage_ids, batch.passage_mask, passage_keys)
         cosine_BB = query_emb_BE @ passage_emb_BE.T
     if cosine_BB is not None and objective.contrastive_weight != 0:
         same_passage_BB = batch.passage_key[:, None] == batch.passage_key[None, :]
@@ -238,9 +259,9 @@ def loss(
         parts["loss/contrastive"] = losses.contrastive_loss(scores_BB, same_passage_BB, same_query_BB)
     if objective.uses_generator and objective.name == "dalm":
         assert cosine_BB is not None
-        parts["loss/marginal"] = dalm_loss(rag, params, batch, cosine_BB, named_key(key, "generator"))
+        parts["loss/marginal"] = dalm_loss(rag, params, batch, cosine_BB, named_keys(keys, "generator"))
     elif objective.uses_generator:
-        parts["loss/marginal"] = marginal_loss(rag, params, batch, cosine_BB, named_key(key, "generator"))
+        parts["loss/marginal"] = marginal_loss(rag, params, batch, cosine_BB, named_keys(keys, "generator"))
     total = objective.contrastive_weight * parts.get("loss/contrastive", jnp.zeros(())) + (
         objective.marginal_weight * parts.get("loss/marginal", jnp.zeros(()))
     )

@@ -92,6 +92,7 @@ def composite(config: Any, sources: dict[str, hf.Source], batch_shards: int = 1)
         config.group_size,
         jnp.dtype(config.dtype),
         batch_shards,
+        config.retriever.chunk_size,
     )
 
 

@@ -22,7 +22,7 @@ from rag_jax.errors import UserError
 # Keys that may differ between a run and its continuation; all others change what the checkpoint means.
 MAY_CHANGE = (
     "total_steps", "mesh", "checkpoint", "log", "eval", "data.eval", "data.passages", "retriever.remat",
-    "generator.remat",
+    "retriever.chunk_size", "generator.remat",
 )  # fmt: skip
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -67,7 +67,7 @@ def test_overrides_take_the_kind_of_their_key():
             "mesh.data": "-1",
             "objective.marginal_weight": "2",
             "optimizer.clip_norm": "none",
-            "generator.remat": "true",
+            "generator.remat": "full",
             "retriever.query_prefix": "",
             "prompt.answer": " {answer}=",
             "optimizer.rate_rules": "(('generator/', 0), ('.*', 1))",
@@ -78,7 +78,7 @@ def test_overrides_take_the_kind_of_their_key():
     assert loaded.dropout == 0.25 and loaded.optimizer.clip_norm is None
     assert loaded.data.eval is None and loaded.data.train == "None.csv"
     assert loaded.objective.marginal_weight == 2.0 and isinstance(loaded.objective.marginal_weight, float)
-    assert loaded.generator.remat is True
+    assert loaded.generator.remat == "full"
     assert loaded.retriever.query_prefix == "" and loaded.prompt.answer == " {answer}="
     assert loaded.optimizer.rate_rules == (("generator/", 0.0), (".*", 1.0))
 
@@ -99,7 +99,7 @@ def test_overrides_take_the_kind_of_their_key():
         ({"dropout": "1.0"}, "dropout=1.0: must be at least 0 and less than 1"),
         ({"optimizer.learning_rate": "nan"}, "optimizer.learning_rate=nan: must be a number"),
         ({"objective.temperature": "0"}, "objective.temperature=0.0: must be greater than 0"),
-        ({"generator.remat": "yes"}, "generator.remat=yes: must be true or false"),
+        ({"generator.remat": "dot"}, "generator.remat='dot': must be one of none, dots, full; did you mean dots?"),
         ({"dtype": "float16"}, "dtype='float16': must be one of float32, bfloat16"),
         ({"objective.name": "tokn"}, "must be one of token, sequence, dalm, none; did you mean token?"),
         ({"retriever.pooling": "avg"}, "retriever.pooling='avg': must be one of auto, cls, mean, last"),

@@ -227,7 +227,7 @@ def test_rematerialisation_changes_nothing():
     model, params = make("gpt2")
     rows = make_rows(8)
     loss, gradients = value_and_grad(model, params, rows)
-    config = dataclasses.replace(GENERATORS["gpt2"], remat=True)
+    config = dataclasses.replace(GENERATORS["gpt2"], remat="full")
     remat = dataclasses.replace(model, generator=models.abstract(config)[0])
     again, again_gradients = value_and_grad(remat, params, rows)
     np.testing.assert_allclose(again, loss, rtol=1e-6)
@@ -278,16 +278,56 @@ def test_pooling_against_numpy(mode, left):
     np.testing.assert_allclose(rag.pool(jnp.asarray(hidden), jnp.asarray(mask), mode), expected, rtol=1e-6)
 
 
+def with_dropout(model, rate=0.2):
+    """The composite with dropout everywhere in both models."""
+    generator = dataclasses.replace(GENERATORS["gpt2"], dropout=rate, embed_dropout=rate, attention_dropout=rate)
+    retriever = dataclasses.replace(BERT, dropout=rate, attention_dropout=rate)
+    return dataclasses.replace(model, generator=models.abstract(generator)[0], retriever=models.abstract(retriever)[0])
+
+
 def test_dropout_is_a_function_of_the_key():
     model, params = make("gpt2")
-    config = dataclasses.replace(GENERATORS["gpt2"], dropout=0.2, embed_dropout=0.2, attention_dropout=0.2)
-    retriever = dataclasses.replace(BERT, dropout=0.2, attention_dropout=0.2)
-    model = dataclasses.replace(
-        model, generator=models.abstract(config)[0], retriever=models.abstract(retriever)[0], batch_shards=1
-    )
-    rows = make_rows(8)
-    one, again, other = (float(value_and_grad(model, params, rows, jax.random.key(k))[0]) for k in (0, 0, 1))
+    noisy, rows = with_dropout(model), make_rows(8)
+    one, again, other = (float(value_and_grad(noisy, params, rows, jax.random.key(k))[0]) for k in (0, 0, 1))
     assert one == again != other
-    assert float(value_and_grad(model, params, rows)[0]) == pytest.approx(
-        float(value_and_grad(make("gpt2")[0], params, rows)[0])
-    )
+    without = float(value_and_grad(model, params, rows)[0])
+    assert one != pytest.approx(without, rel=1e-3)
+    assert float(value_and_grad(noisy, params, rows)[0]) == pytest.approx(without)
+
+
+@pytest.mark.parametrize("changes", [{"chunk_size": 3}, {"batch_shards": 2}])
+def test_chunks_and_scanned_groups_change_nothing_with_dropout(changes):
+    """Chunks of 3 do not divide 8 rows; two shards put the groups side by side, not one after the other."""
+    model, params = make("gpt2")
+    model, rows = with_dropout(model), make_rows(8)
+    loss, gradients = value_and_grad(model, params, rows, jax.random.key(5))
+    again, again_gradients = value_and_grad(dataclasses.replace(model, **changes), params, rows, jax.random.key(5))
+    np.testing.assert_allclose(again, loss, rtol=1e-6)
+    assert_trees_close(again_gradients, gradients, 1e-5)
+
+
+def test_dropout_of_a_row_is_its_own():
+    """The control of the test above: rows that change places keep the noise of the place, so the loss is another."""
+    model, params = make("gpt2")
+    rows, turned = make_rows(8), np.array([1, 2, 3, 0, 5, 6, 7, 4])  # within the groups
+    moved = jax.tree.map(lambda a: a[turned], rows)
+    plain, plain_moved = (float(value_and_grad(model, params, r)[0]) for r in (rows, moved))
+    assert plain_moved == pytest.approx(plain, rel=1e-6)
+    key = jax.random.key(5)
+    noisy, noisy_moved = (float(value_and_grad(with_dropout(model), params, r, key)[0]) for r in (rows, moved))
+    assert noisy_moved != pytest.approx(noisy, rel=1e-3)
+
+
+def test_memory_of_a_large_batch_is_that_of_a_chunk_and_a_group():
+    """Eight times the queries may only add embeddings, scores and tokens."""
+
+    def temporary_bytes(num_rows):
+        model, params = make()
+        rows = make_rows(num_rows, passages=np.arange(num_rows))
+        model = dataclasses.replace(model, chunk_size=8)
+        compiled = value_and_grad.lower(model, params, rows, None).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    few, many = temporary_bytes(64), temporary_bytes(512)
+    scores = 4 * 512 * 512
+    assert many - few < 6 * scores

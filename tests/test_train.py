@@ -136,7 +136,9 @@ OBJECTIVES = [
     pytest.param({"objective__name": "none", "generator__path": None}, id="retriever only"),
     pytest.param({"objective__name": "none"}, id="generator unused", marks=SLOW),
     pytest.param({"generator__path": "random:llama", "retriever__path": "random:qwen3"}, id="llama", marks=SLOW),
-    pytest.param({"dtype": "bfloat16", "retriever__remat": True, "generator__remat": True}, id="bfloat16", marks=SLOW),
+    pytest.param(
+        {"dtype": "bfloat16", "retriever__remat": "dots", "generator__remat": "full"}, id="bfloat16", marks=SLOW
+    ),
 ]
 
 

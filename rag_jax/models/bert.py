@@ -22,7 +22,7 @@ class BertConfig:
     activation: str
     dropout: float
     attention_dropout: float
-    remat: bool = False
+    remat: str = "none"  # a key of layers.REMAT
 
 
 class BertEmbed(nnx.Module):
@@ -62,14 +62,14 @@ class BertLayer(nnx.Module):
         self.dropout = config.dropout
 
     def __call__(
-        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L L"], dropout_key: Key[Array, ""] | None
+        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L L"], dropout_keys: Key[Array, " B"] | None
     ) -> Float[Array, "B L D"]:
-        attended, _ = self.attention(x, mask, dropout_key=dropout_key)
-        x = self.attention_norm(x + self._drop(attended, dropout_key, "residual"))
-        return self.mlp_norm(x + self._drop(self.mlp(x), dropout_key, "mlp"))
+        attended, _ = self.attention(x, mask, dropout_keys=dropout_keys)
+        x = self.attention_norm(x + self._drop(attended, dropout_keys, "residual"))
+        return self.mlp_norm(x + self._drop(self.mlp(x), dropout_keys, "mlp"))
 
-    def _drop(self, x: Float[Array, "B L D"], key: Key[Array, ""] | None, name: str) -> Float[Array, "B L D"]:
-        return layers.dropout(x, self.dropout, layers.named_key(key, name))
+    def _drop(self, x: Float[Array, "B L D"], keys: Key[Array, " B"] | None, name: str) -> Float[Array, "B L D"]:
+        return layers.dropout(x, self.dropout, layers.named_keys(keys, name))
 
 
 class Bert(nnx.Module):
@@ -82,19 +82,19 @@ class Bert(nnx.Module):
         self,
         ids: Int[Array, "B L"],
         attention_mask: Bool[Array, "B L"],
-        dropout_key: Key[Array, ""] | None = None,
+        dropout_keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """Hidden states after the last layer. Every token looks at every real token."""
         B, L = ids.shape
         x = self.embed(ids, layers.positions_of(attention_mask))
-        x = layers.dropout(x, self.config.dropout, layers.named_key(dropout_key, "embed"))
+        x = layers.dropout(x, self.config.dropout, layers.named_keys(dropout_keys, "embed"))
         mask = jnp.broadcast_to(attention_mask[:, None, :], (B, L, L))
         x, _ = layers.scan(
             self.layers,
-            lambda layer, x, _, key: (layer(x, mask, key), None),
+            lambda layer, x, _, keys: (layer(x, mask, keys), None),
             x,
             num_layers=self.config.num_layers,
             remat=self.config.remat,
-            dropout_key=layers.named_key(dropout_key, "layers"),
+            dropout_keys=dropout_keys,
         )
         return x

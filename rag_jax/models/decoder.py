@@ -1,7 +1,7 @@
 """Causal language models, whatever the family: plain forward, shared-prefix forward, and decoding with a KV cache.
 
 A family gives `_embed`, `_rope`, `head_kernel`, `layers`, `norm` and a layer called as
-`layer(x, mask, rope=, context=, dropout_key=) -> (x, keys and values)`; everything here is written once.
+`layer(x, mask, rope=, context=, dropout_keys=) -> (x, keys and values)`; everything here is written once.
 """
 
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ class Decoder(nnx.Module):
     norm: Any
 
     def _embed(
-        self, ids: Int[Array, "B L"], positions: Int[Array, "B L"], dropout_key: Key[Array, ""] | None
+        self, ids: Int[Array, "B L"], positions: Int[Array, "B L"], dropout_keys: Key[Array, " B"] | None
     ) -> Float[Array, "B L D"]:
         raise NotImplementedError
 
@@ -47,23 +47,23 @@ class Decoder(nnx.Module):
         self,
         ids: Int[Array, "B L"],
         attention_mask: Bool[Array, "B L"],
-        dropout_key: Key[Array, ""] | None = None,
+        dropout_keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """Hidden states after the final norm; padding on the left or on the right."""
-        return self.norm(self._forward(ids, attention_mask, dropout_key=dropout_key)[0])
+        return self.norm(self._forward(ids, attention_mask, dropout_keys=dropout_keys)[0])
 
     def prefix_suffix(
         self,
         prefix: tuple[Int[Array, "P Lp"], Bool[Array, "P Lp"]],
         suffix: tuple[Int[Array, "B Ls"], Bool[Array, "B Ls"]],
         candidates: Int[Array, "B K"],
-        dropout_key: Key[Array, ""] | None = None,
+        dropout_keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B K Ls D"]:
         """Hidden states of each suffix b behind each of its prefixes `candidates[b, k]`; (ids, mask), right-padded.
 
         A causal state on the prefix does not depend on the suffix, so each prefix runs once and each pair of suffix and
         candidate runs its suffix alone. Both advance through one scan: a layer's keys and values of the prefixes are
-        gathered for that layer's suffixes and then forgotten.
+        gathered for that layer's suffixes and then forgotten. Dropout asks for as many prefixes as suffixes (P = B).
         """
         (prefix_ids, prefix_mask), (suffix_ids, suffix_mask) = prefix, suffix
         (B, Ls), K = suffix_ids.shape, candidates.shape[1]
@@ -78,22 +78,24 @@ class Decoder(nnx.Module):
         before = self._in_window(pairs_positions, prefix_positions[flat]) & prefix_mask[flat][:, None, :]
         pairs_looks = jnp.concatenate([before, self._causal_mask(pairs_mask)], axis=-1)
 
-        def body(layer: Any, carry: Any, _: Any, key: Any) -> tuple[Any, None]:
+        prefix_keys = layers.named_keys(dropout_keys, "prefix")
+        pairs_keys = layers.named_keys(dropout_keys, "suffix")
+        if pairs_keys is not None:
+            fold_in = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+            pairs_keys = fold_in(pairs_keys, jnp.arange(K)).reshape(B * K)
+
+        def body(layer: Any, carry: Any, _: Any, keys: Any) -> tuple[Any, None]:
             prefix_x, pairs_x = carry
-            prefix_x, keys_values = layer(
-                prefix_x, prefix_looks, rope=prefix_rope, dropout_key=layers.named_key(key, "prefix")
-            )
+            prefix_x, keys_values = layer(prefix_x, prefix_looks, rope=prefix_rope, dropout_keys=keys[0])
             context = jax.tree.map(lambda a: a[flat], keys_values)
-            pairs_x, _ = layer(
-                pairs_x, pairs_looks, rope=pairs_rope, context=context, dropout_key=layers.named_key(key, "suffix")
-            )
+            pairs_x, _ = layer(pairs_x, pairs_looks, rope=pairs_rope, context=context, dropout_keys=keys[1])
             return (prefix_x, pairs_x), None
 
         start = (
-            self._embed(prefix_ids, prefix_positions, layers.named_key(dropout_key, "prefix")),
-            self._embed(pairs_ids, pairs_positions, layers.named_key(dropout_key, "suffix")),
+            self._embed(prefix_ids, prefix_positions, layers.named_keys(prefix_keys, "embed")),
+            self._embed(pairs_ids, pairs_positions, layers.named_keys(pairs_keys, "embed")),
         )
-        (_, pairs_x), _ = self._scan(body, start, layers.named_key(dropout_key, "layers"))
+        (_, pairs_x), _ = self._scan(body, start, (prefix_keys, pairs_keys))
         return self.norm(pairs_x).reshape(B, K, Ls, -1)
 
     def prefill(
@@ -141,23 +143,23 @@ class Decoder(nnx.Module):
         attention_mask: Bool[Array, "B L"],
         *,
         keep: bool = False,
-        dropout_key: Key[Array, ""] | None = None,
+        dropout_keys: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B L D"], Any]:
         """Hidden states before the final norm, and every layer's keys and values where they are to be kept."""
         positions = layers.positions_of(attention_mask)
         rope, looks = self._rope(positions), self._causal_mask(attention_mask)
 
-        def body(layer: Any, x: Any, _: Any, key: Any) -> tuple[Any, Any]:
-            x, keys_values = layer(x, looks, rope=rope, dropout_key=key)
+        def body(layer: Any, x: Any, _: Any, keys: Any) -> tuple[Any, Any]:
+            x, keys_values = layer(x, looks, rope=rope, dropout_keys=keys)
             return x, keys_values if keep else None
 
-        x = self._embed(ids, positions, layers.named_key(dropout_key, "embed"))
-        return self._scan(body, x, layers.named_key(dropout_key, "layers"))
+        x = self._embed(ids, positions, layers.named_keys(dropout_keys, "embed"))
+        return self._scan(body, x, dropout_keys)
 
-    def _scan(self, body: Any, carry: Any, dropout_key: Any, xs: Any = None) -> tuple[Any, Any]:
+    def _scan(self, body: Any, carry: Any, dropout_keys: Any, xs: Any = None) -> tuple[Any, Any]:
         config = self.config
         return layers.scan(
-            self.layers, body, carry, num_layers=config.num_layers, remat=config.remat, dropout_key=dropout_key, xs=xs
+            self.layers, body, carry, num_layers=config.num_layers, remat=config.remat, dropout_keys=dropout_keys, xs=xs
         )
 
     def _causal_mask(self, mask: Bool[Array, "B L"]) -> Bool[Array, "B L L"]:

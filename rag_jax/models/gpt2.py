@@ -23,7 +23,7 @@ class Gpt2Config:
     dropout: float
     embed_dropout: float
     attention_dropout: float
-    remat: bool = False
+    remat: str = "none"  # a key of layers.REMAT
 
 
 class Gpt2Embed(nnx.Module):
@@ -60,13 +60,13 @@ class Gpt2Layer(nnx.Module):
         *,
         rope: layers.Rope | None = None,
         context: layers.KeysValues | None = None,
-        dropout_key: Key[Array, ""] | None = None,
+        dropout_keys: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B L D"], layers.KeysValues]:
         attended, keys_values = self.attention(
-            self.attention_norm(x), mask, rope=rope, context=context, dropout_key=dropout_key
+            self.attention_norm(x), mask, rope=rope, context=context, dropout_keys=dropout_keys
         )
-        x = x + layers.dropout(attended, self.dropout, layers.named_key(dropout_key, "residual"))
-        x = x + layers.dropout(self.mlp(self.mlp_norm(x)), self.dropout, layers.named_key(dropout_key, "mlp"))
+        x = x + layers.dropout(attended, self.dropout, layers.named_keys(dropout_keys, "residual"))
+        x = x + layers.dropout(self.mlp(self.mlp_norm(x)), self.dropout, layers.named_keys(dropout_keys, "mlp"))
         return x, keys_values
 
 
@@ -78,10 +78,10 @@ class Gpt2(Decoder):
         self.norm = layers.layer_norm(config.width, config.norm_eps, rngs)
 
     def _embed(
-        self, ids: Int[Array, "B L"], positions: Int[Array, "B L"], dropout_key: Key[Array, ""] | None
+        self, ids: Int[Array, "B L"], positions: Int[Array, "B L"], dropout_keys: Key[Array, " B"] | None
     ) -> Float[Array, "B L D"]:
         x = self.embed.word(ids) + self.embed.position(positions)
-        return layers.dropout(x, self.config.embed_dropout, dropout_key)
+        return layers.dropout(x, self.config.embed_dropout, dropout_keys)
 
     def _rope(self, positions: Int[Array, "B L"]) -> None:
         return None

@@ -22,6 +22,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
+# What of a layer's forward pass stays in memory for its backward pass; the rest is computed again.
+REMAT: dict[str, Callable[..., bool]] = {
+    "none": jax.checkpoint_policies.everything_saveable,  # as without a policy
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights, not attention
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def flat_dot_general(x: jax.Array, kernel: jax.Array, dimensions: Any, **kwargs: Any) -> jax.Array:
@@ -44,16 +50,24 @@ def rms_norm(width: int, eps: float, rngs: nnx.Rngs) -> nnx.RMSNorm:
     return nnx.RMSNorm(width, epsilon=eps, rngs=rngs)
 
 
-def dropout(x: Shaped[Array, "..."], rate: float, key: Key[Array, ""] | None) -> Shaped[Array, "..."]:
-    """Zeroes a share `rate` of x and scales the rest up; without a key (evaluation) x as it is."""
-    if key is None or rate == 0.0:
+def dropout(x: Shaped[Array, "B ..."], rate: float, keys: Key[Array, " B"] | None) -> Shaped[Array, "B ..."]:
+    """Zeroes a share `rate` of x and scales the rest up; without keys (evaluation) x as it is.
+
+    Every row has its own key: what it loses does not depend on the rows beside it, be they chunks, groups or devices.
+    """
+    if keys is None or rate == 0.0:
         return x
-    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), jnp.zeros((), x.dtype))
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)
+    return jnp.where(kept, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 
-def named_key(key: Key[Array, ""] | None, name: str) -> Key[Array, ""] | None:
-    """The random stream called `name`: a new one never shifts the others."""
-    return None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
+def named_keys(keys: Key[Array, " B"] | None, name: str) -> Key[Array, " B"] | None:
+    """The random streams called `name`: a new name never shifts the others."""
+    return numbered_keys(keys, zlib.crc32(name.encode()))
+
+
+def numbered_keys(keys: Key[Array, " B"] | None, number: int | Int[Array, ""]) -> Key[Array, " B"] | None:
+    return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
 def positions_of(mask: Bool[Array, "B L"]) -> Int[Array, "B L"]:
@@ -74,7 +88,7 @@ def attend(
     value: Float[Array, "B M G C"],
     mask: Bool[Array, "B L M"],
     rate: float = 0.0,
-    dropout_key: Key[Array, ""] | None = None,
+    dropout_keys: Key[Array, " B"] | None = None,
 ) -> Float[Array, "B L H C"]:
     """Scaled dot-product attention, grouped heads, softmax in float32. A row that may look at nothing gives a mean."""
     B, L, H, C = query.shape
@@ -82,7 +96,7 @@ def attend(
     grouped = query.reshape(B, L, G, H // G, C) * (C**-0.5)
     scores = jnp.einsum("BLGRC,BMGC->BGRLM", grouped, key, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = dropout(jax.nn.softmax(scores, axis=-1).astype(value.dtype), rate, dropout_key)
+    weights = dropout(jax.nn.softmax(scores, axis=-1).astype(value.dtype), rate, dropout_keys)
     return jnp.einsum("BGRLM,BMGC->BLGRC", weights, value).reshape(B, L, H, C)
 
 
@@ -118,7 +132,7 @@ class Attention(nnx.Module):
         *,
         rope: Rope | None = None,
         context: KeysValues | None = None,
-        dropout_key: Key[Array, ""] | None = None,
+        dropout_keys: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B L D"], KeysValues]:
         """The attended values, and the rows' own keys and values; M counts the context first, then the own tokens."""
         B, L, _ = x.shape
@@ -132,7 +146,7 @@ class Attention(nnx.Module):
         own = (key, value)
         if context is not None:
             key, value = (jnp.concatenate([old, new], axis=1) for old, new in zip(context, own, strict=True))
-        attended = attend(query, key, value, mask, self.dropout_rate, named_key(dropout_key, "attention"))
+        attended = attend(query, key, value, mask, self.dropout_rate, named_keys(dropout_keys, "attention"))
         return self.out(attended.reshape(B, L, -1)), own
 
 
@@ -147,17 +161,23 @@ def scan(
     carry: Any,
     *,
     num_layers: int,
-    remat: bool,
-    dropout_key: Key[Array, ""] | None = None,
+    remat: str,
+    dropout_keys: Any = None,
     xs: Any = None,
 ) -> tuple[Any, Any]:
-    """Runs `body(layer, carry, x, dropout_key) -> (carry, y)` over stacked layers; the body is compiled once."""
+    """Runs `body(layer, carry, x, dropout_keys) -> (carry, y)` over stacked layers; the body is compiled once.
+
+    `dropout_keys`: rows' keys, or several sets of them, of which every layer gets its own.
+    """
     graphdef, params = nnx.split(layers)
-    keys = None if dropout_key is None else jax.random.split(dropout_key, num_layers)
+    layer_keys = jax.tree.map(lambda keys: named_keys(keys, "layers"), dropout_keys)
 
     def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
-        layer_params, x, key = inputs
-        return body(nnx.merge(graphdef, layer_params), carry, x, key)
+        layer_params, x, n = inputs
+        keys = jax.tree.map(lambda keys: numbered_keys(keys, n), layer_keys)
+        return body(nnx.merge(graphdef, layer_params), carry, x, keys)
 
-    # prevent_cse is only needed outside of a scan.
-    return jax.lax.scan(jax.checkpoint(step, prevent_cse=False) if remat else step, carry, (params, xs, keys))
+    if remat != "none":
+        # prevent_cse is only needed outside of a scan.
+        step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
+    return jax.lax.scan(step, carry, (params, xs, jnp.arange(num_layers)))

@@ -48,7 +48,7 @@ class LlamaConfig:
     tied_head: bool
     sliding_window: int | None
     attention_dropout: float
-    remat: bool = False
+    remat: str = "none"  # a key of layers.REMAT
 
 
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:
@@ -108,10 +108,10 @@ class LlamaLayer(nnx.Module):
         *,
         rope: layers.Rope | None = None,
         context: layers.KeysValues | None = None,
-        dropout_key: Key[Array, ""] | None = None,
+        dropout_keys: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B L D"], layers.KeysValues]:
         attended, keys_values = self.attention(
-            self.attention_norm(x), mask, rope=rope, context=context, dropout_key=dropout_key
+            self.attention_norm(x), mask, rope=rope, context=context, dropout_keys=dropout_keys
         )
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), keys_values
@@ -127,7 +127,7 @@ class Llama(Decoder):
             self.head = layers.linear(config.width, config.vocab_size, bias=False, rngs=rngs)
 
     def _embed(
-        self, ids: Int[Array, "B L"], positions: Int[Array, "B L"], dropout_key: Key[Array, ""] | None
+        self, ids: Int[Array, "B L"], positions: Int[Array, "B L"], dropout_keys: Key[Array, " B"] | None
     ) -> Float[Array, "B L D"]:
         return self.embed.word(ids)
 
