@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import pathlib
 import shutil
 import signal
@@ -15,9 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rag_jax import config as configs
-from rag_jax import data, evaluate, flops, hf, metrics, optim, run, sharding, summary, train_step
+from rag_jax import data, evaluate, hf, metrics, optim, run, sharding, summary, train_step
 from rag_jax.checkpoint import Checkpoints
 from rag_jax.errors import UserError
+from rag_jax.record import Facts, Record, due
 
 # Keys that may differ between a run and its continuation; all others change what the checkpoint means.
 MAY_CHANGE = (
@@ -172,33 +172,35 @@ def loop(training: Training, state: Any, checkpoints: Checkpoints, start_step: i
     """All steps; the number of the signal that ended them early, or 0."""
     config, total_steps = training.config, training.config.total_steps
     compiled = Compiled(training)
-    pending: tuple[int, Any, float, data.Lengths] | None = None
+    pending: tuple[int, Any, Facts] | None = None
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(metrics.Writer(training.workdir, start_step, active=training.is_main))
         progress = metrics.Progress(total_steps, start_step, active=training.is_main)
         stack.callback(progress.close)
         stopped = stack.enter_context(stop_signals())
-        record = Record(training, writer, progress)
+        used = {role: training.opened.sources[role].model_config for role in used_roles(training.opened)}
+        record = Record(config, used, writer, progress)
         if start_step == 0:
-            record.pause(evaluation(training, state, 0, record))
-        for step, (batch, wait_s) in enumerate(batches(training, start_step), start=start_step + 1):
-            run_step, compile_s = compiled.of(state, batch, progress)
-            record.pause(compile_s)
+            record.pause("eval", evaluation(training, state, 0, record))
+        for step, (batch, facts) in enumerate(batches(training, start_step), start=start_step + 1):
+            run_step, compile_s = compiled.of(state, batch, facts.lengths, progress)
+            record.pause("compile", compile_s)
             state, values = run_step(state, batch)
             # The step runs; meanwhile the one before it, which must be done by now, is written down.
             if pending:
                 record.train(*pending)
-            pending = (step, values, wait_s, lengths_of(batch))
+            pending = (step, values, facts)
             last = step == total_steps or bool(stopped)
             evaluates = due(step, config.eval.every_steps) or (step == total_steps)
             if last or evaluates or due(step, config.checkpoint.every_steps):
                 record.train(*pending)
                 pending = None
                 if evaluates:
-                    record.pause(evaluation(training, state, step, record))
-                record.pause(save(training, state, checkpoints, step, last=last))
+                    record.pause("eval", evaluation(training, state, step, record))
+                record.pause("checkpoint", save(training, state, checkpoints, step, last=last))
             if last:
                 break
+        say(training, record.summary())
     if stopped and step < total_steps:
         saved = "saved; the same command goes on from there" if config.checkpoint.every_steps else "not saved"
         say(training, f"stopped by {signal.Signals(stopped[0]).name} after step {step}: {saved}")
@@ -210,12 +212,8 @@ def loop(training: Training, state: Any, checkpoints: Checkpoints, start_step: i
     return 0
 
 
-def due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def batches(training: Training, start_step: int) -> Iterator[tuple[data.Batch, float]]:
-    """Batches on the mesh from the step after `start_step` on, with the seconds that each was waited for."""
+def batches(training: Training, start_step: int) -> Iterator[tuple[data.Batch, Facts]]:
+    """Batches on the mesh from the step after `start_step` on."""
     config = training.config
     source = data.iterate(
         training.examples,
@@ -231,7 +229,8 @@ def batches(training: Training, start_step: int) -> Iterator[tuple[data.Batch, f
         if batch is None:
             return
         placed = sharding.put_batch(training.mesh, batch)
-        yield placed, time.perf_counter() - began
+        wait_s = time.perf_counter() - began
+        yield placed, Facts(data.lengths(batch), data.padding_share(batch, config.objective.candidates), wait_s)
 
 
 class Compiled:
@@ -240,75 +239,15 @@ class Compiled:
     def __init__(self, training: Training):
         self.training, self.by_shape = training, {}
 
-    def of(self, state: Any, batch: data.Batch, progress: metrics.Progress) -> tuple[Any, float]:
+    def of(self, state: Any, batch: data.Batch, lengths: data.Lengths, progress: metrics.Progress) -> tuple[Any, float]:
         """The compiled step for this batch, and the seconds that compiling took, 0 if it was known."""
-        shape = tuple(a.shape for a in jax.tree.leaves(batch))
-        if shape in self.by_shape:
-            return self.by_shape[shape], 0.0
+        if lengths in self.by_shape:
+            return self.by_shape[lengths], 0.0
         began = time.perf_counter()
-        self.by_shape[shape] = self.training.step.lower(state, batch).compile()
+        self.by_shape[lengths] = self.training.step.lower(state, batch).compile()
         seconds = time.perf_counter() - began
-        progress.print(f"compiled the step for {summary.describe(lengths_of(batch))} in {seconds:.0f} s")
-        return self.by_shape[shape], seconds
-
-
-class Record:
-    """Writes each step's metrics once its values are there, and times it."""
-
-    def __init__(self, training: Training, writer: metrics.Writer, progress: metrics.Progress):
-        self.training, self.writer, self.progress = training, writer, progress
-        self.peak_flops = metrics.peak_flops()
-        self.done_at = time.perf_counter()
-
-    def pause(self, seconds: float) -> None:
-        """Time that was no step's."""
-        self.done_at += seconds
-        self.progress.pause(seconds)
-
-    def train(self, step: int, values: dict[str, jax.Array], wait_s: float, lengths: data.Lengths) -> None:
-        numbers = {name: float(value) for name, value in jax.device_get(values).items()}
-        now = time.perf_counter()
-        step_s, self.done_at = now - self.done_at, now
-        loss, config = numbers["loss/total"], self.training.config
-        if not math.isfinite(loss):
-            raise UserError(
-                f"loss/total is {loss} at step {step}; nothing of it was saved: lower optimizer.learning_rate, or "
-                "raise objective.temperature"
-            )
-        self.progress.update(step, loss)
-        if due(step, config.log.every_steps) or step == config.total_steps:
-            numbers |= {
-                "time/step_s": step_s,
-                "time/data_wait_s": wait_s,
-                "throughput/queries_per_s": config.batch_size / step_s,
-                "throughput/mfu": self.model_flops(lengths) / step_s / self.peak_flops,
-            }
-            self.writer.train(step, numbers)
-
-    def model_flops(self, lengths: data.Lengths) -> float:
-        """Of a step by formula."""
-        opened = self.training.opened
-        used = {role: opened.sources[role].model_config for role in used_roles(opened)}
-        config = self.training.config
-        return flops.training_step(used, config.batch_size, config.objective.candidates, lengths)
-
-    def evaluation(self, step: int, values: dict[str, float]) -> None:
-        self.writer.evaluation(step, values)
-        shown = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in values.items())
-        self.progress.print(f"step {step}: {shown}")
-
-
-def lengths_of(batch: data.Batch) -> data.Lengths:
-    """The padded lengths of a batch."""
-    masks = {
-        "query": batch.query_mask,
-        "passage": batch.passage_mask,
-        "prefix": batch.prefix_mask,
-        "suffix": batch.suffix_mask,
-        "answer": batch.answer_mask,
-        "string": batch.string_mask,
-    }
-    return data.Lengths(**{name: mask.shape[1] for name, mask in masks.items() if mask is not None})
+        progress.print(f"compiled the step for {summary.describe(lengths)} in {seconds:.0f} s")
+        return self.by_shape[lengths], seconds
 
 
 def evaluation(training: Training, state: Any, step: int, record: Record) -> float:

@@ -231,3 +231,13 @@ def test_batches_take_the_smallest_shape_that_fits(tmp_path):
 def test_rows_of_one_length_need_one_shape(tmp_path):
     examples, _ = load(tmp_path)
     assert data.buckets(examples, 4) == (data.longest(examples),)
+
+
+def test_padding_share_counts_what_the_models_read(tmp_path):
+    examples, _ = load(tmp_path)
+    batch = data.collate(examples, [0, 1, 2], data.buckets(examples, 4))
+    read = [batch.query_mask, batch.passage_mask, batch.prefix_mask, *[batch.suffix_mask] * 5]
+    real, all_ = (sum(f(mask) for mask in read) for f in (np.sum, np.size))
+    assert data.padding_share(batch, 5) == pytest.approx(1 - real / all_)
+    assert 0 < data.padding_share(batch, 1) < 1
+    assert data.lengths(batch) == data.longest(examples)

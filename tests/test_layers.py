@@ -16,7 +16,7 @@ LAYERS = (
     ("losses", "models", "data", "sharding", "metrics", "config", "optim", "checkpoint"),
     ("hf", "flops", "rag", "cli"),
     ("retrieval", "generate", "run", "train_step"),
-    ("evaluate", "summary"),
+    ("evaluate", "summary", "record"),
     ("train",),
     ("main", "export", "quickstart"),
 )

@@ -1,6 +1,6 @@
 """Rows to tokenised segments to fixed-shape numpy batches, in an order that is a function of (seed, step)."""
 
-from rag_jax.data.batches import Batch, Lengths, buckets, collate, iterate, longest, order
+from rag_jax.data.batches import Batch, Lengths, buckets, collate, iterate, lengths, longest, order, padding_share
 from rag_jax.data.examples import Examples, Report, load_examples, take
 from rag_jax.data.rows import Rows, read_passages, read_rows
 from rag_jax.data.segments import (
@@ -28,10 +28,12 @@ __all__ = [
     "buckets",
     "collate",
     "iterate",
+    "lengths",
     "load_examples",
     "longest",
     "order",
     "pad",
+    "padding_share",
     "prompt_segments",
     "read_passages",
     "read_rows",

@@ -133,6 +133,24 @@ def collate(examples: Examples, rows: Sequence[int] | np.ndarray, shapes: Sequen
     )
 
 
+def lengths(batch: Batch) -> Lengths:
+    """The padded lengths of a batch."""
+    return Lengths(**{name: mask.shape[1] for name, mask in _masks(batch).items()})
+
+
+def padding_share(batch: Batch, candidates: int) -> float:
+    """How many of the tokens that both models read are padding, 0 to 1; a suffix is read once a candidate."""
+    times = {"query": 1, "passage": 1, "prefix": 1, "suffix": candidates, "string": 1}
+    masks = {name: mask for name, mask in _masks(batch).items() if name in times}
+    real = sum(times[name] * np.count_nonzero(mask) for name, mask in masks.items())
+    return 1.0 - real / sum(times[name] * mask.size for name, mask in masks.items())
+
+
+def _masks(batch: Batch) -> dict[str, np.ndarray]:
+    masks = {name: getattr(batch, f"{name}_mask") for name in vars(Lengths())}
+    return {name: mask for name, mask in masks.items() if mask is not None}
+
+
 def _pad(ragged: Ragged | None, rows: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
     return (None, None) if ragged is None else pad(ragged, rows, length)
 
