@@ -35,9 +35,9 @@ SPECIAL = {
 }
 
 
-def build(name: str, folder: pathlib.Path) -> None:
-    """Fill a folder with the model called `name`: the same bits every time."""
-    config = MODELS[name]
+def build(name: str, folder: pathlib.Path, config: models.ModelConfig | None = None) -> None:
+    """Fill a folder with the model called `name`, or one of its kind with another config: the same bits every time."""
+    config = config or MODELS[name]
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     shapes = models.abstract(config)[1]
     params = jax.tree_util.tree_map_with_path(lambda path, leaf: _draw(rng, path[-1].key, leaf.shape), shapes)

@@ -1,0 +1,82 @@
+"""The same training step as a capable PyTorch user would write it: transformers models, full sequences, full logits."""
+
+import numpy as np
+import torch
+import transformers
+
+
+class Models(torch.nn.Module):
+    def __init__(self, retriever: str, generator: str):
+        super().__init__()
+        self.retriever = transformers.AutoModel.from_pretrained(retriever, dtype=torch.float32)
+        self.generator = transformers.AutoModelForCausalLM.from_pretrained(generator, dtype=torch.float32)
+
+
+def embed(model, ids, mask):
+    hidden = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+    mean = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+    return torch.nn.functional.normalize(mean, dim=-1)
+
+
+def contrastive(scores):
+    """Symmetric, positives on the diagonal."""
+    diagonal = torch.arange(len(scores))
+    return sum(torch.nn.functional.cross_entropy(s, diagonal) for s in (scores, scores.T)) / 2
+
+
+def token_loss(models, batch, objective):
+    """Contrastive plus RAG-Token over the K best passages of the batch, one full sequence a (query, candidate)."""
+    cosine = embed(models.retriever, batch["query_ids"], batch["query_mask"]) @ (
+        embed(models.retriever, batch["passage_ids"], batch["passage_mask"]).T
+    )
+    B, K = len(cosine), objective["candidates"]
+    order = cosine.detach() + 4 * torch.eye(B)  # the own passage first
+    candidates = order.topk(K, dim=1).indices
+    prefix_len = batch["prefix_mask"].sum(1)
+    suffix_len = batch["suffix_mask"].sum(1)
+    sequences = [
+        torch.cat([batch["prefix_ids"][k][: prefix_len[k]], batch["suffix_ids"][i][: suffix_len[i]]])
+        for i in range(B)
+        for k in candidates[i]
+    ]
+    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    lengths = torch.tensor([len(s) for s in sequences])
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    log_probs = torch.log_softmax(models.generator(input_ids=ids, attention_mask=mask.long()).logits, dim=-1)
+    start = prefix_len[candidates] + batch["answer_start"][:, None]  # (B, K)
+    T = batch["answer_mask"].shape[1]
+    position = (start[:, :, None] + torch.arange(T)).clamp(max=ids.shape[1] - 1)  # (B, K, T)
+    flat = position.view(B * K, T)
+    gold = log_probs[torch.arange(B * K)[:, None], flat - 1, ids.gather(1, flat)].view(B, K, T)
+    prior = torch.log_softmax(cosine.gather(1, candidates) / objective["marginal_temperature"], dim=1)
+    marginal = torch.logsumexp(prior[:, :, None] + gold, dim=1)
+    nll = -(marginal * batch["answer_mask"]).sum() / batch["answer_mask"].sum()
+    return objective["contrastive_weight"] * contrastive(cosine / objective["temperature"]) + nll
+
+
+def dalm_loss(models, batch, objective):
+    """The predecessor's: contrastive, language modelling of whole strings, and the retrieval term of answer tokens."""
+    cosine = embed(models.retriever, batch["query_ids"], batch["query_mask"]) @ (
+        embed(models.retriever, batch["passage_ids"], batch["passage_mask"]).T
+    )
+    ids, mask = batch["string_ids"], batch["string_mask"]
+    log_probs = torch.log_softmax(models.generator(input_ids=ids, attention_mask=mask.long()).logits[:, :-1], dim=-1)
+    gold = log_probs.gather(2, ids[:, 1:, None])[:, :, 0]
+    scored = mask[:, 1:]
+    answer = scored & (torch.arange(gold.shape[1]) >= batch["string_answer_start"][:, None])
+    own = torch.log_softmax(100 * cosine, dim=1).diagonal()
+    total = -(gold * scored).sum() - (answer.sum(1) * own).sum()
+    return objective["contrastive_weight"] * contrastive(cosine / objective["temperature"]) + total / scored.sum()
+
+
+LOSSES = {"token": token_loss, "dalm": dalm_loss}
+
+
+def tensors(batch):
+    """Torch tensors of one of our batches."""
+    kinds = {np.dtype(np.int32): torch.int64, np.dtype(bool): torch.bool}
+    return {
+        name: torch.as_tensor(value).to(kinds[value.dtype])
+        for name, value in batch._asdict().items()
+        if value is not None
+    }
