@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A part may import those of the lines above its own, never a neighbour. Every part stands here once.
 LAYERS = (
     ("errors",),
-    ("losses", "models", "data", "sharding", "metrics", "config", "optim", "checkpoint"),
+    ("losses", "models", "data", "sharding", "metrics", "config", "optim", "checkpoint", "hlo"),
     ("hf", "flops", "rag", "cli"),
     ("retrieval", "generate", "run", "train_step"),
     ("evaluate", "summary", "record"),
