@@ -67,7 +67,7 @@ def loading(values: dict, num_batches: int) -> None:
         seed=0,
         start_step=0,
         total_steps=num_batches,
-        shapes=data.buckets(examples, batch_size),
+        shapes=data.buckets(examples, batch_size, opened.config.objective.candidates),
     )
     began = time.perf_counter()
     shares = [data.padding_share(batch, opened.config.objective.candidates) for batch in batches]

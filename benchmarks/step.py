@@ -181,7 +181,7 @@ def open_case(args: argparse.Namespace):
         whole_string=opened.whole_string,
     )
     rows = data.order(len(examples), case.batch_size, SEED)[0]
-    return opened, data.collate(examples, rows, data.buckets(examples, case.batch_size))
+    return opened, data.collate(examples, rows, data.buckets(examples, case.batch_size, case.candidates))
 
 
 def model_flops(opened, batch) -> float:

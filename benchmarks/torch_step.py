@@ -55,17 +55,20 @@ def token_loss(models, batch, objective):
 
 
 def dalm_loss(models, batch, objective):
-    """The predecessor's: contrastive, language modelling of whole strings, and the retrieval term of answer tokens."""
+    """The predecessor's: contrastive, and whole strings' likelihood with the pair's log-probability on answer tokens.
+
+    As there, that is added to every log-probability of the vocabulary before the strings' own are taken out.
+    """
     cosine = embed(models.retriever, batch["query_ids"], batch["query_mask"]) @ (
         embed(models.retriever, batch["passage_ids"], batch["passage_mask"]).T
     )
     ids, mask = batch["string_ids"], batch["string_mask"]
     log_probs = torch.log_softmax(models.generator(input_ids=ids, attention_mask=mask.long()).logits[:, :-1], dim=-1)
-    gold = log_probs.gather(2, ids[:, 1:, None])[:, :, 0]
     scored = mask[:, 1:]
-    answer = scored & (torch.arange(gold.shape[1]) >= batch["string_answer_start"][:, None])
+    answer = scored & (torch.arange(scored.shape[1]) >= batch["string_answer_start"][:, None])
     own = torch.log_softmax(100 * cosine, dim=1).diagonal()
-    total = -(gold * scored).sum() - (answer.sum(1) * own).sum()
+    marginal = log_probs + (answer * own[:, None])[:, :, None]
+    total = -(marginal.gather(2, ids[:, 1:, None])[:, :, 0] * scored).sum()
     return objective["contrastive_weight"] * contrastive(cosine / objective["temperature"]) + total / scored.sum()
 
 

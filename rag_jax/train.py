@@ -118,7 +118,7 @@ def build(config: Any, workdir: pathlib.Path, mesh: Mesh, start_step: int) -> Tr
         jax.tree.map(lambda a: a.sharding, state),
         dropout_seed=config.seed if has_dropout(opened) else None,
     )
-    shapes = data.buckets(examples, config.batch_size)
+    shapes = data.buckets(examples, config.batch_size, config.objective.candidates)
     training = Training(
         config, workdir, opened, mesh, examples, shapes, eval_rows, rules, optimizer, state, step, is_main
     )

@@ -146,7 +146,7 @@ def test_too_few_rows(tmp_path, rows, min_rows, message):
 def test_one_row_will_do_for_a_batch_of_one(tmp_path):
     examples, _ = load(tmp_path, ROWS[:1])
     batches = data.iterate(
-        examples, batch_size=1, seed=0, start_step=0, total_steps=3, shapes=data.buckets(examples, 1)
+        examples, batch_size=1, seed=0, start_step=0, total_steps=3, shapes=data.buckets(examples, 1, 1)
     )
     assert [batch.row.tolist() for batch in batches] == [[0]] * 3
 
@@ -194,7 +194,7 @@ def test_order_is_the_same_in_another_process_and_in_any_sequence():
 
 def test_iteration_goes_on_where_it_stopped(tmp_path):
     examples, _ = load(tmp_path)
-    settings = dict(batch_size=2, seed=3, total_steps=40, shapes=data.buckets(examples, 2))
+    settings = dict(batch_size=2, seed=3, total_steps=40, shapes=data.buckets(examples, 2, 1))
     whole = list(data.iterate(examples, start_step=0, **settings))
     rest = list(data.iterate(examples, start_step=17, **settings))
     assert len(whole) == 40 and len(rest) == 23
@@ -216,7 +216,7 @@ def test_batches_take_the_smallest_shape_that_fits(tmp_path):
         prompt=dataclasses.replace(PROMPT, passage_len=300, query_len=100, answer_len=80),
     )
     examples, _ = load(tmp_path, rows, **wide)
-    shapes = data.buckets(examples, 4)
+    shapes = data.buckets(examples, 4, 1)
     assert len(shapes) == 2 and shapes[1] == data.longest(examples)
     small = data.collate(examples, [0, 399, 7], shapes)
     large = data.collate(examples, [0, 400, 7], shapes)
@@ -228,14 +228,24 @@ def test_batches_take_the_smallest_shape_that_fits(tmp_path):
         data.collate(examples, [400], shapes[:1])
 
 
+def test_a_suffix_weighs_as_often_as_it_is_read(tmp_path):
+    """A quarter of the answers is longer: for one candidate no shape of their own, for many there is."""
+    rows = [(f"why {i}", f"the cat {i} " + "dog " * 30, "so " * (1 + 4 * (i % 4 == 0))) for i in range(64)]
+    examples, _ = load(tmp_path, rows, prompt=dataclasses.replace(PROMPT, passage_len=200, answer_len=80))
+    one, many = data.buckets(examples, 1, 1), data.buckets(examples, 1, 16)
+    assert one[-1] == many[-1] == data.longest(examples)
+    assert len(many) == 2 and many[0].suffix < many[1].suffix
+    assert len(one) == 1, one
+
+
 def test_rows_of_one_length_need_one_shape(tmp_path):
     examples, _ = load(tmp_path)
-    assert data.buckets(examples, 4) == (data.longest(examples),)
+    assert data.buckets(examples, 4, 1) == (data.longest(examples),)
 
 
 def test_padding_share_counts_what_the_models_read(tmp_path):
     examples, _ = load(tmp_path)
-    batch = data.collate(examples, [0, 1, 2], data.buckets(examples, 4))
+    batch = data.collate(examples, [0, 1, 2], data.buckets(examples, 4, 1))
     read = [batch.query_mask, batch.passage_mask, batch.prefix_mask, *[batch.suffix_mask] * 5]
     real, all_ = (sum(f(mask) for mask in read) for f in (np.sum, np.size))
     assert data.padding_share(batch, 5) == pytest.approx(1 - real / all_)

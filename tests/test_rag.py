@@ -223,6 +223,30 @@ def test_head_chunks_change_nothing(monkeypatch):
     assert_trees_close(chunked_gradients, gradients, 1e-5)
 
 
+@pytest.mark.parametrize("scale", [1.0, 3e3])
+@pytest.mark.parametrize("chunk", [2, 512])
+def test_gold_log_probs_against_numpy(monkeypatch, chunk, scale):
+    """Chunks that do not divide the tokens, one larger than all; logits of thousands."""
+    monkeypatch.setattr(rag, "HEAD_CHUNK", chunk)
+    rng = np.random.default_rng(0)
+    hidden, kernel, ids = rng.normal(size=(5, 8)), scale * rng.normal(size=(8, 7)), np.array([0, 6, 3, 3, 1])
+
+    def total(hidden, kernel):
+        log_probs = rag.gold_log_probs(hidden, kernel, jnp.asarray(ids, jnp.int32))
+        return jnp.sum(log_probs), log_probs
+
+    inputs = (jnp.asarray(hidden, jnp.float32), jnp.asarray(kernel, jnp.float32))
+    gradients, log_probs = jax.grad(total, (0, 1), has_aux=True)(*inputs)
+    logits = hidden @ kernel
+    shifted = np.exp(logits - logits.max(-1, keepdims=True))
+    probs = shifted / shifted.sum(-1, keepdims=True)
+    expected = logits - logits.max(-1, keepdims=True) - np.log(shifted.sum(-1, keepdims=True))
+    cotangent = np.eye(7)[ids] - probs
+    np.testing.assert_allclose(log_probs, expected[np.arange(5), ids], rtol=1e-4, atol=1e-5)
+    for got, by_hand in zip(gradients, (cotangent @ kernel.T, hidden.T @ cotangent), strict=True):
+        np.testing.assert_allclose(got, by_hand, rtol=1e-4, atol=1e-4 * np.abs(by_hand).max())
+
+
 def test_rematerialisation_changes_nothing():
     model, params = make("gpt2")
     rows = make_rows(8)
