@@ -2,9 +2,11 @@
 
 import dataclasses
 import pathlib
+from collections import Counter
 from typing import Any
 
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -18,6 +20,7 @@ ROLES = ("retriever", "generator")
 DALM_PREFIXES = ("#query# ", "#passage# ")
 # Of compiled programs kept on disk; those used longest ago go first.
 COMPILED_BYTES = 4 * 10**9
+_cache_events: Counter[str] = Counter()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,15 @@ def keep_compiled() -> None:
     """What is compiled from now on is found again by later processes."""
     jax.config.update("jax_compilation_cache_dir", str(cache.folder() / "compiled"))
     jax.config.update("jax_compilation_cache_max_size", COMPILED_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # small programs too
+    if not _cache_events:
+        _cache_events["listening"] = 1
+        jax.monitoring.register_event_listener(lambda event, **_: _cache_events.update([event]))
+
+
+def compiled_found() -> int:
+    """How many programs this process has found compiled by an earlier one."""
+    return _cache_events["/jax/compilation_cache/cache_hits"]
 
 
 def open_run(config: Any, workdir: pathlib.Path | None = None, batch_shards: int = 1) -> Run:

@@ -243,10 +243,11 @@ class Compiled:
         """The compiled step for this batch, and the seconds that compiling took, 0 if it was known."""
         if lengths in self.by_shape:
             return self.by_shape[lengths], 0.0
-        began = time.perf_counter()
+        began, found = time.perf_counter(), run.compiled_found()
         self.by_shape[lengths] = self.training.step.lower(state, batch).compile()
         seconds = time.perf_counter() - began
-        progress.print(f"compiled the step for {summary.describe(lengths)} in {seconds:.0f} s")
+        how = "compiled by an earlier run, read" if run.compiled_found() > found else "compiled"
+        progress.print(f"the step for {summary.describe(lengths)}: {how} in {seconds:.0f} s")
         return self.by_shape[lengths], seconds
 
 

@@ -84,6 +84,16 @@ def test_evaluation_in_the_loop_and_by_command_are_the_same(whole, cache):
     assert in_loop["eval/answer_nll"] < untrained["eval/answer_nll"]
 
 
+def test_the_second_start_compiles_nothing(whole, cache, tmp_path):
+    programs = {path.name for path in (cache / "compiled").glob("*-cache")}
+    assert programs
+    values = {"total_steps": STEPS, "eval__every_steps": 3}
+    printed = run(cache, "main", f"--config={TINY}", f"--workdir={tmp_path / 'run'}", **values)
+    assert {path.name for path in (cache / "compiled").glob("*-cache")} == programs
+    assert records(tmp_path / "run") == records(whole[0])
+    assert "waiting for data" in printed and "of the tokens padding" in printed
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_run_goes_on_to_the_same_bits(whole, cache, tmp_path, number):
     workdir = tmp_path / "run"
