@@ -85,7 +85,7 @@ def measure(point: Point, steps: int) -> dict[str, float]:
     lengths = case.lengths | {"passage_len": point.passage, "prompt_passage_len": point.passage}
     batch = step_benchmark.full_batch(dataclasses.replace(case, batch_size=point.batch, lengths=lengths))
 
-    mesh = sharding.make_mesh(1, -1, 1)
+    mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
     optimizer, rate = optax.adamw(1e-4, weight_decay=0.01), optax.constant_schedule(1e-4)
     abstract, frozen = optim.split_frozen(dict(zip(("retriever", "generator"), shapes, strict=True)), ((".*", 1.0),))
     state = train_step.abstract_state(abstract, frozen, optimizer, mesh)

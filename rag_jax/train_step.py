@@ -18,7 +18,7 @@ from rag_jax import optim, rag, sharding
 class TrainState:
     """What a checkpoint holds. Random keys and the order of rows are functions of (seed, step)."""
 
-    step: jax.Array  # updates done
+    step: Any  # int32, shape (): updates done. Any because the same tree holds shapes and shardings too
     params: Any  # float32, the trainable leaves; None in place of a frozen one
     frozen: Any  # the others; None in place of a trainable one
     opt_state: Any
