@@ -22,7 +22,7 @@ def next_token(
     generator: Decoder, hidden: Float[Array, "B K D"], doc_log_probs: Float[Array, "B K"]
 ) -> Int[Array, " B"]:
     """argmax_v log sum_k p(k | query) p(v | k, query, y_<t); of equals the lowest id."""
-    logits = jnp.einsum("BKD,DV->BKV", hidden, generator.head_kernel(), preferred_element_type=jnp.float32)
+    logits = jnp.einsum("BKD,VD->BKV", hidden, generator.head_kernel(), preferred_element_type=jnp.float32)
     joint = doc_log_probs[:, :, None] + jax.nn.log_softmax(logits, axis=-1)
     return jnp.argmax(jax.nn.logsumexp(joint, axis=1), axis=-1).astype(jnp.int32)
 

@@ -98,7 +98,7 @@ def choose_candidates(
 
 
 def gold_log_probs(
-    hidden_MD: Float[Array, "M D"], kernel_DV: Float[Array, "D V"], ids_M: Int[Array, " M"]
+    hidden_MD: Float[Array, "M D"], kernel_VD: Float[Array, "V D"], ids_M: Int[Array, " M"]
 ) -> Float[Array, " M"]:
     """log softmax_V(hidden kernel)[ids], float32, in chunks of tokens: (M, V) never exists, not even for gradients."""
     M, D = hidden_MD.shape
@@ -111,7 +111,7 @@ def gold_log_probs(
     @jax.checkpoint
     def one(chunk: tuple[Array, Array]) -> Array:
         hidden, ids = chunk
-        logits = jnp.einsum("MD,DV->MV", hidden, kernel_DV, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("MD,VD->MV", hidden, kernel_VD, preferred_element_type=jnp.float32)
         return jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
 
     return jax.lax.map(one, (chunks, chunk_ids)).reshape(-1)[:M]

@@ -232,7 +232,7 @@ def test_gold_log_probs_against_numpy(monkeypatch, chunk, scale):
     hidden, kernel, ids = rng.normal(size=(5, 8)), scale * rng.normal(size=(8, 7)), np.array([0, 6, 3, 3, 1])
 
     def total(hidden, kernel):
-        log_probs = rag.gold_log_probs(hidden, kernel, jnp.asarray(ids, jnp.int32))
+        log_probs = rag.gold_log_probs(hidden, kernel.T, jnp.asarray(ids, jnp.int32))
         return jnp.sum(log_probs), log_probs
 
     inputs = (jnp.asarray(hidden, jnp.float32), jnp.asarray(kernel, jnp.float32))

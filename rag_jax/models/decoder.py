@@ -18,8 +18,8 @@ from rag_jax.models.layers import Rope
 class Cache(NamedTuple):
     """Keys and values of every layer; of each row's `max_len` slots the first `length` are filled."""
 
-    key: Float[Array, "N S M G C"]
-    value: Float[Array, "N S M G C"]
+    key: Float[Array, "N S G M C"]
+    value: Float[Array, "N S G M C"]
     length: Int[Array, " S"]
 
 
@@ -36,12 +36,12 @@ class Decoder(nnx.Module):
     def _rope(self, positions: Int[Array, "B L"]) -> Rope | None:
         raise NotImplementedError
 
-    def head_kernel(self) -> Float[Array, "D V"]:
-        """The output matrix: of its own, or the word embedding's transpose when tied."""
+    def head_kernel(self) -> Float[Array, "V D"]:
+        """The output matrix, a row a token: of its own, or the word embedding when tied."""
         raise NotImplementedError
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        return hidden @ self.head_kernel()
+        return hidden @ self.head_kernel().T
 
     def __call__(
         self,
@@ -103,7 +103,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "S L D"], Cache]:
         """Runs right-padded prompts; their hidden states, and a cache with room for `max_len` tokens a row."""
         x, (key, value) = self._forward(ids, attention_mask, keep=True)
-        room = ((0, 0), (0, 0), (0, max_len - ids.shape[1]), (0, 0), (0, 0))
+        room = ((0, 0), (0, 0), (0, 0), (0, max_len - ids.shape[1]), (0, 0))
         length = attention_mask.sum(axis=-1, dtype=jnp.int32)
         return self.norm(x), Cache(jnp.pad(key, room), jnp.pad(value, room), length)
 
@@ -111,7 +111,7 @@ class Decoder(nnx.Module):
         self, ids: Int[Array, "S L"], attention_mask: Bool[Array, "S L"], cache: Cache
     ) -> tuple[Float[Array, "S L D"], Cache]:
         """Further right-padded tokens a row: their hidden states, and the cache with them."""
-        num_slots = cache.key.shape[2]
+        num_slots = cache.key.shape[3]
         positions = cache.length[:, None] + layers.positions_of(attention_mask)
         slots = jnp.broadcast_to(jnp.arange(num_slots), (ids.shape[0], num_slots))
         filled = (slots < cache.length[:, None])[:, None, :]
@@ -126,8 +126,8 @@ class Decoder(nnx.Module):
         # Padding is written outside of the cache, that is nowhere.
         rows, into = jnp.arange(ids.shape[0])[:, None], jnp.where(attention_mask, positions, num_slots)
         cache = Cache(
-            cache.key.at[:, rows, into].set(key, mode="drop"),
-            cache.value.at[:, rows, into].set(value, mode="drop"),
+            cache.key.at[:, rows, :, into].set(jnp.transpose(key, (1, 3, 0, 2, 4)), mode="drop"),
+            cache.value.at[:, rows, :, into].set(jnp.transpose(value, (1, 3, 0, 2, 4)), mode="drop"),
             cache.length + attention_mask.sum(axis=-1, dtype=jnp.int32),
         )
         return self.norm(x), cache

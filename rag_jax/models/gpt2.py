@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -86,5 +85,5 @@ class Gpt2(Decoder):
     def _rope(self, positions: Int[Array, "B L"]) -> None:
         return None
 
-    def head_kernel(self) -> Float[Array, "D V"]:
-        return jnp.transpose(self.embed.word.embedding[...])
+    def head_kernel(self) -> Float[Array, "V D"]:
+        return self.embed.word.embedding[...]

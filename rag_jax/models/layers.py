@@ -4,8 +4,9 @@ Letters as in the whole project: B rows, L own tokens, M keys that may be looked
 heads, R query heads per key-value head (H = G * R), C channels of a head, N layers.
 """
 
+import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
-KeysValues = tuple[Float[Array, "B _ G C"], Float[Array, "B _ G C"]]  # of any number of tokens
+KeysValues = tuple[Float[Array, "B G _ C"], Float[Array, "B G _ C"]]  # of any number of tokens
 Rope = tuple[Float[Array, "B L C2"], Float[Array, "B L C2"]]
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -75,29 +76,43 @@ def positions_of(mask: Bool[Array, "B L"]) -> Int[Array, "B L"]:
     return jnp.maximum(jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, 0)
 
 
-def rotate(x: Float[Array, "B L heads C"], rope: Rope) -> Float[Array, "B L heads C"]:
+def rotate(x: Float[Array, "B heads L C"], rope: Rope) -> Float[Array, "B heads L C"]:
     """Rotary position embedding (Su et al., 2021), halves convention: channel i turns with channel i + C/2."""
-    cos, sin = rope[0][:, :, None, :], rope[1][:, :, None, :]
+    cos, sin = rope[0][:, None], rope[1][:, None]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def attend(
-    query: Float[Array, "B L H C"],
-    key: Float[Array, "B M G C"],
-    value: Float[Array, "B M G C"],
-    mask: Bool[Array, "B L M"],
+    query: Float[Array, "B H L C"],
+    parts: Sequence[tuple[KeysValues, Bool[Array, "B L _"]]],
     rate: float = 0.0,
     dropout_keys: Key[Array, " B"] | None = None,
-) -> Float[Array, "B L H C"]:
-    """Scaled dot-product attention, grouped heads, softmax in float32. A row that may look at nothing gives a mean."""
-    B, L, H, C = query.shape
-    G = key.shape[2]
-    grouped = query.reshape(B, L, G, H // G, C) * (C**-0.5)
-    scores = jnp.einsum("BLGRC,BMGC->BGRLM", grouped, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = dropout(jax.nn.softmax(scores, axis=-1).astype(value.dtype), rate, dropout_keys)
-    return jnp.einsum("BGRLM,BMGC->BLGRC", weights, value).reshape(B, L, H, C)
+) -> Float[Array, "B H L C"]:
+    """Scaled dot-product attention over the keys of all parts as if they stood in one array; (L, M) masks beside them.
+
+    Grouped heads, softmax in float32. A row that may look at nothing gives a mean. Keys and values are neither joined
+    nor transposed: the parts share one maximum and one sum, by which the result is divided at the end.
+    """
+    B, H, L, C = query.shape
+    G = parts[0][0][0].shape[1]
+    R = H // G
+    grouped = (query * C**-0.5).reshape(B, G, R * L, C)
+    scores = []
+    for (key, _), mask in parts:
+        part = jax.lax.dot_general(grouped, key, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+        seen = jnp.where(mask[:, None, None], part.reshape(B, G, R, L, -1), jnp.finfo(jnp.float32).min)
+        scores.append(seen.reshape(part.shape))
+    highest = functools.reduce(jnp.maximum, (jnp.max(part, axis=-1, keepdims=True) for part in scores))
+    out, total = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
+    for n, (part, ((_, value), _)) in enumerate(zip(scores, parts, strict=True)):
+        weights = jnp.exp(part - jax.lax.stop_gradient(highest))
+        total = total + jnp.sum(weights, axis=-1, keepdims=True)
+        kept = dropout(weights.astype(value.dtype), rate, numbered_keys(dropout_keys, n))
+        out = out + jax.lax.dot_general(
+            kept, value, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
+        )
+    return (out / total).astype(query.dtype).reshape(B, H, L, C)
 
 
 class Attention(nnx.Module):
@@ -136,18 +151,23 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B L D"], KeysValues]:
         """The attended values, and the rows' own keys and values; M counts the context first, then the own tokens."""
         B, L, _ = x.shape
-        query = self.query(x).reshape(B, L, self.num_heads, self.head_dim)
-        key = self.key(x).reshape(B, L, self.num_kv_heads, self.head_dim)
-        value = self.value(x).reshape(B, L, self.num_kv_heads, self.head_dim)
+
+        def heads(projected: Array, count: int) -> Array:
+            return jnp.swapaxes(projected.reshape(B, L, count, self.head_dim), 1, 2)
+
+        query = heads(self.query(x), self.num_heads)
+        key, value = heads(self.key(x), self.num_kv_heads), heads(self.value(x), self.num_kv_heads)
         if self.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         if rope is not None:
             query, key = rotate(query, rope), rotate(key, rope)
         own = (key, value)
+        earlier = mask.shape[-1] - L
+        parts = [(own, mask[:, :, earlier:])]
         if context is not None:
-            key, value = (jnp.concatenate([old, new], axis=1) for old, new in zip(context, own, strict=True))
-        attended = attend(query, key, value, mask, self.dropout_rate, named_keys(dropout_keys, "attention"))
-        return self.out(attended.reshape(B, L, -1)), own
+            parts = [(context, mask[:, :, :earlier]), *parts]
+        attended = attend(query, parts, self.dropout_rate, named_keys(dropout_keys, "attention"))
+        return self.out(jnp.swapaxes(attended, 1, 2).reshape(B, L, -1)), own
 
 
 def stack(make_layer: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> nnx.Module:

@@ -135,7 +135,5 @@ class Llama(Decoder):
         angles = positions[:, :, None].astype(jnp.float32) * rope_frequencies(self.config)
         return jnp.cos(angles), jnp.sin(angles)
 
-    def head_kernel(self) -> Float[Array, "D V"]:
-        if self.config.tied_head:
-            return jnp.transpose(self.embed.word.embedding[...])
-        return self.head.kernel[...]
+    def head_kernel(self) -> Float[Array, "V D"]:
+        return self.embed.word.embedding[...] if self.config.tied_head else self.head.kernel[...].T
