@@ -55,21 +55,24 @@ def token_loss(models, batch, objective):
 
 
 def dalm_loss(models, batch, objective):
-    """The predecessor's: contrastive, and whole strings' likelihood with the pair's log-probability on answer tokens.
+    """The predecessor's step: contrastive, and whole strings' likelihood with the pair's log-probability on answers.
 
-    As there, that is added to every log-probability of the vocabulary before the strings' own are taken out.
+    In its order of operations, which keeps three arrays of (tokens, vocabulary): the log-probabilities, each row's own
+    with the pair's added from the answer on, and all rows' again, of which the strings' are taken at the end.
     """
     cosine = embed(models.retriever, batch["query_ids"], batch["query_mask"]) @ (
         embed(models.retriever, batch["passage_ids"], batch["passage_mask"]).T
     )
     ids, mask = batch["string_ids"], batch["string_mask"]
-    log_probs = torch.log_softmax(models.generator(input_ids=ids, attention_mask=mask.long()).logits[:, :-1], dim=-1)
-    scored = mask[:, 1:]
-    answer = scored & (torch.arange(scored.shape[1]) >= batch["string_answer_start"][:, None])
+    log_probs = torch.log_softmax(models.generator(input_ids=ids, attention_mask=mask.long()).logits[:, :-1], dim=2)
     own = torch.log_softmax(100 * cosine, dim=1).diagonal()
-    marginal = log_probs + (answer * own[:, None])[:, :, None]
-    total = -(marginal.gather(2, ids[:, 1:, None])[:, :, 0] * scored).sum()
-    return objective["contrastive_weight"] * contrastive(cosine / objective["temperature"]) + total / scored.sum()
+    rows = []
+    for row, start, pair in zip(log_probs, batch["string_answer_start"], own, strict=True):
+        rows.append(torch.cat([row[:start], row[start:] + pair]))
+    gold = torch.stack(rows).gather(2, ids[:, 1:, None])[:, :, 0]
+    scored = mask[:, 1:]
+    nll = -(gold * scored).sum() / scored.sum()
+    return objective["contrastive_weight"] * contrastive(cosine / objective["temperature"]) + nll
 
 
 LOSSES = {"token": token_loss, "dalm": dalm_loss}
