@@ -6,7 +6,7 @@ scores_BP are inner products of normalised embeddings, already divided by a temp
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 DALM_LOGIT_SCALE = 100.0
 
@@ -27,15 +27,24 @@ def contrastive_loss(
         Where either is true off the diagonal, p is no negative of b, nor b of p.
     """
     B, P = scores_BP.shape
-    positive_BP = jnp.eye(B, P, dtype=bool)
     excluded_BP = jnp.zeros((B, P), dtype=bool)
     for same_BP in (same_passage_BP, same_query_BP):
         excluded_BP = excluded_BP if same_BP is None else excluded_BP | same_BP
-    scores_BP = jnp.where(excluded_BP & ~positive_BP, -jnp.inf, scores_BP.astype(jnp.float32))
-    positive_B = jnp.diagonal(scores_BP)
-    by_row_B = jax.nn.logsumexp(scores_BP, axis=1) - positive_B
-    by_column_B = jax.nn.logsumexp(scores_BP[:, :B], axis=0) - positive_B
+    by_row_B = positive_nll(scores_BP, jnp.arange(B), excluded_BP)
+    by_column_B = positive_nll(scores_BP[:, :B].T, jnp.arange(B), excluded_BP[:, :B].T)
     return 0.5 * (jnp.mean(by_row_B) + jnp.mean(by_column_B))
+
+
+def positive_nll(
+    scores_BP: Float[Array, "B P"], positive_B: Int[Array, " B"], excluded_BP: Bool[Array, "B P"] | None = None
+) -> Float[Array, " B"]:
+    """-log softmax_P(scores_b:) at each row's positive, over all columns but the excluded ones (the positive stays)."""
+    positive_BP = positive_B[:, None] == jnp.arange(scores_BP.shape[1])
+    scores_BP = scores_BP.astype(jnp.float32)
+    if excluded_BP is not None:
+        scores_BP = jnp.where(excluded_BP & ~positive_BP, -jnp.inf, scores_BP)
+    positive_score_B = jnp.take_along_axis(scores_BP, positive_B[:, None], axis=1)[:, 0]
+    return jax.nn.logsumexp(scores_BP, axis=1) - positive_score_B
 
 
 def doc_log_probs(scores_BK: Float[Array, "B K"]) -> Float[Array, "B K"]:
@@ -79,20 +88,20 @@ def marginal_nll(
     return -jnp.sum(jnp.where(answer_mask_BT, marginal_BT, 0.0))
 
 
-def dalm_marginal(
+def dalm_nll(
     cosine_BP: Float[Array, "B P"],
+    positive_B: Int[Array, " B"],
     string_log_probs_BL: Float[Array, "B L"],
     scored_BL: Bool[Array, "B L"],
     answer_BL: Bool[Array, "B L"],
 ) -> Float[Array, ""]:
     """What DALM's `train-rag-e2e` calls the marginal; it is none, and nothing flows from generator to retriever.
 
-        1/N sum_{b,l scored} -log p(w_l | w_<l)  +  1/N sum_b A_b CE_b,    CE_b = -log softmax_P(100 cosine_b:)_b
+        sum_{b,l scored} -log p(w_l | w_<l)  +  sum_b A_b CE_b,    CE_b = -log softmax_P(100 cosine_b:)_positive
 
-    N counts all scored tokens, A_b those of row b's answer. The predecessor adds the log-probability of the row's own
-    passage to each answer token, which is the second sum. Duplicates stay negatives there, and so they do here.
+    Divide by the number of scored tokens. A_b is how many of row b's are of the answer: the predecessor adds the
+    log-probability of the row's own passage to each of them. Duplicates stay negatives there, and so they do here.
     """
-    own_B = jnp.diagonal(jax.nn.log_softmax(DALM_LOGIT_SCALE * cosine_BP.astype(jnp.float32), axis=-1))
+    ce_B = positive_nll(DALM_LOGIT_SCALE * cosine_BP.astype(jnp.float32), positive_B)
     answer_tokens_B = jnp.sum(answer_BL & scored_BL, axis=-1)
-    nll = -jnp.sum(jnp.where(scored_BL, string_log_probs_BL, 0.0))
-    return (nll - jnp.sum(answer_tokens_B * own_B)) / jnp.maximum(jnp.sum(scored_BL), 1)
+    return jnp.sum(answer_tokens_B * ce_B) - jnp.sum(jnp.where(scored_BL, string_log_probs_BL, 0.0))

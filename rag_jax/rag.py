@@ -1,17 +1,21 @@
 """The composite of both models: encode, choose candidates, answer log-probabilities, marginal, total loss.
 
-**B** queries of the whole batch, **P** passages, **G** groups of **b** rows, **K** candidates, **T** answer tokens,
-**L** sequence (**Lp** prefix, **Ls** suffix), **E** embedding width, **D** model width, **V** vocabulary.
+**B** queries of the whole batch, **P** passages, **b** rows of one device or of a group, **K** candidates, **T** answer
+tokens, **L** sequence (**Lp** prefix, **Ls** suffix), **E** embedding width, **D** model width, **V** vocabulary.
+
+`loss` runs on each device's own rows. Embeddings are all that it fetches of the others' (`Rag.from_all`): candidates,
+and with them the generator's keys and values, are of a group, and a group lies on one device.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from rag_jax import losses
 from rag_jax.models.decoder import Decoder
@@ -19,6 +23,13 @@ from rag_jax.models.layers import named_keys
 
 # Tokens whose (tokens, V) logits exist at one time in `gold_log_probs`.
 HEAD_CHUNK = 512
+# Scores that exist at one time on a device in the contrastive loss, 16 MB for rows and for columns.
+SCORES_AT_A_TIME = 2**22
+
+# (path of the parameters, the parameters or one layer of them, compute dtype) -> whole ones in that dtype.
+Gather = Callable[[tuple[str, ...], Any, Any], Any]
+# Of the same rows' queries and passages.
+Embs = tuple[Float[Array, "b E"], Float[Array, "b E"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +63,35 @@ class Rag:
     pooling: str  # "cls" | "mean" | "last"
     group_size: int  # b
     dtype: Any = jnp.float32
-    batch_shards: int = 1  # how many devices the batch is split over: groups run side by side on them
-    chunk_size: int = 0  # rows that the retriever encodes at a time on each of them; 0: all
+    chunk_size: int = 0  # rows that the retriever encodes at a time on a device; 0: all
+    batch_axes: tuple[str, ...] = ()  # mesh axes over which the batch is split; (): all of it is here
+    gather: Gather | None = None  # brings shared parameters together; None: they are whole
 
     def model(self, name: str, params: dict) -> Any:
-        """A model in the compute dtype; gradients reach the float32 parameters through the cast."""
-        return nnx.merge(getattr(self, name), jax.tree.map(lambda a: a.astype(self.dtype), params[name]))
+        """A model in the compute dtype over float32 parameters; those of its layers follow one layer at a time."""
+        rest = {part: leaf for part, leaf in params[name].items() if part != "layers"}
+        whole = self._whole((name,), rest) | {"layers": params[name]["layers"]}
+        model = nnx.merge(getattr(self, name), whole)
+        if self.gather is not None or self.dtype != jnp.float32:
+            model.prepare_layer = functools.partial(self._whole, (name, "layers"))
+        return model
+
+    def _whole(self, path: tuple[str, ...], params: Any) -> Any:
+        if self.gather is not None:
+            return self.gather(path, params, self.dtype)
+        return jax.tree.map(lambda a: a.astype(self.dtype), params)
+
+    def from_all(self, rows_b: Shaped[Array, "b ..."]) -> Shaped[Array, "B ..."]:
+        """The rows of the whole batch, of which this device has b, in their order."""
+        return jax.lax.all_gather(rows_b, self.batch_axes, tiled=True) if self.batch_axes else rows_b
+
+    def sum_of_all(self, value: Array) -> Array:
+        return jax.lax.psum(value, self.batch_axes) if self.batch_axes else value
+
+    def place_of(self, num_rows: int) -> Int[Array, " b"]:
+        """Where in the whole batch this device's rows stand."""
+        first = jax.lax.axis_index(self.batch_axes) * num_rows if self.batch_axes else 0
+        return first + jnp.arange(num_rows)
 
 
 def pool(hidden_BLD: Float[Array, "B L D"], mask_BL: Bool[Array, "B L"], mode: str) -> Float[Array, "B D"]:
@@ -100,7 +134,10 @@ def choose_candidates(
 def gold_log_probs(
     hidden_MD: Float[Array, "M D"], kernel_VD: Float[Array, "V D"], ids_M: Int[Array, " M"]
 ) -> Float[Array, " M"]:
-    """log softmax_V(hidden kernel)[ids], float32, in chunks of tokens: (M, V) never exists, not even for gradients."""
+    """log softmax_V(hidden kernel)[ids], float32, in chunks of tokens: (M, V) never exists, not even for gradients.
+
+    Fused kernels (tokamax, Liger) give the loss summed over tokens, but a marginal needs each token's.
+    """
     M, D = hidden_MD.shape
     num_chunks = -(-M // HEAD_CHUNK)
     size = -(-M // num_chunks)
@@ -112,7 +149,9 @@ def gold_log_probs(
     def one(chunk: tuple[Array, Array]) -> Array:
         hidden, ids = chunk
         logits = jnp.einsum("MD,VD->MV", hidden, kernel_VD, preferred_element_type=jnp.float32)
-        return jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+        # A sum over V, not a gather: of a vocabulary split over devices each has a part of it.
+        gold = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == ids[:, None], logits, 0.0), axis=-1)
+        return gold - jax.nn.logsumexp(logits, axis=-1)
 
     return jax.lax.map(one, (chunks, chunk_ids)).reshape(-1)[:M]
 
@@ -153,27 +192,20 @@ def group_nll(
     return losses.marginal_nll(objective.name, losses.doc_log_probs(scores_bK), token_log_probs_bKT, group.answer_mask)
 
 
-def map_blocks(fn: Callable[[Any], Any], rows: Any, size: int, shards: int) -> Any:
-    """`fn` of each block of `size` neighbouring rows; results with a leading axis of blocks.
+def map_blocks(fn: Callable[[Any], Any], rows: Any, size: int) -> Any:
+    """`fn` of each block of `size` neighbouring rows, one after the other under rematerialisation.
 
-    Blocks that live on different devices (`shards` of them) run side by side, those of one device one after the other
-    under rematerialisation, so that memory is that of one block a device.
+    Results with a leading axis of blocks; memory is that of one block.
     """
-
-    def split(a: Array) -> Array:  # (B, ...) -> (blocks a device, devices, size, ...); a device's rows are neighbours
-        return jnp.swapaxes(a.reshape(shards, -1, size, *a.shape[1:]), 0, 1)
-
-    def alone(block: Any) -> Any:
-        return jax.tree.map(lambda a: a[None], fn(jax.tree.map(lambda a: a[0], block)))
-
-    blocks = jax.tree.map(split, rows)
-    # One device needs no vmap, whose axis of 1 costs XLA's CPU backend a transposing copy a weight gradient.
-    side_by_side = jax.vmap(fn) if shards > 1 else alone
+    blocks = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), rows)
     if jax.tree.leaves(blocks)[0].shape[0] == 1:
-        out = jax.tree.map(lambda a: a[None], side_by_side(jax.tree.map(lambda a: a[0], blocks)))
-    else:
-        out = jax.lax.map(jax.checkpoint(side_by_side), blocks)
-    return jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1).reshape(-1, *a.shape[2:]), out)
+        return jax.tree.map(lambda a: a[None], fn(rows))
+    return jax.lax.map(jax.checkpoint(fn), blocks)
+
+
+def even_size(num_rows: int, at_most: int) -> int:
+    """The largest divisor of `num_rows` that is not above `at_most`; at least 1."""
+    return next(size for size in range(max(min(at_most, num_rows), 1), 0, -1) if num_rows % size == 0)
 
 
 def encode_in_chunks(
@@ -188,41 +220,65 @@ def encode_in_chunks(
     What GradCache (Gao et al., 2021) does by hand, the backward pass of a rematerialised loop does by itself.
     """
     B = ids_BL.shape[0]
-    rows = B // rag.batch_shards
-    if not 0 < rag.chunk_size < rows:
+    if not 0 < rag.chunk_size < B:
         return encode(retriever, ids_BL, mask_BL, rag.pooling, dropout_keys)
-    num_chunks = next(n for n in range(-(-rows // rag.chunk_size), rows + 1) if rows % n == 0)
 
     def chunk(chunk_rows: Any) -> Array:
         ids, mask, keys = chunk_rows
         return encode(retriever, ids, mask, rag.pooling, keys)
 
-    return map_blocks(chunk, (ids_BL, mask_BL, dropout_keys), rows // num_chunks, rag.batch_shards).reshape(B, -1)
+    return map_blocks(chunk, (ids_BL, mask_BL, dropout_keys), even_size(B, rag.chunk_size)).reshape(B, -1)
 
 
-def marginal_loss(
-    rag: Rag, params: dict, batch: Any, cosine_BB: Float[Array, "B B"] | None, dropout_keys: Key[Array, " B"] | None
-) -> Float[Array, ""]:
-    """Mean negative log marginal per answer token of the whole batch, nats."""
-    B, b = batch.suffix_ids.shape[0], rag.group_size
-    generator = rag.model("generator", params)
-    index_G = jnp.arange(B // b)
-    own_Gbb = None if cosine_BB is None else cosine_BB.reshape(B // b, b, B // b, b)[index_G, :, index_G]
-    own_Bb = None if own_Gbb is None else own_Gbb.reshape(B, b)
+def cosines(query_emb_BE: Float[Array, "B E"], passage_emb_PE: Float[Array, "P E"]) -> Float[Array, "B P"]:
+    """Of normalised embeddings, in float32 also where a device's products are rougher by default."""
+    return jnp.matmul(query_emb_BE, passage_emb_PE.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def contrastive_share(rag: Rag, batch: Any, embs: Embs) -> Float[Array, ""]:
+    """This device's rows' part of the symmetric InfoNCE over the whole batch: rows, and columns as rows of their own.
+
+    Scores are (b, P) of a device, in blocks of rows where they are many; (P, P) never exists.
+    """
+    (query_emb_bE, passage_emb_bE), b = embs, len(batch.query_key)
+    all_queries_BE, all_passages_PE = rag.from_all(query_emb_bE), rag.from_all(passage_emb_bE)
+    all_query_keys, all_passage_keys = rag.from_all(batch.query_key), rag.from_all(batch.passage_key)
 
     def nll(rows: Any) -> Array:
-        group, cosine_bb, keys = rows
+        query_emb, passage_emb, query_key, passage_key, positive = rows
+        excluded = (query_key[:, None] == all_query_keys) | (passage_key[:, None] == all_passage_keys)
+        by_row = cosines(query_emb, all_passages_PE) / rag.objective.temperature
+        by_column = cosines(passage_emb, all_queries_BE) / rag.objective.temperature
+        row_nll, column_nll = (losses.positive_nll(scores, positive, excluded) for scores in (by_row, by_column))
+        return jnp.sum(row_nll) + jnp.sum(column_nll)
+
+    B = len(all_query_keys)
+    rows = (*embs, batch.query_key, batch.passage_key, rag.place_of(b))
+    return 0.5 * jnp.sum(map_blocks(nll, rows, even_size(b, SCORES_AT_A_TIME // B))) / B
+
+
+def marginal_share(
+    rag: Rag, params: dict, batch: Any, embs: Embs | None, dropout_keys: Key[Array, " b"] | None
+) -> Float[Array, ""]:
+    """This device's rows' part of the mean negative log marginal per answer token of the whole batch, nats."""
+    generator = rag.model("generator", params)
+
+    def nll(rows: Any) -> Array:
+        group, group_embs, keys = rows
+        cosine_bb = None if group_embs is None else cosines(*group_embs)
         return group_nll(generator, rag.objective, group, cosine_bb, keys)
 
-    nll_G = map_blocks(nll, (batch, own_Bb, dropout_keys), b, rag.batch_shards)
-    return jnp.sum(nll_G) / jnp.maximum(jnp.sum(batch.answer_mask), 1)
+    nll_G = map_blocks(nll, (batch, embs, dropout_keys), rag.group_size)
+    return jnp.sum(nll_G) / jnp.maximum(rag.sum_of_all(jnp.sum(batch.answer_mask)), 1)
 
 
-def dalm_loss(
-    rag: Rag, params: dict, batch: Any, cosine_BB: Float[Array, "B B"], dropout_keys: Key[Array, " B"] | None
+def dalm_share(
+    rag: Rag, params: dict, batch: Any, embs: Embs, dropout_keys: Key[Array, " b"] | None
 ) -> Float[Array, ""]:
-    """The predecessor's objective on its own strings; see `losses.dalm_marginal`."""
+    """This device's rows' part of the predecessor's objective on its own strings; see `losses.dalm_nll`."""
     generator = rag.model("generator", params)
+    (query_emb_bE, passage_emb_bE), b = embs, len(batch.query_key)
+    cosine_bP = cosines(query_emb_bE, rag.from_all(passage_emb_bE))
 
     def string_log_probs(rows: Any) -> Array:
         ids, mask, keys = rows
@@ -231,37 +287,41 @@ def dalm_loss(
         return flat.reshape(ids.shape[0], -1)
 
     rows = (batch.string_ids, batch.string_mask, dropout_keys)
-    log_probs_GbL = map_blocks(string_log_probs, rows, rag.group_size, rag.batch_shards)
-    log_probs_BL = log_probs_GbL.reshape(-1, log_probs_GbL.shape[-1])
+    log_probs_GgL = map_blocks(string_log_probs, rows, rag.group_size)
+    log_probs_bL, scored_bL = log_probs_GgL.reshape(b, -1), batch.string_mask[:, 1:]
     # Position l predicts token l + 1; `string_answer_start` counts in these positions.
-    answer_BL = jnp.arange(log_probs_BL.shape[1])[None, :] >= batch.string_answer_start[:, None]
-    return losses.dalm_marginal(cosine_BB, log_probs_BL, batch.string_mask[:, 1:], answer_BL)
+    answer_bL = jnp.arange(log_probs_bL.shape[1])[None, :] >= batch.string_answer_start[:, None]
+    nll = losses.dalm_nll(cosine_bP, rag.place_of(b), log_probs_bL, scored_bL, answer_bL)
+    return nll / jnp.maximum(rag.sum_of_all(jnp.sum(scored_bL)), 1)
 
 
 def loss(
     rag: Rag, params: dict, batch: Any, key: Key[Array, ""] | None
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Total = contrastive_weight * contrastive + marginal_weight * marginal, and its parts by their metric names."""
+    """Total = contrastive_weight * contrastive + marginal_weight * marginal, and its parts by their metric names.
+
+    Of a batch split over devices each computes its rows' share; the loss is their sum, and so is its gradient.
+    """
     objective = rag.objective
-    keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(batch.query_key)))
+    keys = None
+    if key is not None:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rag.place_of(len(batch.query_key)))
     parts: dict[str, Float[Array, ""]] = {}
-    cosine_BB = None
+    embs = None
     if objective.uses_retriever:
         retriever = rag.model("retriever", params)
         query_keys, passage_keys = named_keys(keys, "query"), named_keys(keys, "passage")
-        query_emb_BE = encode_in_chunks(rag, retriever, batch.query_ids, batch.query_mask, query_keys)
-        passage_emb_BE = encode_in_chunks(rag, retriever, batch.passage_ids, batch.passage_mask, passage_keys)
-        cosine_BB = query_emb_BE @ passage_emb_BE.T
-    if cosine_BB is not None and objective.contrastive_weight != 0:
-        same_passage_BB = batch.passage_key[:, None] == batch.passage_key[None, :]
-        same_query_BB = batch.query_key[:, None] == batch.query_key[None, :]
-        scores_BB = cosine_BB / objective.temperature
-        parts["loss/contrastive"] = losses.contrastive_loss(scores_BB, same_passage_BB, same_query_BB)
+        embs = (
+            encode_in_chunks(rag, retriever, batch.query_ids, batch.query_mask, query_keys),
+            encode_in_chunks(rag, retriever, batch.passage_ids, batch.passage_mask, passage_keys),
+        )
+    if embs is not None and objective.contrastive_weight != 0:
+        parts["loss/contrastive"] = contrastive_share(rag, batch, embs)
     if objective.uses_generator and objective.name == "dalm":
-        assert cosine_BB is not None
-        parts["loss/marginal"] = dalm_loss(rag, params, batch, cosine_BB, named_keys(keys, "generator"))
+        assert embs is not None
+        parts["loss/marginal"] = dalm_share(rag, params, batch, embs, named_keys(keys, "generator"))
     elif objective.uses_generator:
-        parts["loss/marginal"] = marginal_loss(rag, params, batch, cosine_BB, named_keys(keys, "generator"))
+        parts["loss/marginal"] = marginal_share(rag, params, batch, embs, named_keys(keys, "generator"))
     total = objective.contrastive_weight * parts.get("loss/contrastive", jnp.zeros(())) + (
         objective.marginal_weight * parts.get("loss/marginal", jnp.zeros(()))
     )

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 from tqdm import tqdm
 
-from rag_jax import rag
+from rag_jax import rag, sharding
 from rag_jax.data import segments
 
 RECALL_AT = (1, 5, 10)
@@ -53,9 +53,9 @@ def embed(
         list(full_batches(order, batch_size)), desc=label, leave=False, mininterval=1.0, disable=None
     ):
         ids, mask = segments.pad(tokens, rows, size_for(int(lengths[rows].max()), longest))
-        found.append(_encode(model, params, ids, mask)[:real])
-    emb = np.empty((len(tokens), found[0].shape[-1]), np.float32)
-    emb[order] = np.concatenate([np.asarray(part) for part in found])
+        found.append((_encode(model, params, ids, mask), real))
+    emb = np.empty((len(tokens), found[0][0].shape[-1]), np.float32)
+    emb[order] = np.concatenate([sharding.to_host(part)[:real] for part, real in found])
     return emb
 
 

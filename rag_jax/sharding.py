@@ -4,14 +4,17 @@ Axes: `replica` (copies of everything, across slices), `data` (the batch, and a 
 its optimizer state), `model` (tensor parallel).
 """
 
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rag_jax.errors import UserError
 
@@ -45,6 +48,11 @@ def make_mesh(replica: int, data: int, model: int, devices: Sequence[Any] | None
     if free:
         sizes[free[0]] = len(devices) // taken
     return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The axes over which the rows of a batch are split; those of one device are none."""
+    return tuple(axis for axis in BATCH[0] if mesh.shape[axis] > 1)
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -89,7 +97,107 @@ def _fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     return P(*(a if a is None or n % mesh.shape[a] == 0 else None for a, n in zip(spec, shape, strict=False)))
 
 
-def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """Global arrays, split along the batch, from numpy arrays that hold this process's rows (all of them if alone)."""
-    sharding = NamedSharding(mesh, BATCH)
-    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), batch)
+def on_each_device(fn: Callable[..., Any], mesh: Mesh, shardings: Sequence[Any], results: Sequence[Any]) -> Any:
+    """`fn` on every device's own rows and shares of parameters; as it is where nothing is split but along `model`.
+
+    The axes of the batch are in our hands inside, so that nothing crosses them but what `fn` sends; `model` stays the
+    compiler's.
+    """
+    axes = batch_axes(mesh)
+    if not axes:
+        return fn
+    own = functools.partial(jax.tree.map, lambda s: P(*(_own(part, axes) for part in s.spec)))
+    return jax.shard_map(
+        fn, mesh=mesh, in_specs=tuple(map(own, shardings)), out_specs=tuple(map(own, results)),
+        axis_names=set(axes), check_vma=False,
+    )  # fmt: skip
+
+
+def _own(part: Any, axes: tuple[str, ...]) -> Any:
+    """What of a dimension's axes is among `axes`."""
+    kept = tuple(axis for axis in (part if isinstance(part, tuple) else (part,)) if axis in axes)
+    return kept or None
+
+
+def gather_params(shardings: Any, path: tuple[str, ...], params: Any, dtype: Any) -> Any:
+    """The parameters below `path`, whole along `data` and in `dtype`, from the shares of all devices.
+
+    Runs inside `on_each_device`. Without the leading axis of `shardings` for one layer of stacked parameters. Their
+    gradients come back summed over `data` in float32, each device's share to it.
+    """
+    for name in path:
+        shardings = shardings[name]
+
+    def whole(param: jax.Array, sharding: NamedSharding) -> jax.Array:
+        if not batch_axes(sharding.mesh):
+            return param.astype(dtype)
+        spec = tuple(sharding.spec) + (None,) * (param.ndim - len(sharding.spec))
+        spec = spec[len(spec) - param.ndim :]
+        if "data" not in spec or sharding.mesh.shape["data"] == 1:
+            return param.astype(dtype)
+        gather = functools.partial(_gather, axis=spec.index("data"), dtype=dtype)
+        if sharding.mesh.shape["model"] == 1:
+            return gather(param)
+        # Left to the compiler, `model` would be gathered first and cut again afterwards.
+        inner = P(*(name if name == "model" else None for name in spec))
+        return jax.shard_map(gather, in_specs=inner, out_specs=inner, axis_names={"model"}, check_vma=False)(param)
+
+    return jax.tree.map(whole, params, {name: shardings[name] for name in params})
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnames=("axis", "dtype"))
+def _gather(share: jax.Array, axis: int, dtype: Any) -> jax.Array:
+    return jax.lax.all_gather(share.astype(dtype), "data", axis=axis, tiled=True)
+
+
+def _gather_forward(share: jax.Array, axis: int, dtype: Any) -> tuple[jax.Array, None]:
+    return _gather(share, axis, dtype), None
+
+
+def _gather_backward(axis: int, dtype: Any, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    gradient = gradient.astype(jnp.float32)
+    return (jax.lax.psum_scatter(gradient, "data", scatter_dimension=axis, tiled=True),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def sum_gradients(gradients: Any, shardings: Any) -> Any:
+    """Gradients of the batch from those of every device's rows; `gather_params` has summed some over `data` before."""
+
+    def total(gradient: jax.Array, sharding: NamedSharding) -> jax.Array:
+        axes = batch_axes(sharding.mesh)
+        left = tuple(axis for axis in axes if not (axis == "data" and "data" in sharding.spec))
+        return jax.lax.psum(gradient, left) if left else gradient
+
+    return jax.tree.map(total, gradients, shardings)
+
+
+def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Places in the batch of the rows that lie on this process's devices, ascending."""
+    places = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,))
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in places.values() if index is not None]))
+
+
+def put_batch(mesh: Mesh, batch: Any, batch_size: int) -> Any:
+    """Global arrays of `batch_size` rows, split along the batch, from numpy arrays of this process's `own_rows`."""
+    sharding, rows = NamedSharding(mesh, BATCH), own_rows(mesh, batch_size)
+
+    def put(own: Any) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            first, last, _ = index[0].indices(batch_size)
+            start = int(np.searchsorted(rows, first))
+            return np.asarray(own[start : start + last - first])
+
+        return jax.make_array_from_callback((batch_size, *own.shape[1:]), sharding, part)
+
+    return jax.tree.map(put, batch)
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """All of an array on every process, wherever its parts lie; every process must call."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    if array.is_fully_replicated:
+        return np.asarray(array.addressable_data(0))
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -73,21 +73,47 @@ def make_train_step(
     Losses are those of the batch before the update. `dropout_seed` None: no dropout at all.
     """
 
+    gradients = make_gradients(model, shardings.params, shardings.frozen, dropout_seed)
+
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        key = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), state.step)
-
-        def total_loss(trainable: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return rag.loss(model, optim.join(trainable, state.frozen), batch, key)
-
-        (_, metrics), grads = jax.value_and_grad(total_loss, has_aux=True)(state.params)
+        grads, metrics = gradients(state.params, state.frozen, batch, state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics |= {
             "optim/learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
             "optim/grad_norm": optax.tree.norm(grads),
         }
+        if batch.stop is not None:
+            metrics["stop"] = jnp.sum(batch.stop)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
 
     mesh = shardings.step.mesh
     whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, sharding.BATCH)
     return jax.jit(train_step, in_shardings=(shardings, rows), out_shardings=(shardings, whole), donate_argnums=0)
+
+
+def make_gradients(model: rag.Rag, trainable: Any, frozen: Any, dropout_seed: int | None) -> Callable[..., Any]:
+    """`gradients(trainable, frozen, batch, step) -> (of the trainable, metrics)`, every device on its own rows.
+
+    Made from the shardings of both. Metrics are sums over all devices, gradients lie like their parameters.
+    """
+    mesh = jax.tree.leaves(trainable)[0].mesh
+    whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, sharding.BATCH)
+    if axes := sharding.batch_axes(mesh):
+        gather = functools.partial(sharding.gather_params, optim.join(trainable, frozen))
+        model = dataclasses.replace(model, batch_axes=axes, gather=gather)
+
+    def own(params: Any, others: Any, batch: Any, step: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+        key = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), step)
+
+        def share(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return rag.loss(model, optim.join(params, others), batch, key)
+
+        grads, metrics = jax.grad(share, has_aux=True)(params)
+        return sharding.sum_gradients(grads, trainable), jax.tree.map(model.sum_of_all, metrics)
+
+    def gradients(params: Any, others: Any, batch: Any, step: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+        inputs = (trainable, frozen, jax.tree.map(lambda _: rows, batch), whole)
+        return sharding.on_each_device(own, mesh, inputs, (trainable, whole))(params, others, batch, step)
+
+    return gradients

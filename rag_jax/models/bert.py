@@ -1,6 +1,7 @@
 """BERT encoders: bge, MiniLM, e5, gte, contriever (Devlin et al., 2018)."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -73,6 +74,8 @@ class BertLayer(nnx.Module):
 
 
 class Bert(nnx.Module):
+    prepare_layer: Any = None  # see `layers.scan`
+
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embed = BertEmbed(config, rngs=rngs)
@@ -95,6 +98,7 @@ class Bert(nnx.Module):
             x,
             num_layers=self.config.num_layers,
             remat=self.config.remat,
+            prepare=self.prepare_layer,
             dropout_keys=dropout_keys,
         )
         return x

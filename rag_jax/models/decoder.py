@@ -27,6 +27,7 @@ class Decoder(nnx.Module):
     config: Any
     layers: Any
     norm: Any
+    prepare_layer: Any = None  # see `layers.scan`
 
     def _embed(
         self, ids: Int[Array, "B L"], positions: Int[Array, "B L"], dropout_keys: Key[Array, " B"] | None
@@ -159,7 +160,14 @@ class Decoder(nnx.Module):
     def _scan(self, body: Any, carry: Any, dropout_keys: Any, xs: Any = None) -> tuple[Any, Any]:
         config = self.config
         return layers.scan(
-            self.layers, body, carry, num_layers=config.num_layers, remat=config.remat, dropout_keys=dropout_keys, xs=xs
+            self.layers,
+            body,
+            carry,
+            num_layers=config.num_layers,
+            remat=config.remat,
+            prepare=self.prepare_layer,
+            dropout_keys=dropout_keys,
+            xs=xs,
         )
 
     def _causal_mask(self, mask: Bool[Array, "B L"]) -> Bool[Array, "B L L"]:

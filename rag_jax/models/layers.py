@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 KeysValues = tuple[Float[Array, "B G _ C"], Float[Array, "B G _ C"]]  # of any number of tokens
@@ -23,9 +24,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
+# A layer's parameters as `prepare` made them: whole, in the compute dtype. Never kept for the backward pass.
+PREPARED = "prepared"
 # What of a layer's forward pass stays in memory for its backward pass; the rest is computed again.
 REMAT: dict[str, Callable[..., bool]] = {
-    "none": jax.checkpoint_policies.everything_saveable,  # as without a policy
+    "none": jax.checkpoint_policies.save_anything_except_these_names(PREPARED),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights, not attention
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -182,22 +185,27 @@ def scan(
     *,
     num_layers: int,
     remat: str,
+    prepare: Callable[[Any], Any] | None = None,
     dropout_keys: Any = None,
     xs: Any = None,
 ) -> tuple[Any, Any]:
     """Runs `body(layer, carry, x, dropout_keys) -> (carry, y)` over stacked layers; the body is compiled once.
 
+    `prepare` makes what a layer computes with from its own parameters, which may be parts in another dtype.
     `dropout_keys`: rows' keys, or several sets of them, of which every layer gets its own.
     """
-    graphdef, params = nnx.split(layers)
+    graphdef, state = nnx.split(layers)
+    params = nnx.to_pure_dict(state)
     layer_keys = jax.tree.map(lambda keys: named_keys(keys, "layers"), dropout_keys)
 
     def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
         layer_params, x, n = inputs
         keys = jax.tree.map(lambda keys: numbered_keys(keys, n), layer_keys)
+        if prepare is not None:
+            layer_params = jax.tree.map(lambda a: checkpoint_name(a, PREPARED), prepare(layer_params))
         return body(nnx.merge(graphdef, layer_params), carry, x, keys)
 
-    if remat != "none":
+    if remat != "none" or prepare is not None:
         # prevent_cse is only needed outside of a scan.
         step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
     return jax.lax.scan(step, carry, (params, xs, jnp.arange(num_layers)))
