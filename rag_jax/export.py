@@ -12,8 +12,6 @@ import shutil
 import tempfile
 from typing import Any
 
-import jax
-
 from rag_jax import checkpoint, cli, config
 from rag_jax.errors import UserError
 
@@ -60,7 +58,7 @@ def export(loaded: Any, workdir: pathlib.Path, out: pathlib.Path, step: str | in
             if role == "retriever" and text is not None:
                 longest = max(text.query_len, text.passage_len)
                 pooling = hf.Pooling(opened.model.pooling, text.query_prefix, text.passage_prefix, longest)
-            hf.save_model(source, jax.device_get(params[role]), folder, dtype, pooling)
+            hf.save_model(source, params[role], folder, dtype, pooling)
             (folder / "README.md").write_text(card(loaded, role, found), encoding="utf-8")
         made.chmod(0o777 & ~_umask())
         if out.is_dir():

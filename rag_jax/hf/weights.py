@@ -3,9 +3,10 @@
 import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,20 +36,26 @@ class Expected:
     shape: tuple[int, ...]
 
 
-def load_params(folder: pathlib.Path, config: models.ModelConfig) -> dict[str, Any]:
-    """The parameters of a model folder as nested dicts of numpy float32, layers stacked.
+def load_params(folder: pathlib.Path, config: models.ModelConfig, shardings: Any = None) -> dict[str, Any]:
+    """The parameters of a model folder as nested dicts of float32, layers stacked: numpy arrays, or with `shardings`
+    (a tree like them) jax arrays, of which every process reads only what its own devices hold.
 
     UserError, one line with all problems: no or broken files, tensors that are missing, unknown or of another shape.
     """
-    leaves = {path: np.empty(leaf.shape, np.float32) for path, leaf in _leaves(config).items()}
-    expected = expected_tensors(config)
-    with _opened(folder, config) as tensors:
-        _check(folder, tensors, expected)
-        for name, tensor in expected.items():
-            value = np.asarray(tensors[name].read(), np.float32)
-            value = value.T if tensor.rule.transpose else value
-            for path, part in zip(tensor.rule.parts, _split(value, tensor.rule, leaves), strict=True):
-                leaves[path][() if tensor.layer is None else tensor.layer] = part
+    tensors = _tensors(folder, config)
+    _check(folder, tensors, expected_tensors(config))
+    pieces = _pieces(config)
+    leaves = {}
+    for path, shape in _leaves(config).items():
+        with _reading() as read:  # a leaf at a time, so that of the files no more is in memory than a leaf needs
+
+            def part(index: Any, path: str = path, shape: Any = shape, read: Any = read) -> np.ndarray:
+                return _part(pieces[path], index, shape.shape, lambda name, where: read(tensors[name], where))
+
+            if shardings is None:
+                leaves[path] = part((slice(None),) * len(shape.shape))
+            else:
+                leaves[path] = jax.make_array_from_callback(shape.shape, _at(shardings, path), part)
     return _nest(leaves)
 
 
@@ -60,22 +67,30 @@ def save_params(
     rest: Mapping[str, np.ndarray] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Inverse of `load_params`, with the names that `transformers` writes, and the tensors of `rest` beside them."""
-    leaves = _leaves(config)
-    arrays = {path: np.asarray(_at(params, path)) for path in leaves}
-    tensors = {}
-    for name, tensor in expected_tensors(config).items():
-        here = () if tensor.layer is None else tensor.layer
-        value = np.concatenate([arrays[path][here] for path in tensor.rule.parts], axis=-1)
-        tensors[name] = np.ascontiguousarray(value.T if tensor.rule.transpose else value, dtype)
-    tensors |= {name: np.ascontiguousarray(value, dtype) for name, value in (rest or {}).items()}
-    _write(folder, tensors, shard_bytes)
+    """Inverse of `load_params`, with the names that `transformers` writes, and the tensors of `rest` beside them.
+
+    Of arrays on devices no more than one file of `shard_bytes` is brought to the host at a time.
+    """
+    expected = expected_tensors(config)
+
+    def tensor(name: str) -> np.ndarray:
+        if name not in expected:
+            return np.ascontiguousarray((rest or {})[name], dtype)
+        rule, layer = expected[name].rule, expected[name].layer
+        arrays = [_at(params, path) for path in rule.parts]
+        value = np.concatenate([np.asarray(a if layer is None else _layer(a, layer)) for a in arrays], axis=-1)
+        return np.ascontiguousarray(value.T if rule.transpose else value, dtype)
+
+    shapes = {name: wanted.shape for name, wanted in expected.items()}
+    shapes |= {name: value.shape for name, value in (rest or {}).items()}
+    _write(folder, tensor, {name: math.prod(s) * np.dtype(dtype).itemsize for name, s in shapes.items()}, shard_bytes)
 
 
 def load_rest(folder: pathlib.Path, config: models.ModelConfig) -> dict[str, np.ndarray]:
     """Tensors of the model that our forward pass does not use, such as BERT's pooler, as they stand in its files."""
-    with _opened(folder, config) as tensors:
-        return {name: tensor.read() for name, tensor in tensors.items() if re.fullmatch(CARRIED, name)}
+    found = {name: tensor for name, tensor in _tensors(folder, config).items() if re.fullmatch(CARRIED, name)}
+    with _reading() as read:
+        return {name: read(tensor, ...) for name, tensor in found.items()}
 
 
 def file_dtype(folder: pathlib.Path, config: models.ModelConfig) -> str:
@@ -83,9 +98,9 @@ def file_dtype(folder: pathlib.Path, config: models.ModelConfig) -> str:
 
     UserError as of `load_params`, for only the files' headers are needed to see what it would complain about.
     """
-    with _opened(folder, config) as tensors:
-        _check(folder, tensors, expected_tensors(config))
-        kinds = [tensor.kind for tensor in tensors.values() if tensor.kind in DTYPES] or ["F32"]
+    tensors = _tensors(folder, config)
+    _check(folder, tensors, expected_tensors(config))
+    kinds = [tensor.kind for tensor in tensors.values() if tensor.kind in DTYPES] or ["F32"]
     return np.dtype(DTYPES[max(set(kinds), key=kinds.count)]).name
 
 
@@ -107,33 +122,80 @@ def expected_tensors(config: models.ModelConfig) -> dict[str, Expected]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tensor:
-    """A tensor in an open file, not read yet."""
+class _Piece:
+    """Where (a layer of) a leaf of ours stands: in which tensor, and from where on along our last axis."""
 
-    file: Any
+    name: str
+    rule: Rule
+    first: int
+
+
+def _pieces(config: models.ModelConfig) -> dict[str, list[_Piece]]:
+    """The pieces of every leaf by its path, as many as it has layers."""
+    leaves = _leaves(config)
+    pieces: dict[str, list[_Piece]] = {path: [] for path in leaves}
+    for name, tensor in expected_tensors(config).items():
+        first = 0
+        for path in tensor.rule.parts:
+            pieces[path].append(_Piece(name, tensor.rule, first))
+            first += leaves[path].shape[-1]
+    return pieces
+
+
+def _part(
+    pieces: Sequence[_Piece], index: tuple[slice, ...], shape: tuple[int, ...], read: Callable[[str, Any], np.ndarray]
+) -> np.ndarray:
+    """`leaf[index]` as float32 from the files, reading no more than that."""
+    ranges = [range(size)[part] for part, size in zip(index, shape, strict=True)]
+    out = np.empty([len(r) for r in ranges], np.float32)
+    stacked = pieces[0].rule.stacked
+    for n, layer in enumerate(ranges[0] if stacked else [0]):
+        piece = pieces[layer]
+        where = [slice(r.start, r.stop) for r in (ranges[1:] if stacked else ranges)]
+        where[-1] = slice(where[-1].start + piece.first, where[-1].stop + piece.first)
+        value = read(piece.name, tuple(where[::-1] if piece.rule.transpose else where))
+        out[n if stacked else ...] = value.T if piece.rule.transpose else value
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """A tensor in a file, not read yet."""
+
+    path: pathlib.Path
     name: str
     kind: str  # "F32" and the like
     shape: tuple[int, ...]
 
-    def read(self) -> np.ndarray:
-        return self.file.get_tensor(self.name)
+
+def _tensors(folder: pathlib.Path, config: models.ModelConfig) -> dict[str, _Tensor]:
+    """Every tensor of the folder by the name that `rules` knows it under; reads the files' headers."""
+    tensors = {}
+    for path in _files(folder):
+        try:
+            with safetensors.safe_open(path, "np") as file:
+                for name in file.keys():
+                    part = file.get_slice(name)
+                    known = canonical(name, type(config))
+                    tensors[known] = _Tensor(path, name, part.get_dtype(), tuple(part.get_shape()))
+        except (safetensors.SafetensorError, OSError) as error:
+            raise UserError(f"{path} is no whole safetensors file ({str(error)[:120]}); fetch it again") from None
+    return tensors
 
 
 @contextlib.contextmanager
-def _opened(folder: pathlib.Path, config: models.ModelConfig) -> Iterator[dict[str, _Tensor]]:
-    """Every tensor of the folder by the name that `rules` knows it under."""
+def _reading() -> Iterator[Callable[[_Tensor, Any], np.ndarray]]:
+    """A reader of parts of tensors; at its end the memory that the mapped files took is given back."""
     with contextlib.ExitStack() as stack:
-        tensors = {}
-        for path in _files(folder):
-            try:
-                file = stack.enter_context(safetensors.safe_open(path, "np"))
-            except (safetensors.SafetensorError, OSError) as error:
-                raise UserError(f"{path} is no whole safetensors file ({str(error)[:120]}); fetch it again") from None
-            for name in file.keys():
-                part = file.get_slice(name)
-                known = canonical(name, type(config))
-                tensors[known] = _Tensor(file, name, part.get_dtype(), tuple(part.get_shape()))
-        yield tensors
+        files: dict[pathlib.Path, Any] = {}
+
+        def read(tensor: _Tensor, where: Any) -> np.ndarray:
+            if tensor.path not in files:
+                files[tensor.path] = stack.enter_context(safetensors.safe_open(tensor.path, "np"))
+            file = files[tensor.path]
+            return file.get_tensor(tensor.name) if where is ... else file.get_slice(tensor.name)[where]
+
+        yield read
 
 
 def canonical(name: str, family: type) -> str:
@@ -185,33 +247,36 @@ def _check(folder: pathlib.Path, tensors: Mapping[str, _Tensor], expected: Mappi
         raise UserError(f"the weights in {folder} do not fit its config.json: {shown}{more}")
 
 
-def _split(value: np.ndarray, rule: Rule, leaves: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    ends = np.cumsum([leaves[path].shape[-1] for path in rule.parts])[:-1]
-    return np.split(value, ends, axis=-1)
+@jax.jit
+def _at_index(leaf: Any, layer: Any) -> Any:
+    return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
 
 
-def _write(folder: pathlib.Path, tensors: Mapping[str, np.ndarray], shard_bytes: int) -> None:
-    shards: list[dict[str, np.ndarray]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    # "format" is what `transformers` asks of every file.
-    metadata = {"format": "pt"}
-    if len(shards) == 1:
-        safetensors.numpy.save_file(shards[0], folder / SINGLE, metadata)
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        safetensors.numpy.save_file(shard, folder / file, metadata)
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+def _layer(leaf: Any, layer: int) -> Any:
+    return leaf[layer] if isinstance(leaf, np.ndarray) else _at_index(leaf, layer)
+
+
+def _write(
+    folder: pathlib.Path, tensor: Callable[[str], np.ndarray], sizes: Mapping[str, int], shard_bytes: int
+) -> None:
+    """All tensors in files of at most `shard_bytes`, made when their file is written."""
+    shards: list[list[str]] = [[]]
+    room = shard_bytes
+    for name, size in sizes.items():
+        if shards[-1] and size > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= size
+    files = {}
+    for number, names in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        # "format" is what `transformers` asks of every file.
+        safetensors.numpy.save_file({name: tensor(name) for name in names}, folder / file, {"format": "pt"})
+        files |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _leaves(config: models.ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -219,7 +284,7 @@ def _leaves(config: models.ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _nest(leaves: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *parents, last = path.split("/")
