@@ -22,8 +22,6 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-# All of these or none tell processes of each other; RAG_JAX_DISTRIBUTED=1 asks Slurm, Kubernetes or a TPU pod instead.
-PROCESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 PREFIX = "--config."
 # Of a path that was given: no bug of ours.
 FOR_THE_USER = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC)
@@ -89,28 +87,6 @@ def quiet() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-
-
-def start_processes() -> None:
-    """Join the other processes of the run, if the environment tells of any; before anything touches a device."""
-    given = [name for name in PROCESS_VARIABLES if name in os.environ]
-    if given and len(given) < len(PROCESS_VARIABLES):
-        missing = ", ".join(name for name in PROCESS_VARIABLES if name not in os.environ)
-        raise UserError(f"{', '.join(given)} is set, but not {missing}; set all three or none")
-    if not given and os.environ.get("RAG_JAX_DISTRIBUTED", "0") in ("", "0"):
-        return
-
-    import jax  # here: commands answer a mistyped flag before they load it
-
-    if not given:
-        jax.distributed.initialize()
-        return
-    address, *numbers = (os.environ[name] for name in PROCESS_VARIABLES)
-    try:
-        count, index = (int(number) for number in numbers)
-    except ValueError:
-        raise UserError(f"{PROCESS_VARIABLES[1:]}={numbers}: must be whole numbers") from None
-    jax.distributed.initialize(address, count, index)
 
 
 def _kind(kind: Any) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from rag_jax import checkpoint, cli, config, data, generate, losses, rag, retrieval
+from rag_jax import checkpoint, cli, config, data, generate, losses, rag, retrieval, sharding
 from rag_jax.data import segments
 from rag_jax.errors import UserError
 
@@ -270,7 +270,7 @@ def greedy_answers(
             num_tokens=shape.answer,
             eos_id=segments.eos_id(rows.tokenizer),
         )
-        for row, answer in zip(batch.rows[: batch.real], np.asarray(ids), strict=False):
+        for row, answer in zip(batch.rows[: batch.real], sharding.to_host(ids), strict=False):
             texts[row] = generate.text(rows.tokenizer, answer)
     return texts
 

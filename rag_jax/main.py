@@ -1,8 +1,9 @@
 """Train: a config in, a workdir of checkpoints and metrics out. The same command again goes on where it stopped."""
 
 import pathlib
+import re
 
-from rag_jax import cli, config
+from rag_jax import cli, config, processes
 from rag_jax.errors import UserError
 
 # What a run writes into its workdir, beside config.json.
@@ -17,7 +18,7 @@ def main() -> int:
     run_config = config.load(args.config, overrides)
     config.require(run_config, "data.train")
     check_workdir(args.workdir)
-    cli.start_processes()
+    processes.start()
 
     from rag_jax import train  # here: it takes seconds to load, and everything above answers at once
 
@@ -27,6 +28,8 @@ def main() -> int:
 
 def check_workdir(workdir: pathlib.Path) -> None:
     """UserError for a place where a run would mix with something else."""
+    if re.match(r"\w+:/", str(workdir)):
+        raise UserError(f"--workdir={workdir}: is no folder; mount the bucket and give the folder where it is mounted")
     there = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
     if not there.is_dir():
         named = "" if there == workdir.absolute() else f"{there} "

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.monitoring
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from rag_jax import data, hf, models, rag, sharding
@@ -54,7 +53,7 @@ def compiled_found() -> int:
     return _cache_events["/jax/compilation_cache/cache_hits"]
 
 
-def open_run(config: Any, workdir: pathlib.Path | None = None, batch_shards: int = 1) -> Run:
+def open_run(config: Any, workdir: pathlib.Path | None = None) -> Run:
     """Configs and tokenizers of the models, from the copies in the workdir where it has them. Reads no weights."""
     sources = {}
     for role in ROLES:
@@ -67,7 +66,7 @@ def open_run(config: Any, workdir: pathlib.Path | None = None, batch_shards: int
     whole = None
     if prompt_text is not None and config.objective.name == "dalm":
         whole = data.WholeString(prompt_text.tokenizer, string_len(config))
-    return Run(config, sources, composite(config, sources, batch_shards), text, prompt_text, whole)
+    return Run(config, sources, composite(config, sources), text, prompt_text, whole)
 
 
 def string_len(config: Any) -> int:
@@ -91,7 +90,7 @@ def check_lengths(config: Any, sources: dict[str, hf.Source]) -> None:
         raise UserError(f"{'; '.join(problems)}; lower what is too long")
 
 
-def composite(config: Any, sources: dict[str, hf.Source], batch_shards: int = 1) -> rag.Rag:
+def composite(config: Any, sources: dict[str, hf.Source]) -> rag.Rag:
     graphs = {role: models.abstract(model_config(config, role, source))[0] for role, source in sources.items()}
     pooling = config.retriever.pooling
     if pooling == "auto":
@@ -103,7 +102,6 @@ def composite(config: Any, sources: dict[str, hf.Source], batch_shards: int = 1)
         pooling,
         config.group_size,
         jnp.dtype(config.dtype),
-        batch_shards,
         config.retriever.chunk_size,
     )
 
@@ -155,8 +153,9 @@ def abstract_params(run: Run, mesh: Mesh | None = None) -> dict[str, Any]:
 
 def pretrained_params(run: Run, mesh: Mesh | None = None) -> dict[str, Any]:
     """The parameters in the models' folders, placed as `abstract_params` says."""
-    params = {}
-    for role, places in abstract_params(run, mesh).items():
-        loaded = hf.load_params(run.sources[role].folder, run.sources[role].model_config)
-        params[role] = jax.tree.map(lambda a, b: jax.device_put(np.asarray(a), b.sharding), loaded, places)
-    return params
+    return {
+        role: hf.load_params(
+            run.sources[role].folder, run.sources[role].model_config, jax.tree.map(lambda a: a.sharding, places)
+        )
+        for role, places in abstract_params(run, mesh).items()
+    }

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rag_jax import config as configs
-from rag_jax import data, evaluate, hf, metrics, optim, run, sharding, summary, train_step
+from rag_jax import data, evaluate, hf, lock, metrics, optim, processes, run, sharding, summary, train_step
 from rag_jax.checkpoint import Checkpoints
 from rag_jax.errors import UserError
 from rag_jax.record import Facts, Record, due
@@ -55,10 +55,18 @@ def train(config: Any, workdir: pathlib.Path) -> int:
     sharding.check_batch(mesh, config.batch_size, config.group_size)
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep) if resumable(config, workdir) else None
     start_step = (checkpoints.latest() or 0) if checkpoints else 0
-    training = build(config, workdir, mesh, start_step)
-    if checkpoints is None:
-        checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
-    with checkpoints:
+    with processes.all_or_none():
+        training = build(config, workdir, mesh, start_step)
+    processes.check_agreement(shared_facts(training, start_step))
+    with contextlib.ExitStack() as stack:
+        with processes.all_or_none():
+            if training.is_main:
+                stack.enter_context(lock.only_writer(workdir))
+        if training.is_main:
+            write_workdir(training, start_step)
+        if checkpoints is None:
+            checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
+        stack.enter_context(checkpoints)
         if start_step >= config.total_steps:
             say(training, f"{workdir} is trained to step {start_step} already; total_steps={config.total_steps}")
             return 0
@@ -90,7 +98,7 @@ def resumable(config: Any, workdir: pathlib.Path) -> bool:
 def build(config: Any, workdir: pathlib.Path, mesh: Mesh, start_step: int) -> Training:
     """Open models and rows, say what will be done, and write what a workdir holds from the start."""
     is_main = jax.process_index() == 0
-    opened = run.open_run(config, workdir if start_step else None, sharding.batch_shards(mesh))
+    opened = run.open_run(config, workdir if start_step else None)
     used = used_roles(opened)
     prompt = opened.prompt if opened.whole_string is None else None
     examples, report = data.load_examples(
@@ -106,9 +114,20 @@ def build(config: Any, workdir: pathlib.Path, mesh: Mesh, start_step: int) -> Tr
     eval_rows = eval_report = None
     if config.data.eval is not None and config.eval.every_steps:
         eval_rows, eval_report = evaluate.load_rows(config, opened.retriever_text, opened.prompt)
-    abstract = run.abstract_params(opened, mesh)
-    rules = rate_rules(config, used)
-    trainable, frozen = optim.split_frozen(abstract, rules)
+    rules, optimizer, state, step = make_step(opened, mesh)
+    shapes = data.buckets(examples, config.batch_size, config.objective.candidates)
+    training = Training(
+        config, workdir, opened, mesh, examples, shapes, eval_rows, rules, optimizer, state, step, is_main
+    )
+    say(training, summary.summary(training, report, eval_report, start_step))
+    return training
+
+
+def make_step(opened: run.Run, mesh: Mesh) -> tuple[optim.Rules, Any, Any, train_step.Step]:
+    """The rules of rate and freezing, the optimizer, the abstract state, and the step; no array is made."""
+    config = opened.config
+    rules = rate_rules(config, used_roles(opened))
+    trainable, frozen = optim.split_frozen(run.abstract_params(opened, mesh), rules)
     optimizer = optim.make_optimizer(config.optimizer, config.total_steps, trainable)
     state = train_step.abstract_state(trainable, frozen, optimizer, mesh)
     step = train_step.make_train_step(
@@ -118,14 +137,14 @@ def build(config: Any, workdir: pathlib.Path, mesh: Mesh, start_step: int) -> Tr
         jax.tree.map(lambda a: a.sharding, state),
         dropout_seed=config.seed if has_dropout(opened) else None,
     )
-    shapes = data.buckets(examples, config.batch_size, config.objective.candidates)
-    training = Training(
-        config, workdir, opened, mesh, examples, shapes, eval_rows, rules, optimizer, state, step, is_main
-    )
-    say(training, summary.summary(training, report, eval_report, start_step))
-    if is_main:
-        write_workdir(training, start_step)
-    return training
+    return rules, optimizer, state, step
+
+
+def shared_facts(training: Training, start_step: int) -> dict[str, Any]:
+    """What must be the same in all processes of a run."""
+    examples = {"rows of data.train": data.fingerprint(training.examples)}
+    place = {"--workdir": training.workdir.absolute(), "step to start from": start_step}
+    return {f"config.{name}": value for name, value in configs.flat(training.config).items()} | place | examples
 
 
 def used_roles(opened: run.Run) -> set[str]:
@@ -173,6 +192,7 @@ def loop(training: Training, state: Any, checkpoints: Checkpoints, start_step: i
     config, total_steps = training.config, training.config.total_steps
     compiled = Compiled(training)
     pending: tuple[int, Any, Facts] | None = None
+    asked = False  # to end, as all processes know
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(metrics.Writer(training.workdir, start_step, active=training.is_main))
         progress = metrics.Progress(total_steps, start_step, active=training.is_main)
@@ -182,18 +202,18 @@ def loop(training: Training, state: Any, checkpoints: Checkpoints, start_step: i
         record = Record(config, used, writer, progress)
         if start_step == 0:
             record.pause("eval", evaluation(training, state, 0, record))
-        for step, (batch, facts) in enumerate(batches(training, start_step), start=start_step + 1):
+        for step, (batch, facts) in enumerate(batches(training, start_step, stopped), start=start_step + 1):
             run_step, compile_s = compiled.of(state, batch, facts.lengths, progress)
             record.pause("compile", compile_s)
             state, values = run_step(state, batch)
             # The step runs; meanwhile the one before it, which must be done by now, is written down.
             if pending:
-                record.train(*pending)
+                asked |= write(record, *pending)
             pending = (step, values, facts)
-            last = step == total_steps or bool(stopped)
+            last = step == total_steps or asked or (bool(stopped) and jax.process_count() == 1)
             evaluates = due(step, config.eval.every_steps) or (step == total_steps)
             if last or evaluates or due(step, config.checkpoint.every_steps):
-                record.train(*pending)
+                asked |= write(record, *pending)
                 pending = None
                 if evaluates:
                     record.pause("eval", evaluation(training, state, step, record))
@@ -201,10 +221,11 @@ def loop(training: Training, state: Any, checkpoints: Checkpoints, start_step: i
             if last:
                 break
         say(training, record.summary())
-    if stopped and step < total_steps:
+    if (stopped or asked) and step < total_steps:
+        number = stopped[0] if stopped else signal.SIGTERM
         saved = "saved; the same command goes on from there" if config.checkpoint.every_steps else "not saved"
-        say(training, f"stopped by {signal.Signals(stopped[0]).name} after step {step}: {saved}")
-        return stopped[0]
+        say(training, f"stopped by {signal.Signals(number).name} after step {step}: {saved}")
+        return number
     say(
         training,
         f"trained to step {total_steps}; next: python -m rag_jax.export --workdir={training.workdir} --out=DIR",
@@ -212,8 +233,15 @@ def loop(training: Training, state: Any, checkpoints: Checkpoints, start_step: i
     return 0
 
 
-def batches(training: Training, start_step: int) -> Iterator[tuple[data.Batch, Facts]]:
-    """Batches on the mesh from the step after `start_step` on."""
+def write(record: Record, step: int, values: dict[str, Any], facts: Facts) -> bool:
+    """Record a step that is done; whether a process was asked to end before it."""
+    asked = bool(values.pop("stop", 0))
+    record.train(step, values, facts)
+    return asked
+
+
+def batches(training: Training, start_step: int, stopped: list[int]) -> Iterator[tuple[data.Batch, Facts]]:
+    """Batches on the mesh from the step after `start_step` on; `stopped` is told to the other processes with them."""
     config = training.config
     source = data.iterate(
         training.examples,
@@ -222,13 +250,16 @@ def batches(training: Training, start_step: int) -> Iterator[tuple[data.Batch, F
         start_step=start_step,
         total_steps=config.total_steps,
         shapes=training.shapes,
+        own=sharding.own_rows(training.mesh, config.batch_size),
     )
     while True:
         began = time.perf_counter()
         batch = next(source, None)
         if batch is None:
             return
-        placed = sharding.put_batch(training.mesh, batch)
+        if jax.process_count() > 1:
+            batch = batch._replace(stop=np.full(len(batch.row), len(stopped), np.int32))
+        placed = sharding.put_batch(training.mesh, batch, config.batch_size)
         wait_s = time.perf_counter() - began
         yield placed, Facts(data.lengths(batch), data.padding_share(batch, config.objective.candidates), wait_s)
 

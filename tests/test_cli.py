@@ -109,28 +109,6 @@ def test_a_folder_with_a_strangers_records_is_refused(tmp_path):
     main.check_workdir(tmp_path)
 
 
-def test_processes_are_joined_only_when_the_environment_names_all(monkeypatch):
-    started = []
-    monkeypatch.setattr("jax.distributed.initialize", lambda *where: started.append(where))
-    for name in (*cli.PROCESS_VARIABLES, "RAG_JAX_DISTRIBUTED"):
-        monkeypatch.delenv(name, raising=False)
-    cli.start_processes()
-    assert started == []
-    monkeypatch.setenv("RAG_JAX_DISTRIBUTED", "1")
-    cli.start_processes()
-    assert started == [()]
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1234")
-    with pytest.raises(UserError, match="JAX_COORDINATOR_ADDRESS is set, but not JAX_NUM_PROCESSES, JAX_PROCESS_ID"):
-        cli.start_processes()
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
-    monkeypatch.setenv("JAX_PROCESS_ID", "one")
-    with pytest.raises(UserError, match="must be whole numbers"):
-        cli.start_processes()
-    monkeypatch.setenv("JAX_PROCESS_ID", "1")
-    cli.start_processes()
-    assert started[1:] == [("localhost:1234", 4, 1)]
-
-
 def test_third_parties_are_quiet_and_warnings_can_be_asked_for():
     program = (
         "from rag_jax import cli\n"

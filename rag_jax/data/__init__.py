@@ -1,7 +1,18 @@
 """Rows to tokenised segments to fixed-shape numpy batches, in an order that is a function of (seed, step)."""
 
-from rag_jax.data.batches import Batch, Lengths, buckets, collate, iterate, lengths, longest, order, padding_share
-from rag_jax.data.examples import Examples, Report, load_examples, take
+from rag_jax.data.batches import (
+    Batch,
+    Lengths,
+    buckets,
+    collate,
+    iterate,
+    lengths,
+    longest,
+    order,
+    padding_share,
+    shape_of,
+)
+from rag_jax.data.examples import Examples, Report, fingerprint, load_examples, take
 from rag_jax.data.rows import Rows, read_passages, read_rows
 from rag_jax.data.segments import (
     Prompt,
@@ -27,6 +38,7 @@ __all__ = [
     "answer_segments",
     "buckets",
     "collate",
+    "fingerprint",
     "iterate",
     "lengths",
     "load_examples",
@@ -38,5 +50,6 @@ __all__ = [
     "read_passages",
     "read_rows",
     "retriever_tokens",
+    "shape_of",
     "take",
 ]

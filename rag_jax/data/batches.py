@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -35,6 +35,8 @@ class Batch(NamedTuple):
     string_ids: np.ndarray | None  # (B, Ld) objective "dalm"
     string_mask: np.ndarray | None  # (B, Ld)
     string_answer_start: np.ndarray | None  # (B,) first position that predicts an answer token
+    # (B,) not 0 where a process was asked to end: through the step all learn of it at the same time. None: alone.
+    stop: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -98,8 +100,13 @@ def _padded(needed: dict[str, int]) -> Lengths:
     return Lengths(**{name: round_up(length) for name, length in needed.items()})
 
 
-def collate(examples: Examples, rows: Sequence[int] | np.ndarray, shapes: Sequence[Lengths]) -> Batch:
-    """The batch of these rows in the first of the shapes (see `buckets`) that all of them fit."""
+def collate(
+    examples: Examples, rows: Sequence[int] | np.ndarray, shapes: Sequence[Lengths], own: np.ndarray | None = None
+) -> Batch:
+    """The batch of these rows in the first of the shapes (see `buckets`) that all of them fit.
+
+    `own`: which of the rows to make, by their places in the batch, where other processes make the others; None: all.
+    """
     rows = np.asarray(rows, np.int32)
     needed = row_lengths(examples, rows)
     fits = (s for s in shapes if all(values.max() <= getattr(s, name) for name, values in needed.items()))
@@ -108,6 +115,7 @@ def collate(examples: Examples, rows: Sequence[int] | np.ndarray, shapes: Sequen
         raise ValueError(
             f"no shape of {shapes} holds rows of { ({k: int(v.max()) for k, v in needed.items()}) } tokens"
         )
+    rows = rows if own is None else rows[own]
     query, passage = examples.query_key[rows], examples.passage_key[rows]
     query_ids, query_mask = _pad(examples.retriever_queries, query, lengths.query)
     passage_ids, passage_mask = _pad(examples.retriever_passages, passage, lengths.passage)
@@ -145,6 +153,32 @@ def lengths(batch: Batch) -> Lengths:
     return Lengths(**{name: mask.shape[1] for name, mask in _masks(batch).items()})
 
 
+def shape_of(lengths: Lengths, batch_size: int) -> Batch:
+    """The (shape, dtype) of every array of a batch of these lengths, None where there is none."""
+
+    def of(width: int, dtype: str) -> Any:
+        return ((batch_size, width), np.dtype(dtype)) if width else None
+
+    def rows(needed: bool = True) -> Any:
+        return ((batch_size,), np.dtype("int32")) if needed else None
+
+    both = {
+        f"{name}_{part}": of(width, dtype)
+        for name, width in vars(lengths).items()
+        if name != "answer"
+        for part, dtype in (("ids", "int32"), ("mask", "bool"))
+    }
+    return Batch(
+        row=rows(),
+        query_key=rows(),
+        passage_key=rows(),
+        answer_start=rows(bool(lengths.answer)),
+        answer_mask=of(lengths.answer, "bool"),
+        string_answer_start=rows(bool(lengths.string)),
+        **both,
+    )
+
+
 def padding_share(batch: Batch, candidates: int) -> float:
     """How many of the tokens that both models read are padding, 0 to 1; a suffix is read once a candidate."""
     real = Lengths(**{name: int(np.count_nonzero(mask)) for name, mask in _masks(batch).items()})
@@ -179,8 +213,9 @@ def iterate(
     start_step: int,
     total_steps: int,
     shapes: Sequence[Lengths],
+    own: np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """The batches of steps start_step .. total_steps - 1 (from 0), made ahead of time by threads."""
+    """The batches of steps start_step .. total_steps - 1 (from 0), made ahead of time by threads; `own` as above."""
     rows = order(len(examples), batch_size, seed)[start_step:total_steps]
     ahead = grain.ReadOptions(num_threads=PREFETCH_THREADS, prefetch_buffer_size=PREFETCH_BATCHES)
-    return iter(rows.map(lambda batch: collate(examples, batch, shapes)).to_iter_dataset(ahead))
+    return iter(rows.map(lambda batch: collate(examples, batch, shapes, own)).to_iter_dataset(ahead))

@@ -1,6 +1,7 @@
 """Rows to tokenised examples: read, tokenise each distinct text once, keep on disk, drop what cannot be used."""
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,19 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+
+def fingerprint(examples: Examples) -> str:
+    """Of all tokens and keys: equal where batches would be equal."""
+    digest = hashlib.blake2b(digest_size=8)
+    for field in dataclasses.fields(examples):
+        value = getattr(examples, field.name)
+        arrays = (value.tokens, value.starts) if isinstance(value, Ragged) else (value,)
+        for array in arrays:
+            if isinstance(array, np.ndarray):
+                digest.update(f"{field.name} {array.dtype} {array.shape}".encode())
+                digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,31 @@
+"""One writer a workdir."""
+
+import contextlib
+import fcntl
+import os
+import pathlib
+import socket
+from collections.abc import Iterator
+
+from rag_jax.errors import UserError
+
+NAME = ".lock"
+
+
+@contextlib.contextmanager
+def only_writer(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds the workdir; UserError when another process does. The kernel lets go of it, however a process ends."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / NAME, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(
+                f"--workdir={workdir}: {holder} trains there; stop it first, or give another folder"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
