@@ -16,31 +16,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[re
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tqdm import tqdm
 
-# Dense bfloat16 FLOP/s of one jax device by its kind, the first whose name is part of it (makers' data sheets; cards
-# without bfloat16: float16). A jax device is half a chip up to TPU v3 and from 7x on.
-PEAK_FLOPS = (
-    ("TPU v2", 23e12),
-    ("TPU v3", 61e12),
-    ("TPU v4", 275e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5", 459e12),
-    ("TPU v6 lite", 918e12),
-    ("TPU v6e", 918e12),
-    ("TPU7x", 1154e12),
-    ("B200", 2250e12),
-    ("H200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-    ("L40S", 362e12),
-    ("L4", 121e12),
-    ("A10G", 70e12),
-    ("V100", 125e12),
-    ("T4", 65e12),
-    ("RTX 4090", 165e12),
-    ("RTX 3090", 71e12),
-)
+from rag_jax import hardware
+
 # Between lines of progress where there is no terminal, seconds.
 LINE_EVERY_S = 20.0
 
@@ -164,10 +141,9 @@ def clock(seconds: float) -> str:
 
 def peak_flops() -> float:
     """FLOP/s of all devices of the run together: from the table, else (CPUs) as a float32 matrix product shows."""
-    kind = jax.devices()[0].device_kind
-    for name, flops in PEAK_FLOPS:
-        if name in kind:
-            return flops * jax.device_count()
+    known = hardware.peak_flops(jax.devices()[0].device_kind)
+    if known is not None:
+        return known * jax.device_count()
     # The CPU devices of a process share its cores, so one of them shows what all have.
     shared = jax.process_count() if jax.default_backend() == "cpu" else jax.device_count()
     return measured_flops() * shared

@@ -15,11 +15,11 @@ from rag_jax import models
 from rag_jax.errors import UserError
 from rag_jax.hf import config as configs
 from rag_jax.hf import folder as folders
-from rag_jax.hf import weights
+from rag_jax.hf import known, weights
 from rag_jax.hf.pooling import Pooling, read_pooling, write_pooling
 from rag_jax.hf.weights import load_params
 
-__all__ = ["Pooling", "Source", "copy_small_files", "load_params", "open_model", "save_model"]
+__all__ = ["Pooling", "Source", "copy_small_files", "load_params", "open_config", "open_model", "save_model"]
 
 # Everything of a model's folder but weights and papers, relative names.
 SMALL_FILES = (
@@ -57,6 +57,21 @@ def open_model(path: str, key: str, role: str) -> Source:
     pooling = read_pooling(folder, "mean" if isinstance(model_config, models.BertConfig) else "last", where)
     dtype = _rest_dtype(folder) or weights.file_dtype(folder, model_config)
     return Source(path, folder, model_type, model_config, tokenizer, pooling, dtype)
+
+
+def open_config(path: str, key: str, role: str) -> Source:
+    """`open_model` without tokenizer and weights, to plan with; well-known hub names need no download."""
+    if path in known.KNOWN and not pathlib.Path(path).is_dir():
+        model_type, sizes = known.KNOWN[path]
+        folder = pathlib.Path(path)
+        model_config = configs.from_hf(transformers.AutoConfig.for_model(model_type, **sizes).to_dict(), [])
+    else:
+        folder = folders.resolve(path, key)
+        model_type, model_config = configs.read_config(folder, f"{key}={path!r}")
+    is_bert = isinstance(model_config, models.BertConfig)
+    if role == "retriever" and isinstance(model_config, models.LlamaConfig):
+        model_config = dataclasses.replace(model_config, tied_head=True)
+    return Source(path, folder, model_type, model_config, None, Pooling("mean" if is_bert else "last"), "float32")
 
 
 def save_model(

@@ -1,0 +1,150 @@
+"""What accelerators can do: peaks, memory, links; and the descriptions that their compilers ask for.
+
+Figures are those of the makers: Google's TPU system architecture pages, NVIDIA's data sheets of the SXM cards. Links
+count both directions of one device's, as bytes a second that it can send and receive at a time.
+"""
+
+import dataclasses
+import math
+import re
+
+from rag_jax.errors import UserError
+
+GIB = 2**30
+# Dense bfloat16 FLOP/s of one jax device by its kind, the first whose name is part of it (cards without bfloat16:
+# float16). A jax device is half a chip up to TPU v3 and from 7x on.
+PEAK_FLOPS = (
+    ("TPU v2", 23e12),
+    ("TPU v3", 61e12),
+    ("TPU v4", 275e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v6 lite", 918e12),
+    ("TPU v6e", 918e12),
+    ("TPU7x", 1154e12),
+    ("B200", 2250e12),
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+    ("L4", 121e12),
+    ("A10G", 70e12),
+    ("V100", 125e12),
+    ("T4", 65e12),
+    ("RTX 4090", 165e12),
+    ("RTX 3090", 71e12),
+)
+NODE = 8  # GPUs that NVLink joins
+
+
+def peak_flops(kind: str) -> float | None:
+    """Of a jax device's kind; None where it is not known."""
+    return next((peak for name, peak in PEAK_FLOPS if name.lower() in kind.lower()), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device that `plan` knows."""
+
+    kind: str  # in PEAK_FLOPS
+    hbm_bytes: float  # that a program may use
+    hbm_bandwidth: float  # bytes/s
+    link_bandwidth: float  # bytes/s to the other devices: ICI of a TPU, NVLink of a GPU inside its node
+    node_bandwidth: float = 0.0  # bytes/s of one GPU to other nodes; 0: there are none
+    target: str = ""  # GPU: XLA's description of the card
+
+    @property
+    def peak(self) -> float:
+        """Dense bfloat16 FLOP/s."""
+        peak = peak_flops(self.kind)
+        assert peak is not None
+        return peak
+
+
+def _gpu(
+    capability: tuple[int, int],
+    cores: int,
+    shared: tuple[int, int],
+    l2: int,
+    clock_ghz: float,
+    bandwidth: float,
+    memory: float,
+) -> str:
+    """XLA's `GpuTargetConfigProto` as text; `shared`: shared memory of a core, and of a block that asks for it."""
+    return f"""gpu_device_info {{
+      threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+      shared_memory_per_core: {shared[0]} shared_memory_per_block_optin: {shared[1]}
+      threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: 128
+      block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+      memory_bandwidth: {bandwidth:.0f} l2_cache_size: {l2} clock_rate_ghz: {clock_ghz}
+      device_memory_size: {memory:.0f} registers_per_core_limit: 65536 registers_per_block_limit: 65536
+      cuda_compute_capability {{ major: {capability[0]} minor: {capability[1]} }}
+    }}
+    platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} device_description_str: "NVIDIA"
+    """
+
+
+_HOPPER = (233472, 232448)
+# A GPU's share for programs is what jax takes by default of what is free, 75 %; we count 92 %, as with
+# XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
+CHIPS = {
+    "v4": Chip("TPU v4", 31.75 * GIB, 1228e9, 300e9),
+    "v5e": Chip("TPU v5e", 15.75 * GIB, 819e9, 200e9),
+    "v5p": Chip("TPU v5", 95.74 * GIB, 2765e9, 600e9),
+    "v6e": Chip("TPU v6e", 31.25 * GIB, 1640e9, 448e9),
+    "a100": Chip(
+        "A100", 0.92 * 80e9, 2039e9, 600e9, 50e9, _gpu((8, 0), 108, (167936, 166912), 40 * 2**20, 1.41, 2039e9, 80e9)
+    ),
+    "h100": Chip("H100", 0.92 * 80e9, 3350e9, 900e9, 100e9, _gpu((9, 0), 132, _HOPPER, 50 * 2**20, 1.98, 3350e9, 80e9)),
+    "h200": Chip(
+        "H200", 0.92 * 141e9, 4800e9, 900e9, 100e9, _gpu((9, 0), 132, _HOPPER, 50 * 2**20, 1.98, 4800e9, 141e9)
+    ),
+    "b200": Chip(
+        "B200", 0.92 * 180e9, 8000e9, 1800e9, 100e9, _gpu((10, 0), 148, _HOPPER, 126 * 2**20, 1.965, 8000e9, 180e9)
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """`v5e:16x16` or `h100:64`."""
+
+    text: str
+    name: str
+    chip: Chip
+    shape: tuple[int, ...]
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_tpu(self) -> bool:
+        return not self.chip.target
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes/s that the slowest link of a ring over all devices carries one way."""
+        across_nodes = not self.is_tpu and self.devices > NODE
+        return (self.chip.node_bandwidth if across_nodes else self.chip.link_bandwidth) / 2
+
+
+def topology(text: str) -> Topology:
+    """UserError for a device or a shape that there is not."""
+    name, colon, sizes = text.partition(":")
+    known = ", ".join(CHIPS)
+    if name not in CHIPS or not colon:
+        raise UserError(f"--topology={text}: must be DEVICE:SHAPE with a device of {known}, as in v5e:16x16 or h100:64")
+    chip = CHIPS[name]
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes):
+        raise UserError(f"--topology={text}: {sizes!r} is no shape; write v5e:16x16, v5p:4x4x4 or h100:64")
+    shape = tuple(int(size) for size in sizes.split("x"))
+    wanted = 1 if chip.target else 3 if name in ("v4", "v5p") else 2
+    if len(shape) != wanted:
+        example = {1: f"{name}:64", 2: f"{name}:16x16", 3: f"{name}:4x4x4"}[wanted]
+        raise UserError(f"--topology={text}: {name} is given by {wanted} number{'s'[: wanted > 1]}, as in {example}")
+    if chip.target and shape[0] > NODE and shape[0] % NODE:
+        raise UserError(f"--topology={text}: more than one node of {NODE} must be whole nodes")
+    return Topology(text, name, chip, shape)

@@ -1,0 +1,69 @@
+"""Sizes of well-known models as their config.json states them, for planning without a download.
+
+Facts of the models' hub pages. What stands here is enough for shapes and FLOPs; a run reads the real folder.
+"""
+
+from typing import Any
+
+_BERT = {"vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2}
+
+
+def _bert(width: int, layers: int, heads: int) -> tuple[str, dict[str, Any]]:
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    return "bert", _BERT | sizes | {"intermediate_size": 4 * width}
+
+
+def _gpt2(width: int, layers: int, heads: int) -> tuple[str, dict[str, Any]]:
+    return "gpt2", {"vocab_size": 50257, "n_positions": 1024, "n_embd": width, "n_layer": layers, "n_head": heads}
+
+
+def _llama(
+    vocab: int,
+    width: int,
+    layers: int,
+    heads: tuple[int, int],
+    mlp: int,
+    positions: int,
+    kind: str = "llama",
+    **more: int | bool,
+) -> tuple[str, dict[str, Any]]:
+    sizes = {"vocab_size": vocab, "hidden_size": width, "num_hidden_layers": layers, "intermediate_size": mlp}
+    shared = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "max_position_embeddings": positions}
+    return kind, sizes | shared | {"tie_word_embeddings": False} | more
+
+
+_SMALL, _BASE, _LARGE = _bert(384, 12, 12), _bert(768, 12, 12), _bert(1024, 24, 16)
+
+KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "sentence-transformers/all-MiniLM-L6-v2": _bert(384, 6, 12),
+    "BAAI/bge-small-en": _SMALL,
+    "BAAI/bge-base-en": _BASE,
+    "BAAI/bge-large-en": _LARGE,
+    "BAAI/bge-small-en-v1.5": _SMALL,
+    "BAAI/bge-base-en-v1.5": _BASE,
+    "BAAI/bge-large-en-v1.5": _LARGE,
+    "intfloat/e5-small-v2": _SMALL,
+    "intfloat/e5-base-v2": _BASE,
+    "intfloat/e5-large-v2": _LARGE,
+    "gpt2": _gpt2(768, 12, 12),
+    "openai-community/gpt2": _gpt2(768, 12, 12),
+    "openai-community/gpt2-medium": _gpt2(1024, 24, 16),
+    "openai-community/gpt2-large": _gpt2(1280, 36, 20),
+    "openai-community/gpt2-xl": _gpt2(1600, 48, 25),
+    "HuggingFaceTB/SmolLM2-135M": _llama(49152, 576, 30, (9, 3), 1536, 8192, tie_word_embeddings=True),
+    "HuggingFaceTB/SmolLM2-360M": _llama(49152, 960, 32, (15, 5), 2560, 8192, tie_word_embeddings=True),
+    "HuggingFaceTB/SmolLM2-1.7B": _llama(49152, 2048, 24, (32, 32), 8192, 8192, tie_word_embeddings=True),
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": _llama(32000, 2048, 22, (32, 4), 5632, 2048),
+    "meta-llama/Llama-2-7b-hf": _llama(32000, 4096, 32, (32, 32), 11008, 4096),
+    "meta-llama/Llama-2-13b-hf": _llama(32000, 5120, 40, (40, 40), 13824, 4096),
+    "meta-llama/Llama-3.1-8B": _llama(128256, 4096, 32, (32, 8), 14336, 131072),
+    "meta-llama/Llama-3.2-1B": _llama(128256, 2048, 16, (32, 8), 8192, 131072, head_dim=64, tie_word_embeddings=True),
+    "meta-llama/Llama-3.2-3B": _llama(128256, 3072, 28, (24, 8), 8192, 131072, head_dim=128, tie_word_embeddings=True),
+    "mistralai/Mistral-7B-v0.1": _llama(32000, 4096, 32, (32, 8), 14336, 32768, "mistral", sliding_window=4096),
+    "Qwen/Qwen2.5-0.5B": _llama(151936, 896, 24, (14, 2), 4864, 32768, "qwen2", tie_word_embeddings=True),
+    "Qwen/Qwen2.5-1.5B": _llama(151936, 1536, 28, (12, 2), 8960, 131072, "qwen2", tie_word_embeddings=True),
+    "Qwen/Qwen2.5-7B": _llama(152064, 3584, 28, (28, 4), 18944, 131072, "qwen2"),
+    "Qwen/Qwen3-0.6B": _llama(151936, 1024, 28, (16, 8), 3072, 32768, "qwen3", head_dim=128, tie_word_embeddings=True),
+    "Qwen/Qwen3-4B": _llama(151936, 2560, 36, (32, 8), 9728, 32768, "qwen3", head_dim=128, tie_word_embeddings=True),
+    "Qwen/Qwen3-8B": _llama(151936, 4096, 36, (32, 8), 12288, 32768, "qwen3", head_dim=128),
+}
