@@ -101,7 +101,7 @@ def measure(point: Point, steps: int) -> dict[str, float]:
         rng = np.random.default_rng(0)
         params = jax.tree.map(lambda a: rng.normal(0, 0.02, a.shape).astype(np.float32), abstract)
         state = train_step.init_state(params, frozen, optimizer, mesh)
-        placed = sharding.put_batch(mesh, batch)
+        placed = sharding.put_batch(mesh, batch, len(batch.row))
         seconds = []
         for _ in range(1 + steps):
             began = time.perf_counter()

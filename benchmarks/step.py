@@ -229,7 +229,7 @@ def ours(args: argparse.Namespace) -> dict:
     shardings = jax.tree.map(lambda a: a.sharding, state)
     rate = optim.learning_rate(section, 1000)
     compiled = train_step.make_train_step(opened.model, optimizer, rate, shardings, dropout_seed=None)
-    placed = sharding.put_batch(mesh, batch)
+    placed = sharding.put_batch(mesh, batch, len(batch.row))
 
     def step() -> float:
         nonlocal state

@@ -44,12 +44,12 @@ def get_config() -> ConfigDict:
     retriever.pooling = "auto"
     retriever.query_prefix = "Represent this sentence for searching relevant passages: "
     retriever.passage_prefix = None
-    retriever.remat = "none"
+    retriever.remat = "dots"
     retriever.chunk_size = 0
 
     config.generator = generator = ConfigDict()
     generator.path = "gpt2"
-    generator.remat = "none"
+    generator.remat = "dots"
 
     config.objective = objective = ConfigDict()
     objective.name = "token"

@@ -40,12 +40,12 @@ def get_config() -> ConfigDict:
     retriever.pooling = "auto"
     retriever.query_prefix = None
     retriever.passage_prefix = None
-    retriever.remat = "none"
+    retriever.remat = "dots"
     retriever.chunk_size = 0
 
     config.generator = generator = ConfigDict()
     generator.path = "random:gpt2"
-    generator.remat = "none"
+    generator.remat = "dots"
 
     config.objective = objective = ConfigDict()
     objective.name = "token"
