@@ -4,6 +4,7 @@ import argparse
 import errno
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,6 +22,20 @@ for _name, _value in {
     "HF_HUB_DISABLE_SYMLINKS_WARNING": "1",
 }.items():
     os.environ.setdefault(_name, _value)
+
+
+def threads_for(xla_flags: str) -> str | None:
+    """How many threads XLA must have for the CPU devices that its flags make; None where they make no more than one.
+
+    Each device waits in threads of a common pool for the exchanges of the others: one that launches a program and one
+    that runs one. XLA makes a thread a device, so with some 32 programs under way all wait for one that finds none.
+    """
+    counts = re.findall(r"--xla_force_host_platform_device_count=(\d+)", xla_flags)
+    return str(4 * int(counts[-1])) if counts and int(counts[-1]) > 1 else None
+
+
+if _threads := threads_for(os.environ.get("XLA_FLAGS", "")):
+    os.environ.setdefault("NPROC", _threads)
 
 PREFIX = "--config."
 # Of a path that was given: no bug of ours.

@@ -75,7 +75,7 @@ def path_of(key_path: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in key_path)
 
 
-def param_shardings(mesh: Mesh, shapes: Any) -> Any:
+def param_shardings(mesh: Mesh | AbstractMesh, shapes: Any) -> Any:
     """A sharding for every parameter by `PARAM_RULES`; ValueError lists what no rule matches."""
     unmatched: list[str] = []
 
@@ -93,7 +93,7 @@ def param_shardings(mesh: Mesh, shapes: Any) -> Any:
     return shardings
 
 
-def _fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     return P(*(a if a is None or n % mesh.shape[a] == 0 else None for a, n in zip(spec, shape, strict=False)))
 
 

@@ -12,7 +12,8 @@ TINY = str(ROOT / "configs" / "tiny.py")
 def environment(cache):
     """That of the tests, but one device, and a cache of its own."""
     flags = "--xla_backend_optimization_level=0"
-    return os.environ | {"XLA_FLAGS": flags, "RAG_JAX_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+    here = {name: value for name, value in os.environ.items() if name != "NPROC"}
+    return here | {"XLA_FLAGS": flags, "RAG_JAX_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
 
 
 def words(module, *flags, **values):

@@ -130,3 +130,28 @@ def test_third_parties_are_quiet_and_warnings_can_be_asked_for():
     quiet = said()
     assert "a fault" in quiet and "a note" not in quiet and "a hint" not in quiet
     assert "a hint" in said("-W", "default")
+
+
+MANY_PROGRAMS = """
+import jax, numpy as np
+from rag_jax import cli, sharding
+
+mesh = sharding.make_mesh(1, 8, 1)
+split = jax.sharding.PartitionSpec("data")
+total = jax.shard_map(lambda a: jax.lax.psum(a, "data"), mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
+ones = jax.device_put(np.ones((8, 64), np.float32), jax.sharding.NamedSharding(mesh, split))
+many = [jax.jit(total)(ones) for _ in range(400)]
+print(float(many[-1].sum()))
+"""
+
+
+def test_hundreds_of_programs_under_way_on_fake_devices_do_not_wait_for_each_other_for_ever():
+    here = {name: value for name, value in os.environ.items() if name != "NPROC"}
+    here |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", MANY_PROGRAMS], env=here, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (0, f"{8 * 8 * 64.0}\n"), ended.stderr
+
+
+def test_threads_for_devices():
+    assert cli.threads_for("--xla_force_host_platform_device_count=8 --other=1") == "32"
+    assert cli.threads_for("--xla_force_host_platform_device_count=1") is None and cli.threads_for("") is None

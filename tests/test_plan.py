@@ -205,22 +205,43 @@ def large(cache, topology, devices):
     return planned(cache, LARGE, topology, batch_size=8 * devices)
 
 
-def assert_only_weights_and_embeddings(result):
-    """What is gathered has the shape of a device's share of some weight, or of embeddings of 1024 or keys of rows.
+def weight_shares(devices):
+    """Shapes of a device's share of every weight of the large pair, one layer at a time, without axes of 1, sorted."""
+    loaded = config.load(LARGE)
+    mesh = jax.sharding.AbstractMesh((1, devices, 1), sharding.AXES)
+    found = set()
+    for role in ("retriever", "generator"):
+        source = hf.open_config(loaded[role].path, f"{role}.path", role)
+        shapes = {role: models.abstract(source.model_config)[1]}
+        places = sharding.param_shardings(mesh, shapes)
+        for (path, leaf), place in zip(jax.tree.leaves_with_path(shapes), jax.tree.leaves(places), strict=True):
+            share = place.shard_shape(leaf.shape)[sharding.path_of(path).startswith(f"{role}/layers/") :]
+            found.add(tuple(sorted(n for n in share if n != 1)))
+    return found
 
-    A device's keys and values are (8 or 64, 32 heads, 256 or 128 tokens, 128 channels), its logits (512, 32000).
+
+def assert_only_weights_and_embeddings(result):
+    """What is gathered is a device's share of some weight, or embeddings of 1024 or keys of its 8 rows.
+
+    Its keys and values are (8 or 64, 32 heads, 256 or 128 tokens, 128 channels), its logits (512, 32000): with 8
+    devices as large as a share of the output matrix, with more not.
     """
-    shares = {16, 32, 64, 128, 256, 512} | {1024 // result["devices"], 4096 // result["devices"]}
-    widths = {1024, 4096, 11008, 30522, 32000}
+    shares = weight_shares(result["devices"])
+    assert (512, 32000) not in shares or result["devices"] == 8
     for exchange in result["exchanged"]:
         kind, shape = exchange.split(" ")
-        if kind not in ("all-gather", "all-to-all"):
-            continue
-        sizes = [int(n) for n in re.search(r"\[([\d,]*)\]", shape)[1].split(",") if n not in ("", "1")]
-        is_weight = len(sizes) == 2 and any(n in widths for n in sizes) and any(n in shares for n in sizes)
-        is_of_rows = int(np.prod(sizes)) in (8, 8 * 1024, 16 * 1024)
-        is_logits = sizes == [512, 32000] and result["devices"] != 8
-        assert (is_weight or is_of_rows) and not is_logits, exchange
+        if kind in ("all-gather", "all-to-all"):
+            sizes = [int(n) for n in re.search(r"\[([\d,]*)\]", shape)[1].split(",") if n not in ("", "1")]
+            is_of_rows = int(np.prod(sizes)) in (8, 8 * 1024, 16 * 1024)
+            assert tuple(sorted(sizes)) in shares or is_of_rows, exchange
+
+
+def test_keys_values_and_logits_are_told_from_weights():
+    good = ["all-gather bf16[4096,256]", "all-gather f32[8,1,1024]", "all-to-all bf16[64,1024]", "all-reduce f32[9,9]"]
+    assert_only_weights_and_embeddings({"devices": 16, "exchanged": good})
+    for bad in ("all-gather bf16[8,32,256,128]", "all-to-all bf16[64,32,128,128]", "all-gather f32[512,32000]"):
+        with pytest.raises(AssertionError, match=re.escape(bad)):
+            assert_only_weights_and_embeddings({"devices": 16, "exchanged": [*good, bad]})
 
 
 @pytest.mark.slow
