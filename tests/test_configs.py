@@ -18,11 +18,9 @@ DEFAULT = ("tiny",)  # the others take longer
 # The kind of small random model that stands for a named one; the first part of the name that is found decides.
 KINDS = {"minilm": "bert", "bge": "bert", "smollm": "llama", "llama": "llama", "gpt2": "gpt2", "qwen3": "qwen3"}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-STEPS, MOST_DEVICES = 2, 8
+STEPS = 2
 # Only less of the same: an evaluation of a few rows.
 EVAL = {"rows": 16, "answers": 2}
-# Eight devices share what cores there are: the first to finish waits long for the last.
-PATIENCE = "".join(f" --xla_cpu_collective_call_{end}_timeout_seconds=1200" for end in ("warn_stuck", "terminate"))
 
 
 @pytest.fixture(scope="session")
@@ -85,10 +83,12 @@ def put_everything(loaded, home, hub):
 
 
 def devices_of(loaded):
-    """What the mesh asks for; where an axis takes what is left, as many as can hold a group each, but few."""
-    sizes = loaded.mesh.to_dict().values()
-    fixed, groups = math.prod(size for size in sizes if size != -1), loaded.batch_size // loaded.group_size
-    return fixed * (math.gcd(groups, MOST_DEVICES) if -1 in sizes else 1)
+    """What the mesh asks for; an axis that takes what is left gets one.
+
+    Not more: with long loops XLA's CPU runtime may begin exchanges that do not depend on each other in another order on
+    each fake device, and they wait for ever. Meshes are tested with small programs.
+    """
+    return math.prod(size for size in loaded.mesh.to_dict().values() if size != -1)
 
 
 def test_models_stand_for_names():
@@ -110,7 +110,6 @@ def test_a_config_runs_unchanged(file, tmp_path, cache):
     env["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices_of(loaded)}"
     if file.stem not in DEFAULT:
         values |= {f"eval__{name}": min(loaded.eval[name] or most, most) for name, most in EVAL.items()}
-        env["XLA_FLAGS"] += PATIENCE
     command = words("main", f"--config={file}", f"--workdir={workdir}", **values)
     process = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True)
 
