@@ -73,7 +73,8 @@ def get_config() -> ConfigDict:
     optimizer.decay_rules = ((r"(bias|scale)$", 0.0), (r".*", 1.0))
 
     config.mesh = ConfigDict({"replica": 1, "data": -1, "model": 1})
-    config.checkpoint = ConfigDict({"every_steps": 250, "keep": 2})
+    config.checkpoint = ConfigDict({"every_steps": 250, "every_minutes": 30.0, "keep": 2})
+    config.guard = ConfigDict({"skip_nonfinite": 0, "spike_factor": 10.0})
     config.log = ConfigDict({"every_steps": 10})
     config.eval = ConfigDict({"every_steps": 500, "rows": 2000, "answers": 256, "batch_size": 256})
     return config

@@ -65,7 +65,8 @@ def get_config() -> ConfigDict:
     optimizer.decay_rules = ((r"(bias|scale)$", 0.0), (r".*", 1.0))
 
     config.mesh = ConfigDict({"replica": 1, "data": -1, "model": 1})
-    config.checkpoint = ConfigDict({"every_steps": 10, "keep": 2})
+    config.checkpoint = ConfigDict({"every_steps": 10, "every_minutes": 0.0, "keep": 2})
+    config.guard = ConfigDict({"skip_nonfinite": 0, "spike_factor": 0.0})
     config.log = ConfigDict({"every_steps": 1})
     config.eval = ConfigDict({"every_steps": 10, "rows": 0, "answers": 4, "batch_size": 8})
     return config

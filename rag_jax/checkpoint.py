@@ -3,20 +3,33 @@
 A checkpoint is a folder `checkpoints/STEP` of two items, "params" (all of them, frozen ones too) and "opt_state". They
 can be restored apart: evaluation and export read the parameters only. Trees are stored as `{path: array}`, so what they
 are restored into says their structure, and may lie on another mesh than what was saved.
+
+A checkpoint appears when it is whole, with the checksums of all its files, and is used only while they hold. A damaged
+one is never deleted here, nor restored.
 """
 
+import functools
+import itertools
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint.path import atomicity
 
+from rag_jax import checksums
 from rag_jax.errors import UserError
 
 ITEMS = ("params", "opt_state")
 BEST_METRICS = (("eval/mrr@10", 1), ("eval/answer_nll", -1))
+SET_ASIDE = "damaged-"
+# Of what one process found wrong, as the others get to hear it.
+MESSAGE_BYTES = 256
 
 
 class Checkpoints:
@@ -28,11 +41,15 @@ class Checkpoints:
     def __init__(self, workdir: str | pathlib.Path, keep: int | None = None):
         self.workdir = pathlib.Path(workdir).absolute()
         self.directory = self.workdir / "checkpoints"
+        self._problems: dict[int, str | None] = {}
+        self._saving: int | None = None
         options = ocp.CheckpointManagerOptions(
             create=keep is not None,
             read_only=keep is None,
             cleanup_tmp_directories=keep is not None,  # what a killed process left half-written
             preservation_policy=_NewestAndBest(keep, self.workdir),
+            temporary_path_class=_Summed,
+            lightweight_initialize=True,  # reads no file of any step yet, damaged ones least of all
         )
         exists = keep is not None or self.directory.is_dir()
         handlers = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
@@ -47,39 +64,79 @@ class Checkpoints:
         self.close()
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints, ascending; waits for a save under way."""
+        """Steps of the checkpoints, damaged or not, ascending; waits for a save under way."""
         self.wait()
         return sorted(self._manager.all_steps()) if self._manager else []
 
-    def latest(self) -> int | None:
-        """The newest checkpoint's step; None when there is none."""
-        return max(self.steps(), default=None)
+    def problem(self, step: int) -> str | None:
+        """What is wrong with the files of a saved step, if anything. Of several processes each reads a share."""
+        if step not in self._problems:
+            own = checksums.problem(self.directory / str(step), jax.process_index(), jax.process_count())
+            self._problems[step] = _first_of_all(own)
+        return self._problems[step]
+
+    def newest_good(self, before: int | None = None) -> tuple[int | None, dict[int, str]]:
+        """The newest step (below `before`) that is whole, None without any step; what is wrong with each newer one.
+
+        UserError when there are steps, but none is whole. All processes get the same answer.
+        """
+        steps = [step for step in self.steps() if before is None or step < before]
+        damaged = {}
+        while (newest := _of_main(max(steps, default=-1))) >= 0:
+            if (problem := self.problem(newest)) is None:
+                return newest, damaged
+            damaged[newest] = problem
+            steps = [step for step in steps if step < newest]
+        if damaged:
+            shown = "; ".join(f"{step}: {problem}" for step, problem in damaged.items())
+            raise UserError(
+                f"no checkpoint in {self.directory} is whole ({shown}); nothing was changed: bring one back, or give "
+                "another --workdir to begin anew"
+            )
+        return None, damaged
 
     def find(self, step: int | str | None = None) -> int:
-        """The saved step that "latest" (or None), "best" or a number stands for; UserError when there is none."""
+        """The saved step that "latest" (or None: the newest whole one), "best" or a number stands for.
+
+        UserError when there is none, and when the one asked for is damaged.
+        """
         steps = self.steps()
         if not steps:
             raise UserError(f"no checkpoint in {self.directory}; train with checkpoint.every_steps above 0 first")
         if step in (None, "latest"):
-            return steps[-1]
+            newest, damaged = self.newest_good()
+            for bad, problem in damaged.items():
+                print(f"{_named(self.workdir, bad, problem)}; step {newest} is taken", file=sys.stderr, flush=True)
+            assert newest is not None
+            return newest
         if step == "best":
             best = best_step(self.workdir, steps)
             if best is None:
                 raise UserError(f"--step=best: no saved step of {self.workdir} was evaluated; give --step=latest")
-            return best
-        if not str(step).isdecimal() or int(step) not in steps:
+        elif not str(step).isdecimal() or int(step) not in steps:
             shown = ", ".join(str(s) for s in steps)
             raise UserError(f"--step={step}: not in {self.directory}, which holds {shown}; give one, latest or best")
-        return int(step)
+        else:
+            best = int(step)
+        if problem := self.problem(best):
+            raise UserError(f"--step={step}: {_named(self.workdir, best, problem)}; give another one, or latest")
+        return best
 
     def save(self, step: int, items: Mapping[str, Any]) -> None:
-        """Start saving; returns as soon as the arrays' memory may be reused. A step that is there already stays."""
+        """Start saving; returns as soon as the arrays' memory may be reused. A step that is there already stays.
+
+        UserError when this save, or the one before it, fails.
+        """
         if self._manager is None:
             raise ValueError("opened for reading only")
+        self.wait()
         if step in self._manager.all_steps():
             return
         args = {name: ocp.args.StandardSave(flatten(tree)) for name, tree in items.items()}
-        self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+        self._saving = step
+        self._problems.pop(step, None)
+        save = functools.partial(self._manager.save, step, args=ocp.args.Composite(**args), force=True)
+        self._told(save)
 
     def restore(self, items: Mapping[str, Any], step: int | str | None = None) -> dict[str, Any]:
         """The named items, each in the structure, dtypes and shardings of the abstract tree given for it.
@@ -96,25 +153,44 @@ class Checkpoints:
             restored = self._manager.restore(step, args=ocp.args.Composite(**args))
         except (ValueError, OSError, KeyError) as error:
             raise UserError(
-                f"checkpoint {self.directory / str(step)} cannot be read ({str(error)[:200]}); it is damaged: move "
-                "that folder away to go on from the one before it"
+                f"checkpoint {self.directory / str(step)} cannot be read ({str(error)[:200]}), though its checksums "
+                "hold; was it written by another version?"
             ) from error
         return {
             name: jax.tree.unflatten(jax.tree.structure(tree), [restored[name][path] for path in wanted[name]])
             for name, tree in items.items()
         }
 
+    def check_saving(self) -> None:
+        """UserError if a save in the background has failed; waits for nothing."""
+        if self._saving is not None and self._manager and not self._manager.is_saving_in_progress():
+            self.wait()
+
     def wait(self) -> None:
-        """Until the save under way is finished on disk; raises what went wrong in it."""
+        """Until the save under way is finished on disk; UserError when it fails."""
         if self._manager:
-            self._manager.wait_until_finished()
+            self._told(self._manager.wait_until_finished)
+            self._saving = None
 
     def close(self) -> None:
         """Wait, then let go of the workdir."""
         if self._manager:
-            self._manager.wait_until_finished()
+            self.wait()
             self._manager.close()
             self._manager = None
+
+    def _told(self, act: Callable[[], Any]) -> None:
+        """What goes wrong in saving, in one line. Afterwards nothing more is saved, nor waited for."""
+        try:
+            act()
+        except (ValueError, OSError, RuntimeError) as error:
+            step, self._manager = self._saving, None
+            full = "No space left" in str(error) or "ENOSPC" in str(error)
+            reason = "no space left on the device" if full else " ".join(str(error).split())[:300]
+            raise UserError(
+                f"checkpoint {self.directory / str(step)} could not be saved ({reason}); the ones before it are good: "
+                "mend that, and the same command goes on from the newest of them"
+            ) from error
 
     def _check(self, step: int, wanted: Mapping[str, Mapping[str, Any]]) -> None:
         assert self._manager is not None
@@ -137,6 +213,21 @@ class Checkpoints:
             )
 
 
+def set_aside(workdir: pathlib.Path, damaged: Mapping[int, str]) -> list[str]:
+    """Give damaged steps names that no step has; a line about each. Nothing of them is changed."""
+    lines, folder = [], workdir / "checkpoints"
+    for step, problem in damaged.items():
+        names = itertools.chain([f"{SET_ASIDE}{step}"], (f"{SET_ASIDE}{step}-{n}" for n in itertools.count(2)))
+        new = next(folder / name for name in names if not (folder / name).exists())
+        (folder / str(step)).rename(new)
+        lines.append(f"{_named(workdir, step, problem)}: it is kept as {new.name}, and an older one is used")
+    return lines
+
+
+def _named(workdir: pathlib.Path, step: int, problem: str) -> str:
+    return f"checkpoint {workdir / 'checkpoints' / str(step)} is damaged ({problem})"
+
+
 class _NewestAndBest:
     """Orbax's question, answered: the newest `keep`, and the best evaluated one for `--step=best`."""
 
@@ -147,6 +238,36 @@ class _NewestAndBest:
         steps = [checkpoint.step for checkpoint in checkpoints]
         newest = set(sorted(steps)[-self.keep :] if self.keep else steps)
         return [step in newest or step == best_step(self.workdir, steps) for step in steps]
+
+
+class _Summed(atomicity.AtomicRenameTemporaryPath):
+    """Orbax's half-written folder. A step gets its checksums last, under a name that a killed process's rest has."""
+
+    async def finalize(self) -> None:
+        final = self._final_path
+        if not final.name.isdecimal():  # an item inside a step
+            return await super().finalize()
+        self._final_path = final.with_name(f"{final.name}{atomicity.TMP_DIR_SUFFIX}whole")
+        await super().finalize()
+        checksums.write(pathlib.Path(self._final_path))
+        self._final_path.rename(final)
+        self._final_path = final
+
+
+def _of_main(number: int) -> int:
+    """The first process's number, in all of them."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if jax.process_count() > 1 else number
+
+
+def _first_of_all(text: str | None) -> str | None:
+    """What the first of the processes that has a text says, in all of them."""
+    if jax.process_count() == 1:
+        return text
+    own = np.zeros(MESSAGE_BYTES, np.uint8)
+    content = (text or "").encode("utf-8", "replace")[:MESSAGE_BYTES]
+    own[: len(content)] = np.frombuffer(content, np.uint8)
+    texts = [row.tobytes().rstrip(b"\0").decode("utf-8", "ignore") for row in multihost_utils.process_allgather(own)]
+    return next(filter(None, texts), None)
 
 
 def best_step(workdir: pathlib.Path, steps: Sequence[int]) -> int | None:

@@ -39,7 +39,10 @@ if _threads := threads_for(os.environ.get("XLA_FLAGS", "")):
 
 PREFIX = "--config."
 # Of a path that was given: no bug of ours.
-FOR_THE_USER = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC)
+FOR_THE_USER = (
+    errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC,
+    errno.EDQUOT,
+)  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -87,9 +90,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         print(f"rag_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in FOR_THE_USER or error.filename is None:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if error.errno not in FOR_THE_USER or (error.filename is None and not full):
             raise
-        print(f"rag_jax: error: {error.filename}: {error.strerror}; give another path or mend it", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"rag_jax: error: {where}{error.strerror}; give another path or mend it", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("rag_jax: interrupted", file=sys.stderr)
@@ -99,7 +104,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 def quiet() -> None:
     """Hide warnings that other people's code means for its own developers; errors stay, and so do python -W's."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax: what goes wrong in it is raised, too
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
 

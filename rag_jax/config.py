@@ -39,6 +39,10 @@ def at_least(low: int) -> Check:
     return lambda v: None if v >= low else f"must be at least {low}"
 
 
+def zero_or_above_one(v: float) -> str | None:
+    return None if v == 0 or v > 1 else "must be greater than 1, or 0"
+
+
 def positive(v: float) -> str | None:
     return None if v > 0 else "must be greater than 0"
 
@@ -129,7 +133,10 @@ KEYS: dict[str, Key] = {
     "mesh.data": Key(int, axis, "shares of the batch and of the parameters; -1: what is left"),
     "mesh.model": Key(int, axis, "tensor parallel; -1: what is left"),
     "checkpoint.every_steps": Key(int, at_least(0), "save as often; the last step too; 0: never"),
+    "checkpoint.every_minutes": Key(float, at_least(0), "save as often by the clock, besides; 0: never"),
     "checkpoint.keep": Key(int, at_least(1), "newest checkpoints kept"),
+    "guard.skip_nonfinite": Key(int, at_least(0), "updates that may be skipped for a loss that is no number; 0: end"),
+    "guard.spike_factor": Key(float, zero_or_above_one, "times the median loss from which a loss is noted; 0: never"),
     "log.every_steps": Key(int, at_least(0), "write metrics as often; 0: never"),
     "eval.every_steps": Key(int, at_least(0), "evaluate as often; 0: never"),
     "eval.rows": Key(int, at_least(0), "how many rows of data.eval are evaluated, the same ones in every run; 0: all"),

@@ -7,7 +7,7 @@ from rag_jax import cli, config, processes
 from rag_jax.errors import UserError
 
 # What a run writes into its workdir, beside config.json.
-RECORDS = ("checkpoints", "metrics.jsonl", "tensorboard", "eval", "models")
+RECORDS = ("checkpoints", "metrics.jsonl", "tensorboard", "eval", "models", "failed", "inputs.json")
 
 
 def main() -> int:

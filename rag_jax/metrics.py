@@ -4,44 +4,50 @@ import json
 import math
 import os
 import pathlib
+import socket
+import struct
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
-from tensorboardX import FileWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 
 from rag_jax import hardware
+from rag_jax.errors import UserError
 
 # Between lines of progress where there is no terminal, seconds.
 LINE_EVERY_S = 20.0
 
 
 class Writer:
-    """Scalars of a run to `metrics.jsonl` (one object a line, flushed) and `tensorboard/`.
+    """Scalars of a run to `metrics.jsonl` (one object a line) and `tensorboard/`, both handed to the system at once.
 
     `start_step` is the step restored: what an earlier process wrote about later steps, and a line it did not finish,
     is taken out, so that every step stands there once. With `active=False` (all processes but one) nothing is written.
     """
 
     def __init__(self, workdir: str | pathlib.Path, start_step: int = 0, *, active: bool = True):
-        self._file = self._board = None
+        self._file: BinaryIO | None = None
+        self._board: BinaryIO | None = None
+        self._kept: list[dict[str, Any]] = []
         if not active:
             return
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        _cut_back(workdir / "metrics.jsonl", start_step)
-        self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")
-        # Not SummaryWriter: it turns the @ of recall@1 into an underscore.
-        self._board = FileWriter(str(workdir / "tensorboard"), flush_secs=10, filename_suffix=f".{start_step}")
+        self._kept = _cut_back(workdir / "metrics.jsonl", start_step)
+        # Unbuffered: what was written stays, however the process ends.
+        self._file = open(workdir / "metrics.jsonl", "ab", buffering=0)
+        self._board = open(_next_board(workdir / "tensorboard"), "xb", buffering=0)
+        self._event(Event(file_version="brain.Event:2"))
         # Makes TensorBoard forget what earlier files hold about this step and later ones.
         restart = SessionLog(status=SessionLog.START)
-        self._board.add_event(Event(session_log=restart), step=start_step + 1 if start_step else 0)
+        self._event(Event(session_log=restart, step=start_step + 1 if start_step else 0))
 
     def __enter__(self) -> "Writer":
         return self
@@ -49,15 +55,17 @@ class Writer:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
+    def written(self, name: str) -> list[float | None]:
+        """The values of a metric in the lines that earlier processes wrote; None for one that was no number."""
+        return [record[name] for record in self._kept if name in record]
+
     def train(self, step: int, values: Mapping[str, Any]) -> None:
         """Metrics of one step, by their names of the contract."""
         self._write(step, values)
 
     def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
-        """Metrics of one evaluation; TensorBoard shows them at once."""
+        """Metrics of one evaluation."""
         self._write(step, values)
-        if self._board:
-            self._board.flush()
 
     def close(self) -> None:
         if self._file and self._board:
@@ -71,17 +79,42 @@ class Writer:
         scalars = {name: float(value) for name, value in values.items() if value is not None}
         # JSON knows no NaN: null stands for it, so that every reader can go on reading.
         finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        self._file.write(json.dumps({"step": int(step), **finite}) + "\n")
-        self._file.flush()
+        _write_whole(self._file, json.dumps({"step": int(step), **finite}).encode() + b"\n")
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
-        self._board.add_summary(summary, int(step))
+        self._event(Event(summary=summary, step=int(step)))
+
+    def _event(self, event: Any) -> None:
+        """Append to TensorBoard's file: length, its checksum, the event, its checksum."""
+        assert self._board is not None
+        event.wall_time = time.time()
+        content = event.SerializeToString()
+        size = struct.pack("<Q", len(content))
+        sums = [struct.pack("<I", masked_crc32c(part)) for part in (size, content)]
+        _write_whole(self._board, size + sums[0] + content + sums[1])
 
 
-def _cut_back(path: pathlib.Path, step: int) -> None:
-    """Keep the whole lines of steps up to `step`; none of them for step 0, where a run begins anew."""
+def _write_whole(file: BinaryIO, content: bytes) -> None:
+    """UserError where the disk does not take all of it; the next start cuts off what it took."""
+    try:
+        while content:
+            content = content[file.write(content) :]
+    except OSError as error:
+        raise UserError(f"{file.name}: {error.strerror}; mend that, and the same command goes on") from error
+
+
+def _next_board(folder: pathlib.Path) -> pathlib.Path:
+    """TensorBoard reads its files in the order of their numbers: this one last, whatever the clock says."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.[0-9]*.*")]
+    number = max([int(time.time()), *(number + 1 for number in numbers)])
+    return folder / f"events.out.tfevents.{number:010d}.{socket.gethostname()}"
+
+
+def _cut_back(path: pathlib.Path, step: int) -> list[dict[str, Any]]:
+    """Keep the whole lines of steps up to `step`; none of them for step 0, where a run begins anew. What they hold."""
     if not path.is_file():
-        return
-    kept = []
+        return []
+    kept, records = [], []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
@@ -89,9 +122,11 @@ def _cut_back(path: pathlib.Path, step: int) -> None:
             continue
         if step and isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= step:
             kept.append(line + "\n")
+            records.append(record)
     new = path.with_name(path.name + ".new")
     new.write_text("".join(kept), encoding="utf-8")
     os.replace(new, path)
+    return records
 
 
 class Progress:

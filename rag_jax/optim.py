@@ -67,6 +67,12 @@ def make_optimizer(section: Any, total_steps: int, params: Any) -> optax.Gradien
     return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate(section, total_steps)))
 
 
+def updates_done(opt_state: Any) -> jax.Array:
+    """How many updates the optimizer has made: steps less those that were skipped. Int32, shape ()."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(opt_state)
+    return next(leaf for path, leaf in leaves if jax.tree_util.keystr(path[-1:], simple=True) == "count")
+
+
 def multipliers(params: Any, rules: Rules, key: str = "rules") -> Any:
     """The multiplier of every parameter, first match wins; UserError lists the paths that no rule covers."""
     uncovered: list[str] = []

@@ -96,7 +96,7 @@ def all_or_none() -> Iterator[None]:
     problem: BaseException | None = None
     try:
         yield
-    except UserError as error:
+    except (UserError, OSError) as error:
         problem = error
     if jax.process_count() > 1:
         failed = np.flatnonzero(_from_all(np.array([problem is not None])))

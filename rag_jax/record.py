@@ -1,14 +1,12 @@
 """What a run writes down: every step's metrics once its values are there, and where the time went."""
 
 import dataclasses
-import math
 import time
 from typing import Any
 
 import jax
 
-from rag_jax import data, flops, metrics, models
-from rag_jax.errors import UserError
+from rag_jax import data, flops, guards, metrics, models
 
 # What a run stops its steps for.
 PAUSES = ("compile", "eval", "checkpoint")
@@ -24,7 +22,7 @@ class Facts:
 
 
 class Record:
-    """Times the steps and writes their metrics; `used` are the models that a step runs, by role."""
+    """Times the steps, watches their numbers and writes them; `used` are the models that a step runs, by role."""
 
     def __init__(
         self,
@@ -32,7 +30,10 @@ class Record:
         used: dict[str, models.ModelConfig],
         writer: metrics.Writer,
         progress: metrics.Progress,
+        nonfinite: guards.NonFinite,
     ):
+        self.nonfinite = nonfinite
+        self.leaps = guards.Leaps(config.guard.spike_factor, writer.written("loss/total"))
         self.config, self.used, self.writer, self.progress = config, used, writer, progress
         self.peak_flops = metrics.peak_flops()
         self.steps, self.flops, self.padding = 0, 0.0, 0.0  # sums over this process's steps
@@ -48,16 +49,13 @@ class Record:
         self.unwritten[name] += seconds
 
     def train(self, step: int, values: dict[str, jax.Array], facts: Facts) -> None:
-        """Waits for the values of a step and writes them; UserError when the loss is no number any more."""
+        """Waits for the values of a step and writes them; UserError when a number is none any more."""
         numbers = {name: float(value) for name, value in jax.device_get(values).items()}
         now = time.perf_counter()
         step_s, self.done_at = now - self.done_at, now
         loss, config = numbers["loss/total"], self.config
-        if not math.isfinite(loss):
-            raise UserError(
-                f"loss/total is {loss} at step {step}; nothing of it was saved: lower optimizer.learning_rate, or "
-                "raise objective.temperature"
-            )
+        if note := self.nonfinite.check(step, numbers):
+            self.progress.print(note)
         model_flops = flops.training_step(self.used, config.batch_size, config.objective.candidates, facts.lengths)
         self.steps += 1
         self.flops += model_flops
@@ -65,7 +63,11 @@ class Record:
         self.seconds["step"] += step_s
         self.seconds["data_wait"] += facts.wait_s
         self.progress.update(step, loss)
-        if due(step, config.log.every_steps) or step == config.total_steps:
+        if (ratio := self.leaps.ratio(loss)) is not None:
+            numbers["loss/spike"] = ratio
+            self.progress.print(f"step {step}: loss {loss:.4f} is {ratio:.3g} times the median of the last ones")
+        if due(step, config.log.every_steps) or step == config.total_steps or ratio is not None:
+            self.leaps.add(loss)
             numbers |= {
                 "time/step_s": step_s,
                 "time/data_wait_s": facts.wait_s,

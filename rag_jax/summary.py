@@ -42,7 +42,9 @@ def summary(training: Any, report: data.Report, eval_report: data.Report | None,
         f"{config.optimizer.learning_rate:g} after {config.optimizer.warmup_steps}, {config.dtype}"
     )
     every, keep = config.checkpoint.every_steps, config.checkpoint.keep
-    saves = f"a checkpoint every {every} steps, the newest {keep} kept" if every else "no checkpoints"
+    often = [f"{every} steps"] if every else []
+    often += [f"{config.checkpoint.every_minutes:g} minutes"] if config.checkpoint.every_minutes else []
+    saves = f"a checkpoint every {' and every '.join(often)}, the newest {keep} kept" if often else "no checkpoints"
     lines["output"] = f"{training.workdir} ({saves})"
     return "\n".join(f"{name:<11}{text}" for name, text in lines.items())
 

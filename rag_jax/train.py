@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import shutil
 import signal
@@ -14,17 +15,33 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rag_jax import config as configs
-from rag_jax import data, evaluate, hf, lock, metrics, optim, processes, run, sharding, summary, train_step
-from rag_jax.checkpoint import Checkpoints
+from rag_jax import (
+    data,
+    evaluate,
+    guards,
+    hf,
+    inputs,
+    lock,
+    metrics,
+    optim,
+    processes,
+    run,
+    sharding,
+    summary,
+    train_step,
+)
+from rag_jax.checkpoint import Checkpoints, set_aside
 from rag_jax.errors import UserError
 from rag_jax.record import Facts, Record, due
 
 # Keys that may differ between a run and its continuation; all others change what the checkpoint means.
 MAY_CHANGE = (
-    "total_steps", "mesh", "checkpoint", "log", "eval", "data.eval", "data.passages", "retriever.remat",
+    "total_steps", "mesh", "checkpoint", "guard", "log", "eval", "data.eval", "data.passages", "retriever.remat",
     "retriever.chunk_size", "generator.remat",
 )  # fmt: skip
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# What a process can ask of all of them, and they do after the same step; the highest holds.
+NOTHING, SAVE, STOP = range(3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,27 +63,28 @@ class Training:
 
 
 def train(config: Any, workdir: pathlib.Path) -> int:
-    """Train to `total_steps`, from the newest checkpoint if there is one; the number of the signal that ended it, or 0.
+    """Train to `total_steps`, from the newest whole checkpoint; the number of the signal that ended it, or 0.
 
     UserError for what the config, its files or the machine make impossible, before anything is compiled.
     """
     run.keep_compiled()
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     sharding.check_batch(mesh, config.batch_size, config.group_size)
-    checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep) if resumable(config, workdir) else None
-    start_step = (checkpoints.latest() or 0) if checkpoints else 0
+    start_step, damaged = newest_checkpoint(config, workdir)
     with processes.all_or_none():
         training = build(config, workdir, mesh, start_step)
+        found = inputs.of_run(config, training.examples)
+        if start_step:
+            inputs.check(workdir, config, found)
     processes.check_agreement(shared_facts(training, start_step))
     with contextlib.ExitStack() as stack:
         with processes.all_or_none():
             if training.is_main:
                 stack.enter_context(lock.only_writer(workdir))
-        if training.is_main:
-            write_workdir(training, start_step)
-        if checkpoints is None:
-            checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
-        stack.enter_context(checkpoints)
+                write_workdir(training, start_step, found)
+                for line in set_aside(workdir, damaged):
+                    say(training, line)
+        checkpoints = stack.enter_context(Checkpoints(workdir, keep=config.checkpoint.keep))
         if start_step >= config.total_steps:
             say(training, f"{workdir} is trained to step {start_step} already; total_steps={config.total_steps}")
             return 0
@@ -74,12 +92,24 @@ def train(config: Any, workdir: pathlib.Path) -> int:
         return loop(training, state, checkpoints, start_step)
 
 
+def newest_checkpoint(config: Any, workdir: pathlib.Path) -> tuple[int, dict[int, str]]:
+    """The step to go on from, 0 to begin anew, and what is wrong with newer checkpoints: the same in all processes."""
+    with processes.all_or_none():
+        goes_on = resumable(config, workdir)
+    processes.check_agreement({"--workdir": workdir.absolute(), "a checkpoint in it": goes_on})
+    if not goes_on:
+        return 0, {}
+    with Checkpoints(workdir) as checkpoints:
+        step, damaged = checkpoints.newest_good()
+    return step or 0, damaged
+
+
 def resumable(config: Any, workdir: pathlib.Path) -> bool:
     """Whether the workdir holds checkpoints of this very run; UserError with the difference if they are of another."""
     if not (workdir / "config.json").is_file() or not (workdir / "checkpoints").is_dir():
         return False
     with Checkpoints(workdir) as checkpoints:
-        if checkpoints.latest() is None:
+        if not checkpoints.steps():
             return False
     before, now = configs.flat(configs.load_workdir(workdir)), configs.flat(config)
     changed = [
@@ -90,7 +120,7 @@ def resumable(config: Any, workdir: pathlib.Path) -> bool:
     if changed:
         raise UserError(
             f"--workdir={workdir} holds a run of another config: {'; '.join(changed)}; "
-            "give the same values to go on, or another --workdir"
+            f"give the same values to go on, or another --workdir; only {', '.join(MAY_CHANGE)} may change"
         )
     return True
 
@@ -136,6 +166,7 @@ def make_step(opened: run.Run, mesh: Mesh) -> tuple[optim.Rules, Any, Any, train
         optim.learning_rate(config.optimizer, config.total_steps),
         jax.tree.map(lambda a: a.sharding, state),
         dropout_seed=config.seed if has_dropout(opened) else None,
+        skips_nonfinite=config.guard.skip_nonfinite > 0,
     )
     return rules, optimizer, state, step
 
@@ -163,14 +194,17 @@ def has_dropout(opened: run.Run) -> bool:
     return any(rate > 0 for model_config in model_configs for rate in run.dropouts(model_config).values())
 
 
-def write_workdir(training: Training, start_step: int) -> None:
-    """config.json, and all of the models but their weights, so that the workdir can be used on its own."""
+def write_workdir(training: Training, start_step: int, found: inputs.Inputs) -> None:
+    """config.json, what the run reads, and all of the models but their weights: the workdir can be used on its own."""
+    partial = training.workdir / "config.json.partial"
+    partial.write_text(configs.to_json(training.config), encoding="utf-8")
+    os.replace(partial, training.workdir / "config.json")
     folder = training.workdir / "models"
     if not start_step:
         shutil.rmtree(folder, ignore_errors=True)
         for role, source in training.opened.sources.items():
             hf.copy_small_files(source, folder / role)
-    (training.workdir / "config.json").write_text(configs.to_json(training.config), encoding="utf-8")
+        inputs.write(training.workdir, found)
 
 
 def pretrained(training: Training) -> train_step.TrainState:
@@ -192,38 +226,47 @@ def loop(training: Training, state: Any, checkpoints: Checkpoints, start_step: i
     config, total_steps = training.config, training.config.total_steps
     compiled = Compiled(training)
     pending: tuple[int, Any, Facts] | None = None
-    asked = False  # to end, as all processes know
+    asked = NOTHING  # as all processes know
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(metrics.Writer(training.workdir, start_step, active=training.is_main))
         progress = metrics.Progress(total_steps, start_step, active=training.is_main)
         stack.callback(progress.close)
         stopped = stack.enter_context(stop_signals())
         used = {role: training.opened.sources[role].model_config for role in used_roles(training.opened)}
-        record = Record(config, used, writer, progress)
+        record = Record(config, used, writer, progress, nonfinite(training, state, start_step))
+        wishes = Wishes(stopped, 60 * config.checkpoint.every_minutes if training.is_main else 0)
         if start_step == 0:
             record.pause("eval", evaluation(training, state, 0, record))
-        for step, (batch, facts) in enumerate(batches(training, start_step, stopped), start=start_step + 1):
+        for step, (batch, facts) in enumerate(batches(training, start_step, wishes), start=start_step + 1):
             run_step, compile_s = compiled.of(state, batch, facts.lengths, progress)
             record.pause("compile", compile_s)
             state, values = run_step(state, batch)
             # The step runs; meanwhile the one before it, which must be done by now, is written down.
             if pending:
-                asked |= write(record, *pending)
+                asked = max(asked, write(record, *pending))
+            checkpoints.check_saving()
             pending = (step, values, facts)
-            last = step == total_steps or asked or (bool(stopped) and jax.process_count() == 1)
+            if jax.process_count() == 1:
+                asked = max(asked, wishes.now())
+            last = step == total_steps or asked == STOP
             evaluates = due(step, config.eval.every_steps) or (step == total_steps)
-            if last or evaluates or due(step, config.checkpoint.every_steps):
-                asked |= write(record, *pending)
+            saves = last or asked == SAVE or due(step, config.checkpoint.every_steps)
+            if evaluates or saves:
+                asked = max(asked, write(record, *pending))
                 pending = None
                 if evaluates:
                     record.pause("eval", evaluation(training, state, step, record))
-                record.pause("checkpoint", save(training, state, checkpoints, step, last=last))
+            if saves:
+                record.pause("checkpoint", save(training, state, checkpoints, step))
+                wishes.saved()
+                asked = asked if asked == STOP else NOTHING
             if last:
                 break
         say(training, record.summary())
+        checkpoints.wait()
     if (stopped or asked) and step < total_steps:
         number = stopped[0] if stopped else signal.SIGTERM
-        saved = "saved; the same command goes on from there" if config.checkpoint.every_steps else "not saved"
+        saved = "saved; the same command goes on from there" if saves_at_all(config) else "not saved"
         say(training, f"stopped by {signal.Signals(number).name} after step {step}: {saved}")
         return number
     say(
@@ -233,15 +276,44 @@ def loop(training: Training, state: Any, checkpoints: Checkpoints, start_step: i
     return 0
 
 
-def write(record: Record, step: int, values: dict[str, Any], facts: Facts) -> bool:
-    """Record a step that is done; whether a process was asked to end before it."""
-    asked = bool(values.pop("stop", 0))
+class Wishes:
+    """What this process asks of all: to end after a signal, to save when `every_s` seconds have passed (0: never)."""
+
+    def __init__(self, stopped: list[int], every_s: float):
+        self.stopped, self.every_s, self.saved_at = stopped, every_s, time.monotonic()
+
+    def saved(self) -> None:
+        self.saved_at = time.monotonic()
+
+    def now(self) -> int:
+        if self.stopped:
+            return STOP
+        return SAVE if self.every_s and time.monotonic() - self.saved_at >= self.every_s else NOTHING
+
+
+def nonfinite(training: Training, state: Any, start_step: int) -> guards.NonFinite:
+    """The guard of this run, which knows how many updates were skipped before `start_step`."""
+    config = training.config
+    order = data.order(len(training.examples), config.batch_size, config.seed)
+    skipped = start_step - int(jax.device_get(optim.updates_done(state.opt_state)))
+    return guards.NonFinite(
+        training.workdir,
+        config.guard.skip_nonfinite,
+        skipped,
+        lambda step: np.asarray(order[step - 1]),
+        training.is_main,
+    )
+
+
+def write(record: Record, step: int, values: dict[str, Any], facts: Facts) -> int:
+    """Record a step that is done; what was asked of all before it."""
+    asked = int(values.pop("stop", NOTHING))
     record.train(step, values, facts)
     return asked
 
 
-def batches(training: Training, start_step: int, stopped: list[int]) -> Iterator[tuple[data.Batch, Facts]]:
-    """Batches on the mesh from the step after `start_step` on; `stopped` is told to the other processes with them."""
+def batches(training: Training, start_step: int, wishes: Wishes) -> Iterator[tuple[data.Batch, Facts]]:
+    """Batches on the mesh from the step after `start_step` on; the other processes learn of `wishes` with them."""
     config = training.config
     source = data.iterate(
         training.examples,
@@ -258,7 +330,7 @@ def batches(training: Training, start_step: int, stopped: list[int]) -> Iterator
         if batch is None:
             return
         if jax.process_count() > 1:
-            batch = batch._replace(stop=np.full(len(batch.row), len(stopped), np.int32))
+            batch = batch._replace(stop=np.full(len(batch.row), wishes.now(), np.int32))
         placed = sharding.put_batch(training.mesh, batch, config.batch_size)
         wait_s = time.perf_counter() - began
         yield placed, Facts(data.lengths(batch), data.padding_share(batch, config.objective.candidates), wait_s)
@@ -296,10 +368,14 @@ def evaluation(training: Training, state: Any, step: int, record: Record) -> flo
     return time.perf_counter() - began
 
 
-def save(training: Training, state: Any, checkpoints: Checkpoints, step: int, *, last: bool) -> float:
-    """Start saving if it is time; the seconds until training may go on."""
-    every, began = training.config.checkpoint.every_steps, time.perf_counter()
-    if every and (last or step % every == 0):
+def saves_at_all(config: Any) -> bool:
+    return config.checkpoint.every_steps > 0 or config.checkpoint.every_minutes > 0
+
+
+def save(training: Training, state: Any, checkpoints: Checkpoints, step: int) -> float:
+    """Start saving, if the run saves at all; the seconds until training may go on."""
+    began = time.perf_counter()
+    if saves_at_all(training.config):
         items = {"params": optim.join(state.params, state.frozen), "opt_state": state.opt_state}
         checkpoints.save(step, items)
     return time.perf_counter() - began
@@ -307,13 +383,13 @@ def save(training: Training, state: Any, checkpoints: Checkpoints, step: int, *,
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that gets the number of the first signal to end; the second one ends the process at once."""
+    """A list that gets the number of the first signal to end; a second one, the system's own way, ends the process."""
     received: list[int] = []
 
     def receive(number: int, _: Any) -> None:
         received.append(number)
-        for other, handler in before.items():
-            signal.signal(other, handler)
+        for other in SIGNALS:
+            signal.signal(other, signal.SIG_DFL)
 
     before = {number: signal.signal(number, receive) for number in SIGNALS}
     try:

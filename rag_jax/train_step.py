@@ -67,10 +67,12 @@ def make_train_step(
     shardings: Any,
     *,
     dropout_seed: int | None,
+    skips_nonfinite: bool = False,
 ) -> Step:
     """One update of both models, compiled once: total loss, its gradients, optax. The old state's memory is reused.
 
-    Losses are those of the batch before the update. `dropout_seed` None: no dropout at all.
+    Losses are those of the batch before the update. `dropout_seed` None: no dropout at all. `skips_nonfinite`: a loss
+    or gradient norm that is no number leaves parameters and optimizer as they are, its count of updates too.
     """
 
     gradients = make_gradients(model, shardings.params, shardings.frozen, dropout_seed)
@@ -78,13 +80,18 @@ def make_train_step(
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         grads, metrics = gradients(state.params, state.frozen, batch, state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates_done = optim.updates_done(state.opt_state) if skips_nonfinite else state.step
         metrics |= {
-            "optim/learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
+            "optim/learning_rate": jnp.asarray(learning_rate(updates_done), jnp.float32),
             "optim/grad_norm": optax.tree.norm(grads),
         }
         if batch.stop is not None:
-            metrics["stop"] = jnp.sum(batch.stop)
+            metrics["stop"] = jnp.max(batch.stop)
         params = optax.apply_updates(state.params, updates)
+        if skips_nonfinite:
+            finite = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(metrics["optim/grad_norm"])
+            new, old = (params, opt_state), (state.params, state.opt_state)
+            params, opt_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
 
     mesh = shardings.step.mesh

@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +17,8 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from rag_jax.checkpoint import Checkpoints, best_step
+from rag_jax import checksums
+from rag_jax.checkpoint import Checkpoints, best_step, set_aside
 from rag_jax.errors import UserError
 
 
@@ -47,7 +51,7 @@ def test_what_was_saved_comes_back_on_another_mesh(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(7, {"params": params, "opt_state": opt_state})
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.latest() == 7
+        assert checkpoints.newest_good() == (7, {})
         where = sharding(4)
         items = {"params": abstract(params, where), "opt_state": abstract(opt_state, where)}
         restored = checkpoints.restore(items)
@@ -100,7 +104,7 @@ def test_without_a_retriever_the_best_has_the_lowest_answer_nll(tmp_path):
 
 def test_a_missing_checkpoint_is_one_clear_line(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.latest() is None
+        assert checkpoints.newest_good() == (None, {})
         with pytest.raises(UserError, match=r"no checkpoint in .*checkpoints"):
             checkpoints.find()
     assert not list(tmp_path.iterdir()), "looking creates nothing"
@@ -128,18 +132,137 @@ def test_other_models_than_the_checkpoint_holds_are_listed(tmp_path):
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("damage", ["data", "metadata"])
-def test_a_damaged_checkpoint_is_named(tmp_path, damage):
-    params = {"kernel": jnp.arange(100.0)}
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(3, {"params": params, "opt_state": {"count": jnp.zeros(())}})
-    for file in (tmp_path / "checkpoints" / "3" / "params").rglob("*"):
-        if damage == "metadata" and file.name == "_METADATA":
-            file.unlink()
-        elif damage == "data" and file.parent.name == "d":
-            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match=r"checkpoints/3 cannot be read \("):
-        checkpoints.restore({"params": abstract(params, sharding(1))})
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """A workdir with the steps 10 and 20, as they came out of saving."""
+    workdir = tmp_path_factory.mktemp("two_steps")
+    with Checkpoints(workdir, keep=2) as checkpoints:
+        for step in (10, 20):
+            checkpoints.save(step, {"params": params_of(float(step)), "opt_state": {"count": jnp.full((), step)}})
+    return workdir
+
+
+def truncated(content):
+    return content[: len(content) // 2]
+
+
+def last_byte_cut(content):
+    return content[:-1]
+
+
+def flipped(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def deleted(content):
+    return None
+
+
+def everything(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("damage", [truncated, last_byte_cut, flipped, deleted])
+def test_whatever_file_of_the_newest_is_damaged_the_one_before_it_is_used(two_steps, tmp_path, damage, capsys):
+    """Each file in turn: found, named, nothing restored from it, nothing of it changed."""
+    workdir = tmp_path / "run"
+    shutil.copytree(two_steps, workdir)
+    newest = workdir / "checkpoints" / "20"
+    files = sorted(path for path in newest.rglob("*") if path.is_file())
+    assert len(files) > 20 and {"CHECKSUMS", "_CHECKPOINT_METADATA", "manifest.ocdbt"} <= {path.name for path in files}
+    items = {"params": abstract(params_of(0.0), sharding(1)), "opt_state": {"count": jnp.zeros(())}}
+    for path in files:
+        whole = path.read_bytes()
+        content = damage(whole)
+        path.unlink() if content is None else path.write_bytes(content)
+        before = everything(workdir)
+        with Checkpoints(workdir) as checkpoints:
+            name = path.relative_to(newest).as_posix()
+            if name == "CHECKSUMS" and damage is flipped:
+                name = "params/_METADATA"  # whose sum was changed: which of both is wrong cannot be told
+            assert checkpoints.steps() == [10, 20]
+            step, damaged = checkpoints.newest_good()
+            assert step == 10 and list(damaged) == [20] and damaged[20].startswith(f"{name} "), (name, damaged)
+            with pytest.raises(UserError, match=rf"--step=20: checkpoint .*/20 is damaged \({re.escape(name)} "):
+                checkpoints.restore(items, 20)
+            restored = checkpoints.restore(items)
+        assert float(restored["params"]["generator"]["kernel"][0, 0]) == float(restored["opt_state"]["count"]) == 10
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 1 and f"checkpoints/20 is damaged ({name} " in said[0] and "step 10 is taken" in said[0]
+        assert everything(workdir) == before
+        path.write_bytes(whole)
+    with Checkpoints(workdir) as checkpoints:
+        assert checkpoints.newest_good() == (20, {}), "put back, it is good again"
+
+
+def test_a_file_that_does_not_belong_there_makes_a_step_doubtful(two_steps, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(two_steps, workdir)
+    (workdir / "checkpoints" / "20" / "params" / "d" / "more").write_bytes(b"1")
+    with Checkpoints(workdir) as checkpoints:
+        assert checkpoints.newest_good() == (10, {20: "params/d/more does not belong there"})
+
+
+def test_without_a_whole_one_nothing_is_restored_and_nothing_changed(two_steps, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(two_steps, workdir)
+    for step in (10, 20):
+        (workdir / "checkpoints" / str(step) / "params" / "_METADATA").unlink()
+    before = everything(workdir)
+    nothing = r"no checkpoint in .* is whole \(20: params/_METADATA is missing; 10: params/_METADATA is missing\)"
+    with Checkpoints(workdir) as checkpoints:
+        for ask in (checkpoints.newest_good, checkpoints.find):
+            with pytest.raises(UserError, match=nothing):
+                ask()
+    assert everything(workdir) == before
+
+
+def test_what_is_set_aside_is_kept_whole_and_no_step_any_more(two_steps, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(two_steps, workdir)
+    kept = everything(workdir / "checkpoints" / "20")
+    line = set_aside(workdir, {20: "params/d/x is missing"})
+    assert line == [
+        f"checkpoint {workdir}/checkpoints/20 is damaged (params/d/x is missing): it is kept as damaged-20, and an "
+        "older one is used"
+    ]
+    with Checkpoints(workdir, keep=1) as checkpoints:
+        assert checkpoints.steps() == [10]
+        for step in (20, 30):
+            checkpoints.save(step, {"params": params_of(1.0), "opt_state": {"count": jnp.zeros(())}})
+        assert checkpoints.steps() == [30]
+    assert everything(workdir / "checkpoints" / "damaged-20") == kept
+    (workdir / "checkpoints" / "30").rename(workdir / "checkpoints" / "20")
+    set_aside(workdir, {20: "again"})
+    assert (workdir / "checkpoints" / "damaged-20-2").is_dir()
+
+
+def test_checksums_are_those_of_b2sum(two_steps):
+    folder = two_steps / "checkpoints" / "20"
+    ended = subprocess.run(["b2sum", "--check", "--quiet", "CHECKSUMS"], cwd=folder, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    lines = (folder / "CHECKSUMS").read_text().splitlines()
+    assert {line.split("  ")[1] for line in lines} == {str(path) for path in everything(folder)} - {"CHECKSUMS"}
+
+
+def test_a_save_that_fails_in_the_background_is_told_at_the_next_look(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        checksums, "write", lambda folder: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    tree = {"params": params_of(1.0), "opt_state": {"count": jnp.zeros(())}}
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(5, tree)
+    with pytest.raises(UserError, match=r"checkpoints/5 could not be saved \(no space left on the device\)"):
+        for _ in range(1000):
+            checkpoints.check_saving()
+            time.sleep(0.01)
+    checkpoints.close()
+    monkeypatch.undo()
+    with Checkpoints(tmp_path, keep=1) as again:
+        assert again.steps() == []
+        again.save(5, tree)
+        assert again.newest_good() == (5, {})
 
 
 @pytest.mark.slow

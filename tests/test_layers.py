@@ -13,16 +13,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A part may import those of the lines above its own, never a neighbour. Every part stands here once.
 LAYERS = (
     ("errors",),
-    ("hardware",),
+    ("hardware", "checksums"),
     ("losses", "models", "data", "sharding", "metrics", "config", "optim", "checkpoint", "hlo", "rendezvous", "lock"),
     ("hf", "flops", "rag", "cli", "processes"),
     ("retrieval", "generate", "run", "train_step"),
-    ("evaluate", "summary", "record"),
+    ("evaluate", "summary", "guards", "inputs"),
+    ("record",),
     ("train",),
-    ("main", "export", "plan", "quickstart"),
+    ("main", "export", "plan", "quickstart", "replay"),
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
-COMMANDS = {"main", "evaluate", "export", "plan", "quickstart"}
+COMMANDS = {"main", "evaluate", "export", "plan", "quickstart", "replay"}
 # Beyond the order above: what these may not import although it lies below, or is not ours.
 MAY_NOT = {
     "data": {"jax", "jaxlib", "flax", "optax", "orbax"},

@@ -67,7 +67,7 @@ def test_the_record_has_every_step_once_and_the_names_of_the_contract(whole):
     }  # fmt: skip
     assert steps[-1]["loss/total"] < steps[0]["loss/total"]
     assert {path.name for path in workdir.iterdir()} == {
-        "config.json", "metrics.jsonl", "checkpoints", "tensorboard", "eval", "models", ".lock"
+        "config.json", "inputs.json", "metrics.jsonl", "checkpoints", "tensorboard", "eval", "models", ".lock"
     }  # fmt: skip
     for word in ("devices", "retriever", "generator", "29 rows", "7 in-batch negatives", "K = 3", "6 (", "output"):
         assert word in printed, word

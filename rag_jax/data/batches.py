@@ -35,7 +35,8 @@ class Batch(NamedTuple):
     string_ids: np.ndarray | None  # (B, Ld) objective "dalm"
     string_mask: np.ndarray | None  # (B, Ld)
     string_answer_start: np.ndarray | None  # (B,) first position that predicts an answer token
-    # (B,) not 0 where a process was asked to end: through the step all learn of it at the same time. None: alone.
+    # (B,) what a process asks of all, as a number (see `train`): through the step they learn of it at the same time.
+    # None: alone.
     stop: np.ndarray | None = None
 
 

@@ -1,0 +1,153 @@
+"""Replay: take one step of a run again, from its checkpoints, and show what each of its rows gives.
+
+    python -m rag_jax.replay --workdir=DIR --step=N
+
+The newest checkpoint before step N is restored, the steps between are taken again (to the same bits), and step N is
+taken apart: its losses, the gradients and parameters that are not finite, and a line a row. Nothing is written.
+"""
+
+import functools
+import pathlib
+from typing import Any
+
+from rag_jax import cli, config
+from rag_jax.errors import UserError
+
+
+def main() -> None:
+    flags = cli.parser("replay", __doc__)
+    flags.add_argument("--workdir", required=True, type=pathlib.Path, metavar="DIR", help="a run")
+    flags.add_argument("--step", required=True, type=int, metavar="N", help="the step; those of failed/step_N.json")
+    args, overrides = cli.parse(flags)
+    loaded = config.load_workdir(args.workdir, overrides | {"eval.every_steps": 0})
+    if not 1 <= args.step <= loaded.total_steps:
+        raise UserError(f"--step={args.step}: the run has steps 1 to {loaded.total_steps}")
+    replay(loaded, args.workdir, args.step)
+
+
+def replay(loaded: Any, workdir: pathlib.Path, step: int) -> None:
+    """Print all about a step; see above."""
+    import numpy as np
+
+    from rag_jax import data, inputs, metrics, optim, run, sharding, train
+    from rag_jax.checkpoint import Checkpoints
+
+    run.keep_compiled()
+    mesh = sharding.make_mesh(**loaded.mesh.to_dict())
+    with Checkpoints(workdir) as checkpoints:
+        start, damaged = checkpoints.newest_good(before=step)
+        training = train.build(loaded, workdir, mesh, start or 0)
+        inputs.check(workdir, loaded, inputs.of_run(loaded, training.examples))
+        for bad, problem in damaged.items():
+            print(f"checkpoint {bad} is damaged ({problem})")
+        state = train.restore(training, checkpoints, start) if start else train.pretrained(training)
+    compiled, progress = train.Compiled(training), metrics.Progress(step, start or 0)
+    print(f"replay     steps {(start or 0) + 1} to {step}", flush=True)
+    rows = data.order(len(training.examples), loaded.batch_size, loaded.seed)[step - 1]
+    for number, (batch, facts) in enumerate(train.batches(training, start or 0, train.Wishes([], 0)), (start or 0) + 1):
+        if number == step:
+            break
+        state, _ = compiled.of(state, batch, facts.lengths, progress)[0](state, batch)
+    params, dropout_seed = (
+        optim.join(state.params, state.frozen),
+        loaded.seed if train.has_dropout(training.opened) else None,
+    )
+    for line in taken_apart(training, state, batch, dropout_seed):
+        print(line)
+    host = data.collate(training.examples, np.asarray(rows), training.shapes)
+    for line in row_lines(training, params, host, dropout_seed, step - 1):
+        print(line)
+
+
+def taken_apart(training: Any, state: Any, batch: Any, dropout_seed: int | None) -> list[str]:
+    """The step's metrics, and how much of each parameter and of its gradient is not finite."""
+    import jax
+    import jax.numpy as jnp
+
+    from rag_jax import checkpoint, train_step
+
+    places = jax.tree.map(lambda a: a.sharding, state)
+    gradients = train_step.make_gradients(training.opened.model, places.params, places.frozen, dropout_seed)
+
+    @jax.jit
+    def not_finite(tree: Any) -> Any:
+        return jax.tree.map(lambda a: jnp.sum(~jnp.isfinite(a)), tree)
+
+    grads, values = jax.jit(gradients)(state.params, state.frozen, batch, state.step)
+    lines = [f"{name:<18}{float(value):.6g}" for name, value in sorted(values.items())]
+    for what, tree in (("gradient", grads), ("parameter", state.params), ("parameter", state.frozen)):
+        for path, count in checkpoint.flatten(not_finite(tree)).items():
+            if count:
+                lines.append(f"{what} {path}: {int(count):,} numbers are not finite")
+    return lines
+
+
+def row_lines(training: Any, params: Any, batch: Any, dropout_seed: int | None, step: int) -> list[str]:
+    """A line a row: its number, its loss terms, those that are not finite marked, and its query."""
+    import jax
+    import numpy as np
+
+    key = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), step)
+    terms = jax.jit(functools.partial(row_terms, training.opened.model))(params, batch, key)
+    terms = {name: np.asarray(values) for name, values in terms.items()}
+    lines = ["row      " + "  ".join(f"{name:>16}" for name in terms)]
+    for place, row in enumerate(batch.row):
+        shown = "  ".join(f"{values[place]:>16.6g}" for values in terms.values())
+        wrong = [name for name, values in terms.items() if not np.isfinite(values[place])]
+        query = training.examples.rows.queries[row]
+        lines.append(f"{row:<9}{shown}  {'NOT FINITE' if wrong else ''} {query[:60]!r}")
+    return lines
+
+
+def row_terms(model: Any, params: Any, batch: Any, key: Any) -> dict[str, Any]:
+    """What each row brings to the loss, (B,) each, the batch on one device as the loss has it.
+
+    |query| and |passage| are lengths of embeddings, 1 where all is well; `contrastive` is half the sum of the row's and
+    the column's cross-entropy, `marginal` the negative log marginal of the answer, nats. One row that is not finite
+    makes the contrastive term of all others so, and the marginal of its group.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from rag_jax import losses, rag
+
+    B, terms, embs = len(batch.row), {}, None
+    keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
+    if model.objective.uses_retriever:
+        retriever = model.model("retriever", params)
+        embs = tuple(
+            rag.encode_in_chunks(model, retriever, ids, mask, rag.named_keys(keys, name))
+            for name, ids, mask in (
+                ("query", batch.query_ids, batch.query_mask),
+                ("passage", batch.passage_ids, batch.passage_mask),
+            )
+        )
+        terms |= {
+            f"|{name}|": jnp.linalg.norm(emb, axis=-1) for name, emb in zip(("query", "passage"), embs, strict=True)
+        }
+        scores = rag.cosines(*embs) / model.objective.temperature
+        excluded = (batch.query_key[:, None] == batch.query_key) | (batch.passage_key[:, None] == batch.passage_key)
+        nll = [losses.positive_nll(s, jnp.arange(B), excluded) for s in (scores, scores.T)]
+        terms["contrastive"] = 0.5 * (nll[0] + nll[1])
+    if model.objective.uses_generator and model.objective.name != "dalm":
+        generator, size = model.model("generator", params), model.group_size
+        generator_keys = rag.named_keys(keys, "generator")
+
+        def one(place: int, group: Any, group_embs: Any, group_keys: Any) -> Any:
+            """The group's marginal, of the answer in one place alone."""
+            only = group._replace(answer_mask=group.answer_mask & (jnp.arange(size) == place)[:, None])
+            cosine = None if group_embs is None else rag.cosines(*group_embs)
+            return rag.group_nll(generator, model.objective, only, cosine, group_keys)
+
+        def split(tree: Any) -> Any:
+            return jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), tree)
+
+        def group_terms(parts: Any) -> Any:
+            return jax.lax.map(lambda place: one(place, *parts), jnp.arange(size))
+
+        terms["marginal"] = jax.lax.map(group_terms, split((batch, embs, generator_keys))).reshape(-1)
+    return terms
+
+
+if __name__ == "__main__":
+    cli.run(main)
