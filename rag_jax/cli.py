@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import logging
 import os
 import sys
@@ -9,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, get_args
 
-from rag_jax import config
+from rag_jax import config, foreign
 from rag_jax.errors import UserError
 
 # Read when these libraries are imported, so they stand here, and commands import `cli` before them.
@@ -69,12 +70,13 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main() or 0
     except UserError as error:
-        print(f"rag_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"rag_jax: error: {foreign.shown(str(error))}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno not in FOR_THE_USER or error.filename is None:
             raise
-        print(f"rag_jax: error: {error.filename}: {error.strerror}; give another path or mend it", file=sys.stderr)
+        reason = f"{error.filename}: {error.strerror}; give another path or mend it"
+        print(f"rag_jax: error: {foreign.shown(reason)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("rag_jax: interrupted", file=sys.stderr)
@@ -83,8 +85,14 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def quiet() -> None:
-    """Hide warnings that other people's code means for its own developers; errors stay, and so do python -W's."""
+    """Hide warnings that other people's code means for its own developers; errors stay, and so do python -W's.
+
+    What a stream cannot show, such as a file's name that is no UTF-8, is printed as escapes.
+    """
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
 
