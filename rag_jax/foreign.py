@@ -62,7 +62,16 @@ def shown(text: str) -> str:
     line = " ".join(redact(text).split())
     if len(line) > MOST_SHOWN:
         line = f"{line[:MOST_SHOWN]} ... ({len(line) - MOST_SHOWN} more characters)"
-    return "".join(c if c.isprintable() else c.encode("ascii", "backslashreplace").decode() for c in line)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+def is_unicode(text: str) -> bool:
+    """Not so where half of a character stands alone."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def one_line(error: BaseException, most: int = 200) -> str:

@@ -79,19 +79,11 @@ def _texts(values: Iterable[Any], where: str) -> list[str]:
             raise UserError(f"{where} holds a {type(value).__name__} in row {number}: make it one text per row")
         nothing = value is None or value != value  # NaN is how tables of numbers say nothing
         texts.append("" if nothing else str(value))
-        if not is_unicode(texts[-1]):
+        if not foreign.is_unicode(texts[-1]):
             raise UserError(f"{where} holds half a character (a lone surrogate) in row {number}: mend its encoding")
         if "\0" in texts[-1]:
             raise UserError(f"{where} holds a NUL character in row {number}: remove it")
     return texts
-
-
-def is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _read_table(source: str, where: str, names: Sequence[str]) -> Columns:

@@ -110,8 +110,8 @@ def _downloaded(name: str, key: str) -> pathlib.Path:
         folder = pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=OTHERS))
         if lacking := _lacks(folder):
             raise UserError(
-                f"{key}={name!r}: is not whole in the hub's cache: {lacking}; if its download broke off, connect and run "
-                "again, else give another model"
+                f"{key}={name!r}: is not whole in the hub's cache: {lacking}; if its download broke off, connect and "
+                "run again, else give another model"
             )
         return folder
     except UserError:
