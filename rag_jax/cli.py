@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import logging
 import os
 import re
@@ -10,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, get_args
 
-from rag_jax import config
+from rag_jax import config, foreign
 from rag_jax.errors import UserError
 
 # Read when these libraries are imported, so they stand here, and commands import `cli` before them.
@@ -87,14 +88,15 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main() or 0
     except UserError as error:
-        print(f"rag_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"rag_jax: error: {foreign.shown(str(error))}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         if error.errno not in FOR_THE_USER or (error.filename is None and not full):
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"rag_jax: error: {where}{error.strerror}; give another path or mend it", file=sys.stderr)
+        reason = f"{where}{error.strerror}; give another path or mend it"
+        print(f"rag_jax: error: {foreign.shown(reason)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("rag_jax: interrupted", file=sys.stderr)
@@ -103,8 +105,14 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def quiet() -> None:
-    """Hide warnings that other people's code means for its own developers; errors stay, and so do python -W's."""
+    """Hide warnings that other people's code means for its own developers; errors stay, and so do python -W's.
+
+    What a stream cannot show, such as a file's name that is no UTF-8, is printed as escapes.
+    """
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax: what goes wrong in it is raised, too
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
 

@@ -14,8 +14,10 @@ from typing import Any, get_args
 
 from ml_collections import ConfigDict
 
+from rag_jax import foreign
 from rag_jax.errors import UserError
 
+MOST = 2**31
 OBJECTIVES = ("token", "sequence", "dalm", "none")
 REMAT = ("none", "dots", "full")
 REMAT_MEANING = "what layers compute again in the backward pass: nothing, all but weight products, all"
@@ -36,7 +38,8 @@ class Key:
 
 
 def at_least(low: int) -> Check:
-    return lambda v: None if v >= low else f"must be at least {low}"
+    """Numbers that are counted on devices are of 32 bits."""
+    return lambda v: f"must be at least {low}" if v < low else f"must be below {MOST}" if v >= MOST else None
 
 
 def zero_or_above_one(v: float) -> str | None:
@@ -44,7 +47,7 @@ def zero_or_above_one(v: float) -> str | None:
 
 
 def positive(v: float) -> str | None:
-    return None if v > 0 else "must be greater than 0"
+    return None if 0 < v < MOST else f"must be greater than 0 and below {MOST}"
 
 
 def seed(v: int) -> str | None:
@@ -64,7 +67,7 @@ def not_empty(v: str) -> str | None:
 
 
 def axis(v: int) -> str | None:
-    return None if v == -1 or v >= 1 else "must be -1 (what the other axes leave) or at least 1"
+    return None if v == -1 or 1 <= v < MOST else "must be -1 (what the other axes leave) or at least 1"
 
 
 def one_of(*choices: str) -> Check:
@@ -79,7 +82,7 @@ def rules(v: Rules) -> str | None:
     for pattern, multiplier in v:
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             return f"{pattern!r} is not a regular expression ({error})"
         if not (math.isfinite(multiplier) and multiplier >= 0):
             return f"the multiplier of {pattern!r} must be at least 0"
@@ -161,7 +164,7 @@ def load_workdir(workdir: str | pathlib.Path, overrides: Mapping[str, Any] | Non
     models = [name for name in overrides or {} if name in ("retriever.path", "generator.path")]
     if models:
         raise UserError(f"--config.{models[0]}: the models are those of --workdir={workdir}; leave it out")
-    return from_json(file.read_text(encoding="utf-8"), overrides, name=str(file))
+    return build(_flatten(_of_run(file)), overrides)
 
 
 def build(values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> ConfigDict:
@@ -172,7 +175,7 @@ def build(values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None)
             values[name] = parse(KEYS[name].kind, value) if isinstance(value, str) and name in KEYS else value
         except ValueError as error:
             unreadable.append(f"{name}={value}: {error}")
-    values = {name: _convert(value, name) for name, value in values.items()}
+    values = {str(name): _convert(value, name) for name, value in values.items()}
     if problems := unreadable + _problems(values):
         raise UserError("config: " + "; ".join(problems))
     return ConfigDict(_nest(values)).lock()
@@ -199,18 +202,38 @@ def flat(config: ConfigDict) -> dict[str, Any]:
 
 def to_json(config: ConfigDict) -> str:
     """Nested JSON, in the order of `KEYS`."""
-    return json.dumps(_nest(_flatten(config)), indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(_nest(_flatten(config)), indent=2, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()  # paths that are no UTF-8, as JSON escapes them
 
 
 def from_json(text: str, overrides: Mapping[str, Any] | None = None, *, name: str = "config.json") -> ConfigDict:
     """The config whose `to_json` is `text`, checked, with overrides on top."""
+    return build(_flatten(_from_text(text, name)), overrides)
+
+
+def is_of_run(file: pathlib.Path) -> bool:
+    """Whether a config.json is one that a run has saved, perhaps with other keys than those of today."""
+    try:
+        return {"data", "objective", "optimizer"} <= _of_run(file).keys()
+    except UserError:
+        return False
+
+
+def _of_run(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        return _from_text(file.read_text(encoding="utf-8"), str(file))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 ({error}); was it edited by hand?") from None
+
+
+def _from_text(text: str, name: str) -> dict[str, Any]:
     try:
         tree = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{name}: not JSON ({error}); was it edited by hand?") from None
     if not isinstance(tree, dict):
         raise UserError(f"{name}: holds no config")
-    return build(_flatten(tree), overrides)
+    return tree
 
 
 def parse(kind: Any, text: str) -> Any:
@@ -220,7 +243,7 @@ def parse(kind: Any, text: str) -> Any:
         return None
     try:
         return _PARSERS[kind](text)
-    except (ValueError, SyntaxError, KeyError, MemoryError, RecursionError):
+    except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError):
         raise ValueError(f"must be {_kind_name(kind | None if optional else kind)}") from None
 
 
@@ -260,8 +283,8 @@ def _read_file(path: pathlib.Path) -> ConfigDict:
         raise
     except SyntaxError as error:
         raise UserError(f"--config={path}: line {error.lineno}: {error.msg}") from None
-    except Exception as error:
-        raise UserError(f"--config={path}: raises {type(error).__name__}: {' '.join(str(error).split())}") from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f"--config={path}: raises {type(error).__name__}: {foreign.one_line(error)}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config={path}: get_config() returns {type(config).__name__}, not a ConfigDict")
     return config
@@ -326,7 +349,7 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
             problems.append(f"{name} is missing: {key.meaning}")
         elif not _is_kind(key.kind, values[name]):
             problems.append(f"{name}={values[name]!r}: must be {_kind_name(key.kind)}")
-        elif values[name] is not None and (problem := key.check(values[name])):
+        elif problem := _text_problem(name, values[name]) or (values[name] is not None and key.check(values[name])):
             problems.append(f"{name}={values[name]!r}: {problem}")
         else:
             right[name] = values[name]
@@ -336,12 +359,26 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def _text_problem(name: str, value: Any) -> str | None:
+    """Paths may be of any bytes, other texts are read by tokenizers; none may hold what must not be written down."""
+    if not isinstance(value, str):
+        return None
+    if foreign.holds_secret(value):
+        return "holds a password or a token, which would be saved with the run; leave it out and set HF_TOKEN instead"
+    if "\0" in value:
+        return "holds a NUL character; remove it"
+    if name not in PATHS and not foreign.is_unicode(value):
+        return "holds half a character (a lone surrogate); give it as UTF-8"
+    return None
+
+
 def _lacks_retriever(path: str | None, name: str, candidates: int, contrastive: float, marginal: float) -> bool:
     reads_scores = name == "dalm" or (name != "none" and candidates > 1)
     return path is None and (contrastive > 0 or (reads_scores and marginal > 0))
 
 
 # (keys, what is wrong about their values, how to mend it)
+PATHS = ("data.train", "data.eval", "data.passages", "retriever.path", "generator.path")
 _WEIGHTS = ("objective.contrastive_weight", "objective.marginal_weight")
 _JOINT_CHECKS: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
     (
@@ -358,6 +395,16 @@ _JOINT_CHECKS: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
         ("objective.name", *_WEIGHTS),
         lambda name, c, m: c == 0 and (m == 0 or name == "none"),
         "nothing to train; raise a weight",
+    ),
+    (
+        ("batch_size", "objective.name", _WEIGHTS[1]),
+        lambda b, name, m: b == 1 and (m == 0 or name == "none"),
+        "a batch of one has no negatives to learn from; raise batch_size",
+    ),
+    (
+        ("data.columns.query", "data.columns.passage"),
+        lambda query, passage: query == passage,
+        "every query would be its own passage; name two columns",
     ),
     (
         ("generator.path", "objective.name", _WEIGHTS[1]),

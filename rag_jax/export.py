@@ -8,11 +8,10 @@ OUT/retriever is read by `transformers.AutoModel` and `SentenceTransformer`, OUT
 
 import os
 import pathlib
-import shutil
 import tempfile
 from typing import Any
 
-from rag_jax import checkpoint, cli, config
+from rag_jax import checkpoint, cli, config, foreign
 from rag_jax.errors import UserError
 
 DTYPES = ("float32", "float16", "bfloat16", "source")
@@ -47,6 +46,7 @@ def export(loaded: Any, workdir: pathlib.Path, out: pathlib.Path, step: str | in
     with checkpoint.Checkpoints(workdir) as checkpoints:
         found = checkpoints.find(step)
         params = checkpoints.restore({"params": run.abstract_params(opened)}, found)["params"]
+    out = out.resolve()  # a link to an empty folder stays one
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         made = pathlib.Path(scratch) / "export"
@@ -61,9 +61,10 @@ def export(loaded: Any, workdir: pathlib.Path, out: pathlib.Path, step: str | in
             hf.save_model(source, params[role], folder, dtype, pooling)
             (folder / "README.md").write_text(card(loaded, role, found), encoding="utf-8")
         made.chmod(0o777 & ~_umask())
-        if out.is_dir():
-            out.rmdir()  # empty, as checked
-        shutil.move(made, out)
+        try:
+            made.rename(out)  # at once, and over nothing but an empty folder
+        except OSError as error:
+            raise UserError(f"--out={out}: {error.strerror}, while the export was made; give a new folder") from None
     return found
 
 
@@ -119,14 +120,15 @@ def card(loaded: Any, role: str, step: int) -> str:
     texts, objective = loaded.prompt, loaded.objective
     reads, use = "", USE[role]
     if role == "generator":
-        reads = f"| prompt | `{_code(texts.passage)}` `{_code(texts.query)}` `{_code(texts.answer)}` |\n"
+        shown = (foreign.code(text) for text in (texts.passage, texts.query, texts.answer))
+        reads = f"| prompt | {' '.join(f'`{text}`' for text in shown)} |\n"
         use = use.format(passage=texts.passage, query=texts.query)
     return CARD.format(
         library="sentence-transformers" if role == "retriever" else "transformers",
         role=role.capitalize(),
         other="generator" if role == "retriever" else "retriever",
         step=step,
-        path=_code(pathlib.PurePath(loaded[role].path).name),
+        path=foreign.code(pathlib.PurePath(loaded[role].path).name),
         objective=objective.name,
         candidates=objective.candidates,
         contrastive=objective.contrastive_weight,
@@ -138,11 +140,6 @@ def card(loaded: Any, role: str, step: int) -> str:
         reads=reads,
         use=use,
     )
-
-
-def _code(text: str) -> str:
-    """Text that can stand between backticks in a table."""
-    return text.replace("\n", "\\n").replace("`", "'").replace("|", "\\|")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ def check_workdir(workdir: pathlib.Path) -> None:
         named = "" if there == workdir.absolute() else f"{there} "
         raise UserError(f"--workdir={workdir}: {named}is a file; give a folder")
     others = [name for name in RECORDS if (workdir / name).exists()]
+    if (workdir / "config.json").is_file() and not config.is_of_run(workdir / "config.json"):
+        raise UserError(f"--workdir={workdir}: holds a config.json of something else, not of a run; give a new folder")
     if others and not (workdir / "config.json").is_file():
         raise UserError(
             f"--workdir={workdir}: holds {', '.join(others)} but no config.json of a run; give a new folder"

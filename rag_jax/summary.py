@@ -36,10 +36,12 @@ def summary(training: Any, report: data.Report, eval_report: data.Report | None,
     )
     lines["lengths"] = "; or ".join(describe(shape) for shape in training.shapes)
     epochs = config.total_steps * config.batch_size / len(training.examples)
+    late = config.optimizer.schedule != "constant" and config.optimizer.warmup_steps > config.total_steps
+    unreached = " (more than all: it is never reached)" if late else ""
     begins = f"from step {start_step} of" if start_step else "from the pretrained models,"
     lines["steps"] = (
         f"{begins} {config.total_steps} ({epochs:.1f} epochs), {config.optimizer.schedule} rate up to "
-        f"{config.optimizer.learning_rate:g} after {config.optimizer.warmup_steps}, {config.dtype}"
+        f"{config.optimizer.learning_rate:g} after {config.optimizer.warmup_steps}{unreached}, {config.dtype}"
     )
     every, keep = config.checkpoint.every_steps, config.checkpoint.keep
     often = [f"{every} steps"] if every else []

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from rag_jax import cli, main
+from rag_jax import cli, config, main
 from rag_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -105,8 +105,15 @@ def test_a_folder_with_a_strangers_records_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match=r"holds metrics\.jsonl but no config\.json of a run; give a new folder"):
         main.check_workdir(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text(config.to_json(config.load(ROOT / "configs" / "tiny.py")))
     main.check_workdir(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b'{"model_type": "bert"}', b"[]", b"{", b"\xff", b"[" * 100_000])
+def test_a_config_of_something_else_is_not_overwritten(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"holds a config\.json of something else, not of a run; give a new folder"):
+        main.check_workdir(tmp_path)
 
 
 def test_third_parties_are_quiet_and_warnings_can_be_asked_for():

@@ -84,7 +84,6 @@ def test_a_template_that_leaves_no_room_is_refused():
 
 def test_braces_in_templates_and_texts():
     assert segments.split_template("{{x}} {passage}!") == ("{x} ", "!")
-    assert segments.fill("{answer}", "{passage} {0}") == "{passage} {0}"
     for template in ("no field", "{a} {b}"):
         with pytest.raises(UserError, match="exactly once"):
             segments.split_template(template)

@@ -572,7 +572,9 @@ def test_hub_names_that_are_not_there(hub, random_model):
     shutil.copytree(random_model("bert"), snapshot := hub("someone/half"), dirs_exist_ok=True)
     (snapshot / weights.SINGLE).unlink()
     assert folders._cached("someone/half") is None
-    with pytest.raises(UserError, match="holds no weights; needed is model.safetensors"):
+    with pytest.raises(
+        UserError, match="not whole in the hub's cache: .* holds no weights; needed.* connect and run again"
+    ):
         open_model("someone/half")
 
 
@@ -660,7 +662,7 @@ def test_prompts_and_length(tmp_path, prompts, query, passage):
         (flags(mean_tokens=True) | {"include_prompt": False}, [], r"leaves the prompt out \(include_prompt\)"),
         ({"pooling_mode": "mean"}, [("../other", "Pooling")], "points outside of the folder, to ../other/config.json"),
         ({"pooling_mode": "mean"}, [("/etc", "Pooling")], "points outside of the folder, to /etc/config.json"),
-        ("{", [], "1_Pooling/config.json is not JSON"),
+        ("{", [], r"1_Pooling/config.json cannot be read \(not a valid JSON file"),
     ],
 )
 def test_pooling_that_is_refused(tmp_path, content, extra, message):

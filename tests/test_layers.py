@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A part may import those of the lines above its own, never a neighbour. Every part stands here once.
 LAYERS = (
     ("errors",),
-    ("hardware", "checksums"),
+    ("hardware", "checksums", "foreign"),
     ("losses", "models", "data", "sharding", "metrics", "config", "optim", "checkpoint", "hlo", "rendezvous", "lock"),
     ("hf", "flops", "rag", "cli", "processes"),
     ("retrieval", "generate", "run", "train_step"),

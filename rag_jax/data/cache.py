@@ -6,12 +6,13 @@ import logging
 import os
 import pathlib
 import tempfile
-import zipfile
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import tokenizers
+
+from rag_jax import foreign
 
 Arrays = dict[str, np.ndarray]
 
@@ -21,7 +22,8 @@ FORMAT = 1
 
 def folder() -> pathlib.Path:
     """$RAG_JAX_CACHE, or ~/.cache/rag_jax."""
-    return pathlib.Path(os.environ.get("RAG_JAX_CACHE") or "~/.cache/rag_jax").expanduser()
+    text = os.environ.get("RAG_JAX_CACHE") or "~/.cache/rag_jax"
+    return foreign.path(text, f"RAG_JAX_CACHE={text}")
 
 
 def content_key(*parts: Any) -> str:
@@ -51,7 +53,7 @@ def cached(key: str, make: Callable[[], Arrays]) -> tuple[Arrays, bool]:
         return _read(path), True
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of many kinds: archives, compression and arrays each have their own
         logging.warning("tokenised rows in %s are damaged (%s) and made again", path, error)
     arrays = make()
     try:

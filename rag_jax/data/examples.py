@@ -87,8 +87,8 @@ def load_examples(
 
     `key` is the config key of `source`, `columns` the column of "query", "passage" and "answer" (which is not asked for
     when only the retriever is used). A row with an empty field, or an answer longer than `prompt.answer_len` tokens, is
-    dropped or refused (`bad_rows`); too long a query or passage is cut. Raises UserError for an unreadable source, and
-    for fewer usable rows than `min_rows` (a batch).
+    dropped or refused (`bad_rows`); too long a query or passage is cut. Raises UserError for an unreadable source, for
+    fewer usable rows than `min_rows` (a batch to train on), and where a retriever has no two passages to tell apart.
     """
     with_answers = prompt is not None or whole_string is not None
     read = row_files.read_rows(source, key, columns, with_answers=with_answers)
@@ -111,6 +111,12 @@ def load_examples(
             row_cut = {name: cut[fits] for name, cut in row_cut.items()}
             examples = take(examples, np.flatnonzero(fits))
     _refuse(f"{key}={source!r}", bad_rows, dropped, len(read), len(examples), min_rows)
+    if retriever is not None and min_rows > 1 and len(examples.passages) == 1:
+        raise UserError(
+            f"{key}={source!r} has one distinct passage in {len(examples)} rows, and a retriever learns by telling "
+            "passages apart: give rows of others, or train the generator alone (objective.contrastive_weight=0, "
+            "objective.candidates=1)"
+        )
     report = Report(
         rows_read=len(read),
         rows=len(examples),

@@ -1,18 +1,26 @@
 """Rows of (query, passage, answer) texts from files, `save_to_disk` folders and the hub."""
 
+import codecs
 import collections
 import csv
 import dataclasses
+import datetime
+import decimal
+import itertools
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from rag_jax import foreign
 from rag_jax.errors import UserError
 
-Columns = dict[str, list]
+Columns = dict[str, Sequence]
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+LINE_END = re.compile(r"\r\n|\r|\n")
+# What stands for itself as text.
+PRINTED = (str, int, float, decimal.Decimal, datetime.date, datetime.time, datetime.timedelta, type(None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,29 +72,23 @@ def read_columns(source: str, key: str, wanted: Mapping[str, str]) -> list[list[
 
 
 def _texts(values: Iterable[Any], where: str) -> list[str]:
-    """Numbers as they print, nothing as the empty text; a list or a record is no text."""
+    """Numbers and dates as they print, nothing as the empty text; a list, a record or an image is no text."""
     texts = []
     for number, value in enumerate(values, start=1):
-        if isinstance(value, (list, tuple, dict, bytes)):
+        if not isinstance(value, PRINTED):
             raise UserError(f"{where} holds a {type(value).__name__} in row {number}: make it one text per row")
         nothing = value is None or value != value  # NaN is how tables of numbers say nothing
         texts.append("" if nothing else str(value))
-        if not _is_unicode(texts[-1]):
+        if not foreign.is_unicode(texts[-1]):
             raise UserError(f"{where} holds half a character (a lone surrogate) in row {number}: mend its encoding")
+        if "\0" in texts[-1]:
+            raise UserError(f"{where} holds a NUL character in row {number}: remove it")
     return texts
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _read_table(source: str, where: str, names: Sequence[str]) -> Columns:
     """Column name -> values; a column outside `names` may come without its values."""
-    path = pathlib.Path(source).expanduser()
+    path = foreign.path(source, where)
     if path.is_dir():
         return _read_folder(path, where, names)
     if path.is_file():
@@ -97,22 +99,54 @@ def _read_table(source: str, where: str, names: Sequence[str]) -> Columns:
             raise UserError(f"{where} is an empty file")
         try:
             return reader(path, where, names)
-        except (OSError, ValueError, RecursionError, csv.Error) as error:  # pyarrow's errors are among these
-            raise UserError(f"{where} cannot be read as {path.suffix[1:]}: {_one_line(error)}") from error
+        except UserError:
+            raise
+        except Exception as error:  # pyarrow raises many kinds for what it does not like
+            raise UserError(f"{where} cannot be read as {path.suffix[1:]}: {foreign.one_line(error)}") from error
     if path.suffix.lower() in READERS or not HUB_NAME.fullmatch(source):
         raise UserError(f"{where}: no such file or folder; mend the path (it is relative to {pathlib.Path.cwd()})")
     return _read_hub(source, where, names)
 
 
+def _lines(path: pathlib.Path, where: str) -> Iterator[str]:
+    """The lines of a file of UTF-8, each with its end, whichever of the three kinds that is."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for number, line in enumerate(file, start=1):
+                if "\0" in line:
+                    raise UserError(
+                        f"{where}: line {number} holds a NUL byte: it is damaged or no UTF-8 text (UTF-16?); "
+                        "mend the line or save the file as UTF-8"
+                    )
+                yield line
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: {_not_utf8(path)}; save the file as UTF-8") from None
+
+
+def _not_utf8(path: pathlib.Path) -> str:
+    """Where a file stops being UTF-8; the error of reading it counts from some place inside."""
+    begin = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                byte = f"byte 0x{line[error.start]:02x} at position {begin + error.start}"
+                utf16 = " (UTF-16?)" if number == 1 and line[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else ""
+                return f"line {number} is not UTF-8{utf16}: {byte} of the file"
+            begin += len(line)
+    raise AssertionError("the file has changed while it was read")
+
+
 def _read_separated(separator: str) -> Callable[[pathlib.Path, str, Sequence[str]], Columns]:
     def read(path: pathlib.Path, where: str, names: Sequence[str]) -> Columns:
         csv.field_size_limit(2**31 - 1)
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = csv.reader(file, delimiter=separator)
+        lines = csv.reader(_lines(path, where), delimiter=separator, strict=True)
+        rows, ended = [], 0  # the line that the last whole row ended in
+        try:
             header = next(lines, [])
-            if twice := [name for name in names if header.count(name) > 1]:
-                raise UserError(f"{where} has column {twice[0]!r} more than once; rename all but one")
-            rows = []
+            _once(names, header, where)
+            ended = lines.line_num
             for row in lines:
                 if len(row) == len(header):
                     rows.append(row)
@@ -121,21 +155,49 @@ def _read_separated(separator: str) -> Callable[[pathlib.Path, str, Sequence[str
                         f"{where}: line {lines.line_num} has {len(row)} fields, the header has {len(header)}; "
                         "quote fields that hold separators or line breaks"
                     )
+                ended = lines.line_num
+        except csv.Error as error:
+            if "unexpected end" in str(error):
+                opened = _open_quote(path, where, separator)
+                raise UserError(
+                    f"{where}: a quote opens in line {opened} and never closes: close it, or double the quotes inside "
+                    "of a field"
+                ) from None
+            raise UserError(
+                f"{where}: line {lines.line_num} (of a row that begins in line {ended + 1}): text follows a closing "
+                f"quote: double the quotes inside of a field, or close the one before ({error})"
+            ) from None
         return {name: [row[i] for row in rows] for i, name in enumerate(header)}
 
     return read
 
 
+def _open_quote(path: pathlib.Path, where: str, separator: str) -> int:
+    """The line in which the quote stands that swallowed the rest of the file: that field is the last one read."""
+    last, reader = [""], csv.reader(_lines(path, where), delimiter=separator)
+    for row in reader:
+        last = row or last
+    swallowed = last[-1]
+    return reader.line_num - len(LINE_END.findall(swallowed)) + swallowed.endswith(("\r", "\n"))
+
+
+def _once(names: Sequence[str], present: Sequence[str], where: str) -> None:
+    if twice := [name for name in names if present.count(name) > 1]:
+        raise UserError(f"{where} has column {twice[0]!r} more than once; rename all but one")
+
+
 def _read_json(path: pathlib.Path, where: str, names: Sequence[str]) -> Columns:
     """One object a line, or one list of objects; a key that an object lacks is an empty field."""
-    text = path.read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
-        records = list(enumerate(json.loads(text), start=1))
+    lines = ((number, line) for number, line in enumerate(_lines(path, where), start=1) if line.strip())
+    first = next(lines, (0, ""))
+    kind = "item" if first[1].lstrip().startswith("[") else "line"
+    if kind == "item":
+        records = list(enumerate(json.loads(first[1] + "".join(line for _, line in lines)), start=1))
     else:
-        records = [(n, _json_line(line, n, where)) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        records = [(n, _json_line(line, n, where)) for n, line in itertools.chain([first], lines) if line]
     for number, record in records:
         if not isinstance(record, dict):
-            raise UserError(f"{where}: line {number} is no JSON object with the columns as keys")
+            raise UserError(f"{where}: {kind} {number} is no JSON object with the columns as keys")
     present = dict.fromkeys(name for _, record in records for name in record)
     return {name: [record.get(name) for _, record in records] for name in present}
 
@@ -143,8 +205,9 @@ def _read_json(path: pathlib.Path, where: str, names: Sequence[str]) -> Columns:
 def _json_line(line: str, number: int, where: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: line {number} is no JSON object: {_one_line(error)}") from error
+    except (ValueError, RecursionError) as error:
+        at = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else None
+        raise UserError(f"{where}: line {number} is no JSON object: {at or foreign.one_line(error)}") from None
 
 
 def _read_parquet(path: pathlib.Path, where: str, names: Sequence[str]) -> Columns:
@@ -152,8 +215,8 @@ def _read_parquet(path: pathlib.Path, where: str, names: Sequence[str]) -> Colum
 
     file = pyarrow.parquet.ParquetFile(path)
     present = file.schema_arrow.names
-    values = file.read(columns=[name for name in names if name in present])
-    return _placeholders(present, file.metadata.num_rows) | values.to_pydict()
+    _once(names, present, where)
+    return _values(file.read(columns=[name for name in names if name in present]), present, file.metadata.num_rows)
 
 
 def _read_arrow(path: pathlib.Path, where: str, names: Sequence[str]) -> Columns:
@@ -165,21 +228,39 @@ def _read_arrow(path: pathlib.Path, where: str, names: Sequence[str]) -> Columns
         except pyarrow.ArrowInvalid:  # the other of Arrow's two file layouts, which `datasets` writes
             file.seek(0)
             table = pyarrow.ipc.open_stream(file).read_all()
-        values = table.select([name for name in names if name in table.column_names])
-        return _placeholders(table.column_names, table.num_rows) | values.to_pydict()
+        _once(names, table.column_names, where)
+        present = table.select([name for name in names if name in table.column_names])
+        return _values(present, table.column_names, table.num_rows)
 
 
-def _placeholders(names: Sequence[str], num_rows: int) -> Columns:
-    return {name: [None] * num_rows for name in names}
+def _values(table: Any, present: Sequence[str], num_rows: int) -> Columns:
+    """The values of an Arrow table, after a look that none of them points outside of its buffers."""
+    table.validate(full=True)
+    return {name: range(num_rows) for name in present} | table.to_pydict()
 
 
 def _read_folder(path: pathlib.Path, where: str, names: Sequence[str]) -> Columns:
     import datasets
 
+    _check_inside(path, where)
     try:
         return _read_dataset(datasets.load_from_disk(str(path)), names)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{where} is a folder that save_to_disk did not write: {_one_line(error)}") from error
+    except Exception as error:  # of many kinds, for what is missing or of another shape
+        reason = foreign.one_line(error)
+        raise UserError(f"{where} is a folder that save_to_disk did not write whole: {reason}") from error
+
+
+def _check_inside(path: pathlib.Path, where: str) -> None:
+    """UserError for a save_to_disk folder that sends its reader to files elsewhere."""
+    named: list[Any] = []
+    for file in (path / "dataset_dict.json", *sorted(path.glob("state.json")), *sorted(path.glob("*/state.json"))):
+        content = foreign.read_json(file, f"{where}: {file.name}") if file.is_file() else None
+        for key in ("splits", "_data_files"):
+            entries = content.get(key) if isinstance(content, dict) else None
+            named += entries if isinstance(entries, list) else []
+    named = [entry.get("filename") if isinstance(entry, dict) else entry for entry in named]
+    if outside := [name for name in named if isinstance(name, str) and name != pathlib.PurePath(name).name]:
+        raise UserError(f"{where} points outside of its folder, to {outside[0]}; save it again with save_to_disk")
 
 
 def _read_hub(name: str, where: str, names: Sequence[str]) -> Columns:
@@ -189,7 +270,7 @@ def _read_hub(name: str, where: str, names: Sequence[str]) -> Columns:
         return _read_dataset(datasets.load_dataset(name), names)
     except Exception as error:  # the hub's client raises errors of many libraries
         raise UserError(
-            f"{where} is neither a file or folder here nor a data set that the hub gives: {_one_line(error)}"
+            f"{where} is neither a file or folder here nor a data set that the hub gives: {foreign.one_line(error)}"
         ) from error
 
 
@@ -197,12 +278,8 @@ def _read_dataset(dataset: Any, names: Sequence[str]) -> Columns:
     if isinstance(dataset, Mapping):
         split = next((name for name in ("train", "training") if name in dataset), next(iter(dataset)))
         dataset = dataset[split]
-    values = {name: list(dataset[name]) for name in names if name in dataset.column_names}
-    return _placeholders(dataset.column_names, len(dataset)) | values
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    wanted = dataset.select_columns([name for name in names if name in dataset.column_names])
+    return _values(wanted.with_format("arrow")[:], dataset.column_names, len(dataset))
 
 
 READERS = {

@@ -5,12 +5,17 @@ A tokenizer here is a fast one of `transformers`; every function tokenises all i
 
 import dataclasses
 import string
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from rag_jax.errors import UserError
+
+# Characters of a text that are looked at first, for each token that is wanted and besides: a text of megabytes costs
+# seconds and gigabytes to tokenise, and all but its beginning is cut.
+CHARS_A_TOKEN, MORE_CHARS = 64, 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +82,9 @@ class WholeString:
 
 def retriever_tokens(tokenizer: Any, texts: Sequence[str], prefix: str, max_len: int) -> tuple[Ragged, np.ndarray]:
     """Tokens of prefix + text as the tokenizer makes and cuts them, special tokens included; which were cut (rows,)."""
-    texts = [prefix + text for text in texts]
     # One more than fits shows what is cut without keeping all of it.
-    long = Ragged.of(_encode(tokenizer, texts, truncation=True, max_length=max_len + 1))
+    texts, ids = _beginnings(tokenizer, texts, max_len, (prefix, ""), truncation=True, max_length=max_len + 1)
+    long = Ragged.of(ids)
     cut = long.lengths > max_len
     if not cut.any():
         return long, cut
@@ -103,10 +108,11 @@ def prompt_segments(
 
 
 def answer_segments(prompt: Prompt, answers: Sequence[str]) -> Ragged:
-    """Tokens of the answer segments, end-of-sequence last, never cut: one may be longer than `answer_len`."""
+    """Tokens of the answer segments, end-of-sequence last, never cut to `answer_len`: one may be longer."""
     eos = eos_id(prompt.tokenizer)
-    texts = [fill(prompt.answer, answer) for answer in answers]
-    return Ragged.of([*ids, eos] for ids in _encode(prompt.tokenizer, texts, add_special_tokens=False))
+    around = split_template(prompt.answer)
+    _, rows = _beginnings(prompt.tokenizer, answers, prompt.answer_len, around, add_special_tokens=False)
+    return Ragged.of([*ids, eos] for ids in rows)
 
 
 def string_segments(whole: WholeString, rows: Iterable[tuple[str, str, str]]) -> tuple[Ragged, np.ndarray, np.ndarray]:
@@ -119,7 +125,8 @@ def string_segments(whole: WholeString, rows: Iterable[tuple[str, str, str]]) ->
     rows = list(rows)
     heads = [f"#query# #query# {query} #passage# #passage# {passage} #answer#" for query, passage, _ in rows]
     strings = [f"{head} {answer}" for head, (_, _, answer) in zip(heads, rows, strict=True)]
-    answer_start = np.array([len(head) - 1 for head in _encode(whole.tokenizer, heads)], np.int32)
+    _, head_ids = _beginnings(whole.tokenizer, heads, whole.max_len, ("", ""))
+    answer_start = np.array([len(head) - 1 for head in head_ids], np.int32)
     ragged, cut = retriever_tokens(whole.tokenizer, strings, "", whole.max_len)
     return ragged, answer_start, cut
 
@@ -146,8 +153,7 @@ def template_tokens(
     What is too long loses the last tokens of the field; the template's own text on both sides of it stays.
     """
     before, after = split_template(template)
-    texts = [before + field + after for field in fields]
-    ids = _encode(tokenizer, texts, add_special_tokens=False)
+    texts, ids = _beginnings(tokenizer, fields, max_len, (before, after), add_special_tokens=False)
     cut = np.array([len(row) > max_len for row in ids], bool)
     # Offsets cost several times the tokens themselves: only for those that need them.
     for i in np.flatnonzero(cut):
@@ -180,9 +186,20 @@ def split_template(template: str) -> tuple[str, str]:
     return before, after
 
 
-def fill(template: str, field: str) -> str:
-    before, after = split_template(template)
-    return before + field + after
+def _beginnings(
+    tokenizer: Any, texts: Sequence[str], max_len: int, around: tuple[str, str], **options: Any
+) -> tuple[list[str], list[list[int]]]:
+    """Each text with what stands before and after it, and its tokens: of a very long text those of its beginning, if
+    that alone has more than `max_len`."""
+    from_left = options.get("truncation") and tokenizer.truncation_side == "left"
+    most = sys.maxsize if from_left else MORE_CHARS + CHARS_A_TOKEN * max_len
+    before, after = around
+    filled = [before + text[:most] + after for text in texts]
+    ids = _encode(tokenizer, filled, **options)
+    for i in (i for i, text in enumerate(texts) if len(text) > most and len(ids[i]) <= max_len):
+        filled[i] = before + texts[i] + after
+        (ids[i],) = _encode(tokenizer, [filled[i]], **options)
+    return filled, ids
 
 
 def _encode(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[list[int]]:

@@ -11,7 +11,7 @@ import numpy as np
 import safetensors.numpy
 import transformers
 
-from rag_jax import models
+from rag_jax import foreign, models
 from rag_jax.errors import UserError
 from rag_jax.hf import config as configs
 from rag_jax.hf import folder as folders
@@ -20,13 +20,6 @@ from rag_jax.hf.pooling import Pooling, read_pooling, write_pooling
 from rag_jax.hf.weights import load_params
 
 __all__ = ["Pooling", "Source", "copy_small_files", "load_params", "open_config", "open_model", "save_model"]
-
-# Everything of a model's folder but weights and papers, relative names.
-SMALL_FILES = (
-    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|modules"
-    r"|config_sentence_transformers|sentence_bert_config)\.json"
-    r"|vocab\.txt|merges\.txt|chat_template\.jinja|[\w.-]+\.model|[\w.-]*Pooling/config\.json"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +38,7 @@ class Source:
 def open_model(path: str, key: str, role: str) -> Source:
     """The model that the config key `key` names, as "retriever" or "generator". UserError for what cannot be used."""
     folder, where = folders.resolve(path, key), f"{key}={path!r}"
+    folders.small_files(folder, where)
     model_type, model_config = configs.read_config(folder, where)
     if isinstance(model_config, models.BertConfig):
         if role == "generator":
@@ -85,7 +79,8 @@ def save_model(
     _copy(source.folder, folder)
     theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     theirs["architectures"] = [_architecture(source, is_retriever=pooling is not None)]
-    theirs.pop("torch_dtype", None)
+    for key in ("torch_dtype", "auto_map"):  # what is written is read without code of its own
+        theirs.pop(key, None)
     theirs["dtype"] = dtype
     _write_json(folder / "config.json", theirs)
     if pooling is not None:
@@ -105,15 +100,18 @@ def copy_small_files(source: Source, folder: pathlib.Path) -> None:
 
 def _tokenizer(folder: pathlib.Path, where: str, vocab_size: int) -> Any:
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # any kind, from any of its many readers
-        reason = " ".join(str(error).split())[:160]
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # any kind, from any of its many readers; a panic in Rust is no Exception
+        reason = foreign.one_line(error, 160)
         raise UserError(f"{where}: its tokenizer cannot be read ({reason}); is tokenizer.json whole?") from None
     if not tokenizer.is_fast:
         raise UserError(f"{where}: its tokenizer has no fast version; give a folder that holds tokenizer.json")
     if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):  # what transformers makes of no files
         raise UserError(f"{where}: no tokenizer in {folder}; save the model's own there, with its tokenizer.json")
-    largest = max(tokenizer.get_vocab().values(), default=0)
+    # What it puts around texts is not always of its vocabulary.
+    largest = max([*tokenizer.get_vocab().values(), *tokenizer("a").input_ids], default=0)
     if largest >= vocab_size:
         raise UserError(f"{where}: its tokenizer has ids up to {largest}, but the model only {vocab_size} embeddings")
     return tokenizer
@@ -123,16 +121,20 @@ def _rest_dtype(folder: pathlib.Path) -> str | None:
     """What a workdir's copy says about the weights it was made from."""
     if not (folder / weights.REST).is_file():
         return None
-    with safetensors.safe_open(folder / weights.REST, "np") as file:
-        return file.metadata()["dtype"]
+    try:
+        with safetensors.safe_open(folder / weights.REST, "np") as file:
+            dtype = (file.metadata() or {}).get("dtype")
+    except (safetensors.SafetensorError, OSError):
+        dtype = None
+    if dtype not in weights.DTYPE_NAMES:
+        raise UserError(f"{folder / weights.REST} is damaged; copy the models of the workdir there again")
+    return dtype
 
 
 def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
-    for path in sorted(source.rglob("*")):
-        name = path.relative_to(source).as_posix()
-        if path.is_file() and re.fullmatch(SMALL_FILES, name):
-            (target / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target / name)
+    for name, path in folders.small_files(source, str(source)).items():
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target / name)
 
 
 def _architecture(source: Source, *, is_retriever: bool) -> str:
@@ -142,11 +144,14 @@ def _architecture(source: Source, *, is_retriever: bool) -> str:
 
 
 def _with_pad_token(folder: pathlib.Path, tokenizer: Any) -> None:
-    """sentence-transformers pads its batches, which a tokenizer made for generation may have no token for."""
+    """sentence-transformers pads its batches, which a tokenizer made for generation may have no token for.
+
+    Any token will do: what is padded is masked.
+    """
     if tokenizer.pad_token is None:
         file = folder / "tokenizer_config.json"
         settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        _write_json(file, settings | {"pad_token": tokenizer.eos_token})
+        _write_json(file, settings | {"pad_token": tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)})
 
 
 def _write_json(path: pathlib.Path, content: Any) -> None:

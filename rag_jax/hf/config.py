@@ -1,12 +1,15 @@
 """config.json and our model configs: one table a model type, read in both directions."""
 
 import dataclasses
+import math
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import AutoConfig
 
+from rag_jax import foreign
 from rag_jax.errors import UserError
 from rag_jax.models import BertConfig, Gpt2Config, LlamaConfig, ModelConfig, RopeScaling
 
@@ -20,6 +23,8 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
+# Of whole numbers in a config.json: first pattern of the key that matches, far beyond every real model.
+MOST = {"layer": 10_000, "label": 100_000, "": 10**8}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +132,14 @@ def read_config(folder: pathlib.Path, where: str) -> tuple[str, ModelConfig]:
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{where}: no config.json in {folder}; give the folder of a Hugging Face model")
+    _check_file(foreign.read_json(folder / "config.json", f"{where}: its config.json"), where)
     try:
-        theirs = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+        # Without the last word it asks at the terminal whether code of the folder may run.
+        theirs = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).to_dict()
     except Exception as error:  # transformers checks types and sizes by many kinds
         known = ", ".join(FAMILIES)
         raise UserError(
-            f"{where}: its config.json cannot be read ({_short(error)}); supported model types are {known}"
+            f"{where}: its config.json cannot be read ({foreign.one_line(error)}); supported model types are {known}"
         ) from None
     model_type = theirs.get("model_type", "")
     if model_type not in FAMILIES:
@@ -142,6 +149,22 @@ def read_config(folder: pathlib.Path, where: str) -> tuple[str, ModelConfig]:
     if problems:
         raise UserError(f"{where}: its config.json holds what is not supported: {'; '.join(problems)}")
     return model_type, config
+
+
+def _check_file(content: Any, where: str) -> None:
+    """UserError for what must not come to the library that reads it: it would make lists of such sizes, or run code."""
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: its config.json cannot be read (no object with a model_type); fetch it again")
+    for key, value in content.items():
+        most = next(most for pattern, most in MOST.items() if re.search(pattern, key))
+        if isinstance(value, int) and abs(value) > most:
+            raise UserError(f"{where}: its config.json holds {key[:80]}={value} (must be at most {most:,})")
+    model_type = content.get("model_type")
+    if "auto_map" in content and model_type not in list(FAMILIES):
+        raise UserError(
+            f"{where}: model_type={model_type!r} is code of its own (auto_map in its config.json), which is never run; "
+            f"supported are {', '.join(FAMILIES)}"
+        )
 
 
 def from_hf(theirs: Mapping[str, Any], problems: list[str]) -> Any:
@@ -155,19 +178,19 @@ def from_hf(theirs: Mapping[str, Any], problems: list[str]) -> Any:
         value = theirs.get(key)
         for name in (names,) if isinstance(names, str) else names:
             ours[name] = value
-    ours["activation"] = ACTIVATIONS.get(ours["activation"])
+    ours["activation"] = ACTIVATIONS.get(str(ours["activation"]))
     if ours["activation"] is None:
         key = "activation_function" if family.config is Gpt2Config else "hidden_act"
         problems.append(f"{key}={theirs.get(key)!r} (supported: {', '.join(ACTIVATIONS)})")
-    if family.config is Gpt2Config and ours["mlp_width"] is None:
-        ours["mlp_width"] = 4 * ours["width"]
     if family.config is LlamaConfig:
-        if ours["head_dim"] is None:
-            ours["head_dim"] = ours["width"] // ours["num_heads"]
+        ours["rope_theta"], ours["rope_scaling"] = _rope_from_hf(theirs.get("rope_parameters") or {}, problems)
         if ours["num_kv_heads"] is None:
             ours["num_kv_heads"] = ours["num_heads"]
-        ours["rope_theta"], ours["rope_scaling"] = _rope_from_hf(theirs.get("rope_parameters") or {}, problems)
-    _check_sizes(ours, problems)
+        if ours["head_dim"] is None and _is_size(ours["width"]) and _is_size(ours["num_heads"]):
+            ours["head_dim"] = ours["width"] // ours["num_heads"]
+    if family.config is Gpt2Config and ours["mlp_width"] is None and _is_size(ours["width"]):
+        ours["mlp_width"] = 4 * ours["width"]
+    _check_values(ours, problems)
     return None if problems else family.config(**ours)
 
 
@@ -185,18 +208,26 @@ def to_hf(config: ModelConfig, model_type: str) -> dict[str, Any]:
 
 
 def _rope_from_hf(rope: Mapping[str, Any], problems: list[str]) -> tuple[float, RopeScaling | None]:
-    theta, kind = float(rope.get("rope_theta", 10000.0)), rope.get("rope_type", "default")
+    def number(key: str, *default: float) -> float:
+        value = rope.get(key, *default)
+        if not _is_number(value) or value <= 0:
+            problems.append(f"rope {key}={value!r} (must be a number above 0)")
+            return 1.0
+        return float(value)
+
+    theta, kind = number("rope_theta", 10000.0), rope.get("rope_type", "default")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         problems.append(f"partial_rotary_factor={rope['partial_rotary_factor']!r} (supported: 1.0)")
     if kind == "default":
         return theta, None
     if kind == "linear":
-        return theta, RopeScaling("linear", float(rope["factor"]))
+        return theta, RopeScaling("linear", number("factor"))
     if kind == "llama3":
-        low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-        return theta, RopeScaling(
-            "llama3", float(rope["factor"]), low, high, int(rope["original_max_position_embeddings"])
-        )
+        low, high = number("low_freq_factor"), number("high_freq_factor")
+        if low >= high:
+            problems.append(f"rope low_freq_factor={low} (must be below high_freq_factor={high})")
+        positions = int(number("original_max_position_embeddings"))
+        return theta, RopeScaling("llama3", number("factor"), low, high, positions)
     problems.append(f"rope_type={kind!r} (supported: default, linear, llama3)")
     return theta, None
 
@@ -215,18 +246,35 @@ def _rope_to_hf(config: LlamaConfig) -> dict[str, Any]:
     return rope
 
 
-def _check_sizes(ours: Mapping[str, Any], problems: list[str]) -> None:
-    """Sizes must be whole and positive, and heads must divide what they share."""
-    sizes = [n for n in ours if n in ("vocab_size", "max_positions") or n.startswith("num_") or n.endswith("width")]
-    wrong = [name for name in sizes if not isinstance(ours[name], int) or ours[name] < 1]
-    problems += [f"{name}={ours[name]!r} (must be a whole number above 0)" for name in wrong]
-    if wrong:
+def _check_values(ours: Mapping[str, Any], problems: list[str]) -> None:
+    """Every value must be of its kind, and heads must divide what they share."""
+    for name, value in ours.items():
+        if name in ("activation", "rope_scaling", "rope_theta") or (name == "sliding_window" and value is None):
+            continue
+        if name in ("qk_norm", "tied_head") or name.endswith("bias"):
+            must = None if isinstance(value, bool) else "true or false"
+        elif name.endswith("dropout"):
+            must = None if _is_number(value) and 0 <= value < 1 else "a number from 0 to below 1"
+        elif name == "norm_eps":
+            must = None if _is_number(value) and value > 0 else "a number above 0"
+        else:
+            must = None if _is_size(value) else "a whole number above 0"
+        if must:
+            problems.append(f"{name}={value!r} (must be {must})")
+    heads = [ours[name] for name in ("width", "num_heads", "num_kv_heads", "head_dim") if name in ours]
+    if not all(map(_is_size, heads)):
         return
     if "head_dim" not in ours and ours["width"] % ours["num_heads"]:
         problems.append(f"width {ours['width']} is not a multiple of {ours['num_heads']} heads")
     if "num_kv_heads" in ours and ours["num_heads"] % ours["num_kv_heads"]:
         problems.append(f"{ours['num_heads']} heads are not a multiple of {ours['num_kv_heads']} key-value heads")
+    if "head_dim" in ours and ours["head_dim"] % 2:
+        problems.append(f"head_dim={ours['head_dim']} (must be even: rotary positions turn pairs)")
 
 
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -7,6 +7,7 @@ import tempfile
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
+from rag_jax import foreign
 from rag_jax.data import cache
 from rag_jax.errors import UserError
 from rag_jax.hf import tiny, weights
@@ -14,6 +15,12 @@ from rag_jax.hf import tiny, weights
 RANDOM = "random:"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
+# Relative names.
+SMALL_FILES = (
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|modules"
+    r"|config_sentence_transformers|sentence_bert_config)\.json"
+    r"|vocab\.txt|merges\.txt|chat_template\.jinja|[\w.-]+\.model|[\w.-]*Pooling/config\.json"
+)
 OTHERS = ["onnx/*", "openvino/*", "original/*"]  # the same weights again, for other programs
 # Raise it when the random models change.
 RANDOM_FORMAT = 1
@@ -26,7 +33,7 @@ def resolve(path: str, key: str) -> pathlib.Path:
     """
     if path.startswith(RANDOM):
         return _random(path, key)
-    local = pathlib.Path(path).expanduser()
+    local = foreign.path(path, f"{key}={path!r}")
     if local.is_dir():
         return local
     if local.exists():
@@ -34,6 +41,26 @@ def resolve(path: str, key: str) -> pathlib.Path:
     if not HUB_NAME.fullmatch(path):
         raise UserError(f"{key}={path!r}: no such folder; give one, or a hub name such as BAAI/bge-small-en")
     return _cached(path) or _downloaded(path, key)
+
+
+def small_files(folder: pathlib.Path, where: str) -> dict[str, pathlib.Path]:
+    """Everything of a model's folder but weights and papers, by its name there.
+
+    These are copied into workdirs and exports. So UserError for a link to a file elsewhere, unless it is one of the
+    hub's cache or the other file has the same name: a `vocab.txt` that is really an account's key must not travel.
+    """
+    home = folder.resolve()
+    if home.parent.name == "snapshots":  # of the hub's cache, whose files are links to what they hold
+        home = home.parent.parent
+    found = {}
+    for path in sorted({*folder.glob("*"), *folder.glob("*/config.json")}):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and re.fullmatch(SMALL_FILES, name):
+            target = path.resolve()
+            if not target.is_relative_to(home) and target.name != path.name:
+                raise UserError(f"{where}: {name} is a link out of the folder, to {target}; put a copy in its place")
+            found[name] = path
+    return found
 
 
 def _random(path: str, key: str) -> pathlib.Path:
@@ -62,14 +89,33 @@ def _cached(name: str) -> pathlib.Path | None:
         folder = pathlib.Path(huggingface_hub.snapshot_download(name, local_files_only=True))
     except (hub_errors.LocalEntryNotFoundError, hub_errors.HFValidationError):
         return None
-    has_weights = (folder / weights.SINGLE).is_file() or (folder / weights.INDEX).is_file()
-    has_tokenizer = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"))
-    return folder if has_weights and has_tokenizer and (folder / "config.json").is_file() else None
+    return None if _lacks(folder) else folder
+
+
+def _lacks(folder: pathlib.Path) -> str | None:
+    """What a model's folder has not, if it is not whole."""
+    if not (folder / "config.json").is_file():
+        return f"{folder} holds no config.json"
+    if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
+        return f"{folder} holds no tokenizer"
+    try:
+        weights.files(folder)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _downloaded(name: str, key: str) -> pathlib.Path:
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=OTHERS))
+        folder = pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=OTHERS))
+        if lacking := _lacks(folder):
+            raise UserError(
+                f"{key}={name!r}: is not whole in the hub's cache: {lacking}; if its download broke off, connect and "
+                "run again, else give another model"
+            )
+        return folder
+    except UserError:
+        raise
     except hub_errors.GatedRepoError:
         reason = "its owner asks for consent: agree on its hub page and set HF_TOKEN"
     except hub_errors.RepositoryNotFoundError:

@@ -5,6 +5,7 @@ import json
 import pathlib
 from typing import Any
 
+from rag_jax import foreign
 from rag_jax.errors import UserError
 
 # Theirs -> ours. Older files have one flag a mode, newer ones a name.
@@ -28,16 +29,25 @@ def read_pooling(folder: pathlib.Path, default: str, where: str) -> Pooling:
     """What the folder says; `default` mode and no prefixes where it says nothing."""
     problems: list[str] = []
     mode = default
-    for module in _read(folder, "modules.json", where) or []:
+    for module in _read(folder, "modules.json", where, list):
+        if not isinstance(module, dict):
+            raise UserError(f"{where}: modules.json must be a list of objects; fetch it again")
         kind = str(module.get("type", "")).rsplit(".", 1)[-1]
-        if kind == "Pooling":
-            mode = _mode(_read(folder, f"{module.get('path', '')}/config.json", where) or {}, problems)
+        if not str(module.get("type", "")).startswith("sentence_transformers."):
+            problems.append(f"modules.json: a module {module.get('type')!r} of others' code, which is never run")
+        elif kind == "Pooling":
+            mode = _mode(_read(folder, f"{module.get('path', '')}/config.json", where, dict), problems)
         elif kind not in ("Transformer", "Normalize"):
             problems.append(f"modules.json: a module {kind} (supported: Transformer, Pooling, Normalize)")
-    prompts = (_read(folder, "config_sentence_transformers.json", where) or {}).get("prompts") or {}
+    prompts = _read(folder, "config_sentence_transformers.json", where, dict).get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
+        problems.append(f"config_sentence_transformers.json: prompts={prompts!r} are no texts by name")
+        prompts = {}
+    max_len = _read(folder, "sentence_bert_config.json", where, dict).get("max_seq_length")
+    if max_len is not None and (not isinstance(max_len, int) or max_len < 1):
+        problems.append(f"sentence_bert_config.json: max_seq_length={max_len!r} is no number of tokens")
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)}; set retriever.pooling and remove modules.json to go on")
-    max_len = (_read(folder, "sentence_bert_config.json", where) or {}).get("max_seq_length")
     return Pooling(mode, _first(prompts, QUERY_PROMPTS), _first(prompts, PASSAGE_PROMPTS), max_len)
 
 
@@ -64,7 +74,7 @@ def _mode(config: dict[str, Any], problems: list[str]) -> str:
         problems.append("pooling leaves the prompt out (include_prompt), which is not supported")
     modes = [config["pooling_mode"]] if "pooling_mode" in config else []
     modes = modes or [FLAGS.get(flag, flag) for flag, on in config.items() if flag.startswith("pooling_mode_") and on]
-    if len(modes) != 1 or modes[0] not in MODES:
+    if len(modes) != 1 or str(modes[0]) not in MODES:
         problems.append(f"pooling by {' and '.join(map(str, modes)) or 'nothing'} (supported: {', '.join(MODES)})")
         return "mean"
     return MODES[modes[0]]
@@ -74,16 +84,17 @@ def _first(prompts: dict[str, str], names: tuple[str, ...]) -> str:
     return next((prompts[name] for name in names if prompts.get(name)), "")
 
 
-def _read(folder: pathlib.Path, name: str, where: str) -> Any:
+def _read(folder: pathlib.Path, name: str, where: str, kind: type) -> Any:
+    """The list or dict in a JSON file, an empty one where there is no such file."""
     path = folder / name
     if ".." in pathlib.PurePath(name).parts or pathlib.PurePath(name).is_absolute():
         raise UserError(f"{where}: modules.json points outside of the folder, to {name}")
     if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where}: {name} is not JSON ({error})") from None
+        return kind()
+    content = foreign.read_json(path, f"{where}: {name}")
+    if not isinstance(content, kind | None):
+        raise UserError(f"{where}: {name} holds no {kind.__name__}; fetch it again")
+    return content or kind()
 
 
 def _write(folder: pathlib.Path, name: str, content: Any) -> None:

@@ -15,16 +15,18 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from rag_jax import models
+from rag_jax import foreign, models
 from rag_jax.errors import UserError
 from rag_jax.hf.rules import CARRIED, DROPPED, PREFIXES, RULES, Rule
 
 DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+DTYPE_NAMES = tuple(np.dtype(kind).name for kind in DTYPES.values())
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What training leaves alone, kept in a workdir where the weights themselves are in checkpoints.
 REST = "rest.safetensors"
 SHARD_BYTES = 5 * 10**9
 MOST_SHOWN = 8
+MOST_CHARS = 120  # of a name that a file gives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,7 @@ def load_params(folder: pathlib.Path, config: models.ModelConfig, shardings: Any
         with _reading() as read:  # a leaf at a time, so that of the files no more is in memory than a leaf needs
 
             def part(index: Any, path: str = path, shape: Any = shape, read: Any = read) -> np.ndarray:
-                return _part(pieces[path], index, shape.shape, lambda name, where: read(tensors[name], where))
+                return _part(pieces[path], index, shape.shape, lambda name, at: _finite(tensors[name], read, at))
 
             if shardings is None:
                 leaves[path] = part((slice(None),) * len(shape.shape))
@@ -170,17 +172,28 @@ class _Tensor:
 
 def _tensors(folder: pathlib.Path, config: models.ModelConfig) -> dict[str, _Tensor]:
     """Every tensor of the folder by the name that `rules` knows it under; reads the files' headers."""
-    tensors = {}
-    for path in _files(folder):
+    tensors: dict[str, _Tensor] = {}
+    for path in files(folder):
         try:
             with safetensors.safe_open(path, "np") as file:
                 for name in file.keys():
                     part = file.get_slice(name)
                     known = canonical(name, type(config))
+                    if known in tensors:
+                        raise UserError(f"{known[:MOST_CHARS]} stands in {folder} twice, again in {path.name}")
                     tensors[known] = _Tensor(path, name, part.get_dtype(), tuple(part.get_shape()))
         except (safetensors.SafetensorError, OSError) as error:
             raise UserError(f"{path} is no whole safetensors file ({str(error)[:120]}); fetch it again") from None
     return tensors
+
+
+def _finite(tensor: _Tensor, read: Callable[[_Tensor, Any], np.ndarray], where: Any) -> np.ndarray:
+    """A part of a tensor as float32; UserError for one that would spoil all that it meets."""
+    value = np.asarray(read(tensor, where), np.float32)
+    # Both are NaN where any value is; nothing of the size of the part is made.
+    if value.size and not (np.isfinite(value.min()) and np.isfinite(value.max())):
+        raise UserError(f"{tensor.name} in {tensor.path} holds NaN or infinity; fetch it again or save it in float32")
+    return value
 
 
 @contextlib.contextmanager
@@ -207,7 +220,8 @@ def canonical(name: str, family: type) -> str:
     return name if name.startswith((prefix, "lm_head.", "score.")) else prefix + name
 
 
-def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+def files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files that hold a folder's weights; UserError for none, for others than safetensors, for some missing."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if (folder / REST).is_file():
@@ -219,12 +233,16 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
             f"{folder} holds {found}; needed is {SINGLE} or {INDEX} (`save_pretrained` of transformers writes it)"
         )
     try:
-        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        content = foreign.read_json(folder / INDEX, str(folder / INDEX))
+        names = sorted(set(content["weight_map"].values()))
         outside = [name for name in names if name != pathlib.PurePath(name).name]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        others = [name for name in names if not re.fullmatch(r"[^/\0]{1,200}\.safetensors", name)]
+        if others and not outside:
+            raise ValueError
+    except (UserError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / INDEX} is no index of safetensors files; fetch it again") from None
     if outside:
-        raise UserError(f"{folder / INDEX} points outside of its folder, to {outside[0]}")
+        raise UserError(f"{folder / INDEX} points outside of its folder, to {outside[0][:MOST_CHARS]}")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder} lacks {', '.join(missing)}, named in {INDEX}; fetch it again")
@@ -233,7 +251,8 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def _check(folder: pathlib.Path, tensors: Mapping[str, _Tensor], expected: Mapping[str, Expected]) -> None:
     problems = [f"{name} is missing" for name in expected if name not in tensors]
-    for name, tensor in tensors.items():
+    for full, tensor in tensors.items():
+        name = full if len(full) <= MOST_CHARS else f"{full[:MOST_CHARS]}..."
         if name not in expected:
             if not re.fullmatch(f"{CARRIED}|{DROPPED}", name):
                 problems.append(f"{name} is unknown")
