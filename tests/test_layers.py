@@ -17,7 +17,7 @@ LAYERS = (
     ("losses", "models", "data", "sharding", "metrics", "config", "optim", "checkpoint", "hlo", "rendezvous", "lock"),
     ("hf", "flops", "rag", "cli", "processes"),
     ("retrieval", "generate", "run", "train_step"),
-    ("evaluate", "summary", "record"),
+    ("evaluate", "summary", "record", "mining"),
     ("train",),
     ("main", "export", "plan", "quickstart"),
 )
