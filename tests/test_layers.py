@@ -17,7 +17,8 @@ LAYERS = (
     ("losses", "models", "data", "sharding", "metrics", "config", "optim", "checkpoint", "hlo", "rendezvous", "lock"),
     ("hf", "flops", "rag", "cli", "processes"),
     ("retrieval", "generate", "run", "train_step"),
-    ("evaluate", "summary", "record", "mining"),
+    ("index", "mining", "record", "summary"),
+    ("evaluate",),
     ("train",),
     ("main", "export", "plan", "quickstart"),
 )
