@@ -64,6 +64,7 @@ def get_config() -> ConfigDict:
     optimizer.rate_rules = ((r".*", 1.0),)
     optimizer.decay_rules = ((r"(bias|scale)$", 0.0), (r".*", 1.0))
 
+    config.mining = ConfigDict({"every_steps": 0, "margin": 0.1})
     config.mesh = ConfigDict({"replica": 1, "data": -1, "model": 1})
     config.checkpoint = ConfigDict({"every_steps": 10, "every_minutes": 0.0, "keep": 2})
     config.guard = ConfigDict({"skip_nonfinite": 0, "spike_factor": 0.0})

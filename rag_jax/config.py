@@ -132,6 +132,12 @@ KEYS: dict[str, Key] = {
     "optimizer.clip_norm": Key(float | None, positive, "highest global norm of the gradients; None: no clipping"),
     "optimizer.rate_rules": Key(Rules, rules, "(regex of a parameter's path, multiplier of the rate); 0: frozen"),
     "optimizer.decay_rules": Key(Rules, rules, "(regex of a parameter's path, multiplier of weight_decay)"),
+    "mining.every_steps": Key(
+        int, at_least(0), "group rows with near passages anew as often, from step 0 on; 0: never"
+    ),
+    "mining.margin": Key(
+        float | None, anything, "passages that score above a query's own by more are kept out of its group; None: none"
+    ),
     "mesh.replica": Key(int, axis, "copies of everything; -1: what is left"),
     "mesh.data": Key(int, axis, "shares of the batch and of the parameters; -1: what is left"),
     "mesh.model": Key(int, axis, "tensor parallel; -1: what is left"),
@@ -415,6 +421,11 @@ _JOINT_CHECKS: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
         ("retriever.path", "objective.name", "objective.candidates", *_WEIGHTS),
         _lacks_retriever,
         "this objective needs a retriever; give its path",
+    ),
+    (
+        ("mining.every_steps", "group_size", "retriever.path"),
+        lambda every, size, path: every > 0 and (size == 1 or path is None),
+        "mining fills groups with what a retriever takes for near; give its path and groups of several rows",
     ),
     (
         ("mesh.replica", "mesh.data", "mesh.model"),

@@ -9,7 +9,7 @@ import jax
 from rag_jax import data, flops, guards, metrics, models
 
 # What a run stops its steps for.
-PAUSES = ("compile", "eval", "checkpoint")
+PAUSES = ("compile", "eval", "checkpoint", "mining")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +84,20 @@ class Record:
         shown = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in values.items())
         self.progress.print(f"step {step}: {shown}")
 
+    def mining(self, step: int, values: dict[str, float]) -> None:
+        """Metrics of the groups that were mined after this step, and what all minings cost so far."""
+        share = self.seconds["mining"] / (self.seconds["mining"] + self.seconds["step"])
+        self.writer.evaluation(step, values | {"time/mining_share": share})
+        shown = "  ".join(f"{name.removeprefix('mining/')} {value:.3f}" for name, value in values.items())
+        self.progress.print(f"step {step}: mined  {shown}")
+
     def summary(self) -> str:
         """Where this process's time went, and how fast its steps were."""
         steps_s, clock = self.seconds["step"], metrics.clock
         pauses = {"compile": "compilation", "eval": "evaluation", "checkpoint": "checkpoints"}
         spent = [f"{text} {clock(self.seconds[name])}" for name, text in pauses.items()]
+        if mining_s := self.seconds["mining"]:
+            spent.append(f"mining {clock(mining_s)} ({mining_s / (mining_s + steps_s):.1%} of training)")
         spent.insert(0, f"steps {clock(steps_s)} ({self.seconds['data_wait'] / steps_s:.1%} waiting for data)")
         queries_per_s = self.steps * self.config.batch_size / steps_s
         return (

@@ -27,9 +27,7 @@ def main() -> None:
 
 def replay(loaded: Any, workdir: pathlib.Path, step: int) -> None:
     """Print all about a step; see above."""
-    import numpy as np
-
-    from rag_jax import data, inputs, metrics, optim, run, sharding, train
+    from rag_jax import data, inputs, metrics, mining, optim, run, sharding, train
     from rag_jax.checkpoint import Checkpoints
 
     run.keep_compiled()
@@ -43,8 +41,9 @@ def replay(loaded: Any, workdir: pathlib.Path, step: int) -> None:
         state = train.restore(training, checkpoints, start) if start else train.pretrained(training)
     compiled, progress = train.Compiled(training), metrics.Progress(step, start or 0)
     print(f"replay     steps {(start or 0) + 1} to {step}", flush=True)
-    rows = data.order(len(training.examples), loaded.batch_size, loaded.seed)[step - 1]
-    for number, (batch, facts) in enumerate(train.batches(training, start or 0, train.Wishes([], 0)), (start or 0) + 1):
+    every = loaded.mining.every_steps
+    spans = mining.kept(workdir, start or 0, every) if every else iter([(start or 0, None)])
+    for number, (batch, facts) in enumerate(train.batches(training, spans, train.Wishes([], 0)), (start or 0) + 1):
         if number == step:
             break
         state, _ = compiled.of(state, batch, facts.lengths, progress)[0](state, batch)
@@ -54,7 +53,7 @@ def replay(loaded: Any, workdir: pathlib.Path, step: int) -> None:
     )
     for line in taken_apart(training, state, batch, dropout_seed):
         print(line)
-    host = data.collate(training.examples, np.asarray(rows), training.shapes)
+    host = data.collate(training.examples, train.rows_of(training, step), training.shapes)
     for line in row_lines(training, params, host, dropout_seed, step - 1):
         print(line)
 

@@ -3,6 +3,7 @@
 **R** queries, **M** passages of the corpus, **K** retrieved passages, **E** embedding width.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Shaped
 from tqdm import tqdm
 
@@ -19,8 +21,15 @@ from rag_jax.data import segments
 RECALL_AT = (1, 5, 10)
 # The deepest rank that any metric looks at.
 DEPTH = 10
-# Scores that exist at one time: (queries, M) float32 of at most this many numbers.
+# Scores that exist at one time on a device: (queries, passages) float32 of at most this many numbers, 256 MB.
 SCORES_AT_A_TIME = 2**26
+QUERIES_AT_A_TIME = 4096
+# Neighbouring scores of which the highest is looked at first.
+RUN = 128
+# Of progress: on a terminal only.
+BAR: dict[str, Any] = {"leave": False, "mininterval": 1.0, "disable": None}
+
+P = PartitionSpec
 
 
 def size_for(needed: int, largest: int, *, steps: int = 4) -> int:
@@ -36,55 +45,180 @@ def full_batches(order: Int[np.ndarray, " n"], batch_size: int) -> Iterator[tupl
         yield np.concatenate([rows, np.repeat(rows[:1], batch_size - len(rows))]), len(rows)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(model: rag.Rag, params: dict, ids: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B E"]:
-    return rag.encode(model.model("retriever", params), ids, mask, model.pooling)
-
-
 def embed(
     model: rag.Rag, params: dict, tokens: segments.Ragged, *, batch_size: int, label: str
 ) -> Float[np.ndarray, "n E"]:
-    """Normalised embeddings of tokenised texts, in their order. Texts of similar length share a batch."""
+    """Normalised embeddings of tokenised texts, in their order, on every process; every process must call.
+
+    Texts of similar length share a batch, and the devices on which the parameters lie share the batches.
+    """
+    encode, mesh = _encoder(model, *_places(params["retriever"]))
+    shards = 1 if mesh is None else sharding.batch_shards(mesh)
+    batch_size = -(-min(batch_size, len(tokens)) // shards) * shards
+    own = np.arange(batch_size) if mesh is None else sharding.own_rows(mesh, batch_size)
     lengths = tokens.lengths
     longest = int(lengths.max())
     found: list[Any] = []
     order = np.argsort(-lengths, kind="stable")  # the longest first: too little memory shows at once
-    for rows, real in tqdm(
-        list(full_batches(order, batch_size)), desc=label, leave=False, mininterval=1.0, disable=None
-    ):
-        ids, mask = segments.pad(tokens, rows, size_for(int(lengths[rows].max()), longest))
-        found.append((_encode(model, params, ids, mask), real))
+    for rows, real in tqdm(list(full_batches(order, batch_size)), desc=label, **BAR):
+        batch = segments.pad(tokens, rows[own], size_for(int(lengths[rows].max()), longest))
+        if mesh is not None:
+            batch = sharding.put_batch(mesh, batch, batch_size)
+        found.append((*encode(params["retriever"], *batch), real))
     emb = np.empty((len(tokens), found[0][0].shape[-1]), np.float32)
     emb[order] = np.concatenate([sharding.to_host(part)[:real] for part, real in found])
     return emb
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _top_k(
-    query_emb: Float[Array, "R E"], passage_emb: Float[Array, "M E"], k: int
-) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
-    # The default precision of a product on TPU and GPU is lower than float32 and would change ranks.
-    cosine = jnp.einsum("RE,ME->RM", query_emb, passage_emb, precision=jax.lax.Precision.HIGHEST)
-    values, index = jax.lax.top_k(cosine, k)
-    return values, index
+def _places(params: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The structure of parameters and where each leaf lies."""
+    leaves, structure = jax.tree.flatten(params)
+    return structure, tuple(getattr(leaf, "sharding", None) for leaf in leaves)
+
+
+@functools.lru_cache(maxsize=8)
+def _encoder(model: rag.Rag, structure: Any, places: tuple[Any, ...]) -> tuple[Any, Mesh | None]:
+    """The compiled encoder for parameters that lie so, and their mesh; no mesh: everything on one device."""
+
+    mesh, split = None, lambda fn: fn
+    if all(isinstance(place, NamedSharding) for place in places):
+        shardings, mesh = jax.tree.unflatten(structure, places), places[0].mesh
+        if axes := sharding.batch_axes(mesh):
+            gather = functools.partial(sharding.gather_params, {"retriever": shardings})
+            model = dataclasses.replace(model, batch_axes=axes, gather=gather)
+        rows = NamedSharding(mesh, sharding.BATCH)
+        split = functools.partial(
+            sharding.on_each_device, mesh=mesh, shardings=(shardings, rows, rows), results=(rows,)
+        )
+
+    def own(params: Any, ids: Int[Array, "b L"], mask: Bool[Array, "b L"]) -> tuple[Float[Array, "b E"]]:
+        return (rag.encode(model.model("retriever", {"retriever": params}), ids, mask, model.pooling),)
+
+    return jax.jit(split(own)), mesh
 
 
 def top_k(
-    query_emb: Float[np.ndarray, "R E"], passage_emb: Float[np.ndarray, "M E"], k: int
+    query_emb: Float[np.ndarray, "R E"], corpus: Any, k: int, *, recall_target: float = 1.0
 ) -> tuple[Float[np.ndarray, "R K"], Int[np.ndarray, "R K"]]:
-    """Cosines and indices of each query's k nearest passages, nearest first; of equals the lower index first.
+    """Scores and indices of each query's k nearest passages, nearest first; of equals the lower index first.
 
-    Exact: every passage is scored. k is cut to the number of passages.
+    Exact: every passage is scored, in blocks that all devices of all processes share; every process must call. The
+    corpus is an array (M, E), or anything with a length and `block(start, stop)` that gives rows (m, E) of any number
+    type and what to multiply the scores of each with (m,): a corpus on disk is read once for 4,096 queries. k is cut
+    to the number of passages. `recall_target` below 1: TPUs may miss that many, for speed (`jax.lax.approx_max_k`).
     """
-    num_queries, num_passages = len(query_emb), len(passage_emb)
-    batch_size = min(max(SCORES_AT_A_TIME // num_passages, 1), num_queries)
-    corpus = jnp.asarray(passage_emb)
-    parts = [
-        jax.tree.map(lambda a, real=real: np.asarray(a)[:real], _top_k(query_emb[rows], corpus, min(k, num_passages)))
-        for rows, real in full_batches(np.arange(num_queries), batch_size)
-    ]
-    cosine, index = zip(*parts, strict=True)
-    return np.concatenate(cosine), np.concatenate(index)
+    corpus = Held(corpus) if isinstance(corpus, np.ndarray) else corpus
+    num_passages = len(corpus)
+    if not num_passages:
+        raise ValueError("no passage to retrieve from")
+    k = min(k, num_passages)
+    mesh = Mesh(np.array(jax.devices()), ("all",))
+    batch_size = min(len(query_emb), QUERIES_AT_A_TIME)
+    rows = min(SCORES_AT_A_TIME // batch_size * mesh.size, num_passages)
+    rows = -(-rows // mesh.size) * mesh.size
+    found = []
+    for batch, real in full_batches(np.arange(len(query_emb)), batch_size):
+        queries = _put(mesh, query_emb[batch], P())
+        best = _nothing(mesh, batch_size, k)
+        for start in range(0, num_passages, rows):
+            values, scale = corpus.block(start, min(start + rows, num_passages))
+            missing = rows - len(values)
+            block = (np.pad(values, ((0, missing), (0, 0))), np.pad(scale, (0, missing)))
+            block = jax.tree.map(lambda a: _put(mesh, a, P("all")), block)
+            best = _advance(mesh, recall_target, queries, *block, *best, start, num_passages)
+        found.append(tuple(sharding.to_host(part)[:real] for part in _merge(mesh, *best)))
+    score, index = zip(*found, strict=True)
+    return np.concatenate(score), np.concatenate(index)
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """A corpus in memory."""
+
+    emb: np.ndarray  # (M, E)
+
+    def __len__(self) -> int:
+        return len(self.emb)
+
+    def block(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.emb[start:stop], np.ones(stop - start, np.float32)
+
+
+def _put(mesh: Mesh, array: np.ndarray, spec: PartitionSpec) -> jax.Array:
+    """A global array of what every process has whole."""
+    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
+
+
+def _nothing(mesh: Mesh, num_queries: int, k: int) -> tuple[jax.Array, jax.Array]:
+    """The best (R, D k) of no passage: k of each device, side by side."""
+    shape = (num_queries, mesh.size * k)
+    score, index = np.full(shape, -np.inf, np.float32), np.full(shape, np.iinfo(np.int32).max, np.int32)
+    return _put(mesh, score, P(None, "all")), _put(mesh, index, P(None, "all"))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(5, 6))
+def _advance(
+    mesh: Mesh,
+    recall_target: float,
+    query_emb: Float[Array, "R E"],
+    passages: Shaped[Array, "m E"],
+    scale: Float[Array, " m"],
+    score: Float[Array, "R Dk"],
+    index: Int[Array, "R Dk"],
+    start: Int[Array, ""] | int,
+    num_passages: Int[Array, ""] | int,
+) -> tuple[Float[Array, "R Dk"], Int[Array, "R Dk"]]:
+    """Each device's k best so far and of its share of the block that begins with passage `start`."""
+
+    def own(query_emb: Any, passages: Any, scale: Any, score: Any, index: Any, start: Any, num_passages: Any) -> Any:
+        (m, _), k = passages.shape, score.shape[1]
+        first = start + jax.lax.axis_index("all") * m
+        # The default precision of a product on TPU and GPU is lower than float32 and would change ranks.
+        product = functools.partial(jnp.einsum, "RE,mE->Rm", precision=jax.lax.Precision.HIGHEST)
+        scores = product(query_emb, passages.astype(jnp.float32)) * scale
+        scores = jnp.where(first + jnp.arange(m) < num_passages, scores, -jnp.inf)
+        block_score, place = best_of_rows(scores, min(k, m), recall_target)
+        # What was found before stands in front: of equals it wins, and its indices are lower.
+        joined = jnp.concatenate([score, block_score], axis=1)
+        score, chosen = jax.lax.top_k(joined, k)
+        return score, jnp.take_along_axis(jnp.concatenate([index, first + place], axis=1), chosen, axis=1)
+
+    best = P(None, "all")
+    specs = (P(), P("all"), P("all"), best, best, P(), P())
+    split = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=(best, best), check_vma=False)
+    return split(query_emb, passages, scale, score, index, jnp.int32(start), jnp.int32(num_passages))
+
+
+def best_of_rows(
+    scores: Float[Array, "R m"], k: int, recall_target: float = 1.0
+) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
+    """`jax.lax.top_k`, of equals the lower index first, without sorting long rows.
+
+    The k best of a row lie in the k runs of `RUN` neighbours with the highest maxima (of equals the earlier ones), so
+    only these are sorted.
+    """
+    if recall_target < 1:
+        score, index = jax.lax.approx_max_k(scores, k, recall_target=recall_target)
+        return score, index.astype(jnp.int32)
+    R, m = scores.shape
+    if m <= 2 * k * RUN:
+        score, index = jax.lax.top_k(scores, k)
+        return score, index
+    runs = jnp.pad(scores, ((0, 0), (0, -m % RUN)), constant_values=-jnp.inf).reshape(R, -1, RUN)
+    highest = jnp.sort(jax.lax.top_k(runs.max(axis=2), k)[1], axis=1)
+    score, place = jax.lax.top_k(jnp.take_along_axis(runs, highest[:, :, None], axis=1).reshape(R, k * RUN), k)
+    return score, jnp.take_along_axis(highest, place // RUN, axis=1) * RUN + place % RUN
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _merge(
+    mesh: Mesh, score: Float[Array, "R Dk"], index: Int[Array, "R Dk"]
+) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
+    """The best of all devices, on all of them."""
+    k = score.shape[1] // mesh.size
+    score, index = (jax.lax.with_sharding_constraint(a, NamedSharding(mesh, P())) for a in (score, index))
+    descending, index = jax.lax.sort((-score, index), num_keys=2)
+    return -descending[:, :k], index[:, :k]
 
 
 def gold_rank(retrieved: Int[np.ndarray, "R K"], gold: Int[np.ndarray, " R"]) -> Int[np.ndarray, " R"]:

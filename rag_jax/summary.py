@@ -34,6 +34,11 @@ def summary(training: Any, report: data.Report, eval_report: data.Report | None,
         f"{config.batch_size} queries in {groups} group{'s' if groups > 1 else ''} of {config.group_size}, "
         f"{config.batch_size - 1} in-batch negatives a query"
     )
+    if every := config.mining.every_steps:
+        margin = config.mining.margin
+        lines["mining"] = f"groups of near passages, anew every {every} steps" + (
+            "" if margin is None else f"; kept apart: passages that score above a query's own by more than {margin:g}"
+        )
     lines["lengths"] = "; or ".join(describe(shape) for shape in training.shapes)
     epochs = config.total_steps * config.batch_size / len(training.examples)
     late = config.optimizer.schedule != "constant" and config.optimizer.warmup_steps > config.total_steps

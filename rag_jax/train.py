@@ -2,12 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from rag_jax import (
     inputs,
     lock,
     metrics,
+    mining,
     optim,
     processes,
     run,
@@ -136,7 +138,7 @@ def build(config: Any, workdir: pathlib.Path, mesh: Mesh, start_step: int) -> Tr
         key="data.train",
         columns=config.data.columns.to_dict(),
         bad_rows=config.data.bad_rows,
-        retriever=opened.retriever_text if "retriever" in used else None,
+        retriever=opened.retriever_text if "retriever" in used or config.mining.every_steps else None,
         prompt=prompt if "generator" in used else None,
         whole_string=opened.whole_string if "generator" in used else None,
         min_rows=config.batch_size,
@@ -201,7 +203,8 @@ def write_workdir(training: Training, start_step: int, found: inputs.Inputs) -> 
     os.replace(partial, training.workdir / "config.json")
     folder = training.workdir / "models"
     if not start_step:
-        shutil.rmtree(folder, ignore_errors=True)
+        for old in (folder, training.workdir / "mining"):
+            shutil.rmtree(old, ignore_errors=True)
         for role, source in training.opened.sources.items():
             hf.copy_small_files(source, folder / role)
         inputs.write(training.workdir, found)
@@ -237,7 +240,8 @@ def loop(training: Training, state: Any, checkpoints: Checkpoints, start_step: i
         wishes = Wishes(stopped, 60 * config.checkpoint.every_minutes if training.is_main else 0)
         if start_step == 0:
             record.pause("eval", evaluation(training, state, 0, record))
-        for step, (batch, facts) in enumerate(batches(training, start_step, wishes), start=start_step + 1):
+        spans = planned(training, lambda: state, start_step, record)
+        for step, (batch, facts) in enumerate(batches(training, spans, wishes), start=start_step + 1):
             run_step, compile_s = compiled.of(state, batch, facts.lengths, progress)
             record.pause("compile", compile_s)
             state, values = run_step(state, batch)
@@ -251,7 +255,7 @@ def loop(training: Training, state: Any, checkpoints: Checkpoints, start_step: i
             last = step == total_steps or asked == STOP
             evaluates = due(step, config.eval.every_steps) or (step == total_steps)
             saves = last or asked == SAVE or due(step, config.checkpoint.every_steps)
-            if evaluates or saves:
+            if evaluates or saves or due(step, config.mining.every_steps):
                 asked = max(asked, write(record, *pending))
                 pending = None
                 if evaluates:
@@ -294,15 +298,23 @@ class Wishes:
 def nonfinite(training: Training, state: Any, start_step: int) -> guards.NonFinite:
     """The guard of this run, which knows how many updates were skipped before `start_step`."""
     config = training.config
-    order = data.order(len(training.examples), config.batch_size, config.seed)
     skipped = start_step - int(jax.device_get(optim.updates_done(state.opt_state)))
     return guards.NonFinite(
         training.workdir,
         config.guard.skip_nonfinite,
         skipped,
-        lambda step: np.asarray(order[step - 1]),
+        functools.partial(rows_of, training),
         training.is_main,
     )
+
+
+def rows_of(training: Training, step: int) -> np.ndarray:
+    """Which rows a step that was begun reads, (batch_size,)."""
+    config = training.config
+    if config.mining.every_steps:
+        _, rows = next(mining.kept(training.workdir, step - 1, config.mining.every_steps))
+        return rows[0]
+    return np.asarray(data.order(len(training.examples), config.batch_size, config.seed)[step - 1])
 
 
 def write(record: Record, step: int, values: dict[str, Any], facts: Facts) -> int:
@@ -312,28 +324,63 @@ def write(record: Record, step: int, values: dict[str, Any], facts: Facts) -> in
     return asked
 
 
-def batches(training: Training, start_step: int, wishes: Wishes) -> Iterator[tuple[data.Batch, Facts]]:
-    """Batches on the mesh from the step after `start_step` on; the other processes learn of `wishes` with them."""
+def planned(
+    training: Training, state: Callable[[], Any], start_step: int, record: Record
+) -> Iterator[tuple[int, np.ndarray | None]]:
+    """(step, rows of the steps after it) from one mining to the next; without mining (start_step, None)."""
+    config, every, step = training.config, training.config.mining.every_steps, start_step
+    if not every:
+        yield start_step, None
+        return
+    since, plan, met = step, None, np.zeros(len(training.examples), np.int32)
+    if start_step:
+        since, plan, met = mining.resume(training.workdir, start_step, every)
+    while step < config.total_steps:
+        if plan is None:
+            plan = mined(training, state(), met, step, record)
+        yield step, plan.rows[step - since :]
+        step = since = since + every
+        plan, met = None, plan.met_after()
+
+
+def mined(training: Training, state: Any, met: Any, step: int, record: Record) -> mining.Plan:
+    """Mine with the parameters of this step; the plan goes to the workdir before any step of it is taken."""
+    began = time.perf_counter()
+    params = optim.join(state.params, state.frozen)
+    plan, values = mining.mine(training.opened.model, params, training.examples, met, training.config, step)
+    if training.is_main:
+        mining.save(training.workdir, step, plan)
+    record.pause("mining", time.perf_counter() - began)
+    record.mining(step, values)
+    return plan
+
+
+def batches(
+    training: Training, spans: Iterator[tuple[int, np.ndarray | None]], wishes: Wishes
+) -> Iterator[tuple[data.Batch, Facts]]:
+    """Batches on the mesh, span after span; the other processes learn of `wishes` with them."""
     config = training.config
-    source = data.iterate(
-        training.examples,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        start_step=start_step,
-        total_steps=config.total_steps,
-        shapes=training.shapes,
-        own=sharding.own_rows(training.mesh, config.batch_size),
-    )
-    while True:
-        began = time.perf_counter()
-        batch = next(source, None)
-        if batch is None:
-            return
-        if jax.process_count() > 1:
-            batch = batch._replace(stop=np.full(len(batch.row), wishes.now(), np.int32))
-        placed = sharding.put_batch(training.mesh, batch, config.batch_size)
-        wait_s = time.perf_counter() - began
-        yield placed, Facts(data.lengths(batch), data.padding_share(batch, config.objective.candidates), wait_s)
+    for first, rows in spans:
+        source = data.iterate(
+            training.examples,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start_step=first,
+            total_steps=config.total_steps,
+            shapes=training.shapes,
+            own=sharding.own_rows(training.mesh, config.batch_size),
+            planned=None if rows is None else rows[: config.total_steps - first],
+        )
+        while True:
+            began = time.perf_counter()
+            batch = next(source, None)
+            if batch is None:
+                break
+            if jax.process_count() > 1:
+                batch = batch._replace(stop=np.full(len(batch.row), wishes.now(), np.int32))
+            placed = sharding.put_batch(training.mesh, batch, config.batch_size)
+            wait_s = time.perf_counter() - began
+            yield placed, Facts(data.lengths(batch), data.padding_share(batch, config.objective.candidates), wait_s)
 
 
 class Compiled:

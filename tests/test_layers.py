@@ -17,8 +17,8 @@ LAYERS = (
     ("losses", "models", "data", "sharding", "metrics", "config", "optim", "checkpoint", "hlo", "rendezvous", "lock"),
     ("hf", "flops", "rag", "cli", "processes"),
     ("retrieval", "generate", "run", "train_step"),
-    ("evaluate", "summary", "guards", "inputs"),
-    ("record",),
+    ("index", "mining", "summary", "guards", "inputs"),
+    ("evaluate", "record"),
     ("train",),
     ("main", "export", "plan", "quickstart", "replay"),
 )

@@ -62,7 +62,7 @@ def test_the_record_has_every_step_once_and_the_names_of_the_contract(whole):
     line = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[1])
     assert set(line) == {
         "step", "loss/total", "loss/contrastive", "loss/marginal", "optim/learning_rate", "optim/grad_norm",
-        "time/step_s", "time/data_wait_s", "time/compile_s", "time/eval_s", "time/checkpoint_s",
+        "time/step_s", "time/data_wait_s", "time/compile_s", "time/eval_s", "time/checkpoint_s", "time/mining_s",
         "throughput/queries_per_s", "throughput/mfu", "throughput/padding_share",
     }  # fmt: skip
     assert steps[-1]["loss/total"] < steps[0]["loss/total"]

@@ -215,8 +215,15 @@ def iterate(
     total_steps: int,
     shapes: Sequence[Lengths],
     own: np.ndarray | None = None,
+    planned: np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """The batches of steps start_step .. total_steps - 1 (from 0), made ahead of time by threads; `own` as above."""
-    rows = order(len(examples), batch_size, seed)[start_step:total_steps]
+    """The batches of steps start_step .. total_steps - 1 (from 0), made ahead of time by threads; `own` as above.
+
+    `planned` (steps, batch_size): the rows of these very steps, where they are not those of `order`.
+    """
+    if planned is None:
+        rows = order(len(examples), batch_size, seed)[start_step:total_steps]
+    else:
+        rows = grain.MapDataset.source(list(planned))
     ahead = grain.ReadOptions(num_threads=PREFETCH_THREADS, prefetch_buffer_size=PREFETCH_BATCHES)
     return iter(rows.map(lambda batch: collate(examples, batch, shapes, own)).to_iter_dataset(ahead))

@@ -50,25 +50,25 @@ def cached(key: str, make: Callable[[], Arrays]) -> tuple[Arrays, bool]:
     """
     path = folder() / f"{key}.npz"
     try:
-        return _read(path), True
+        return read(path), True
     except FileNotFoundError:
         pass
     except Exception as error:  # of many kinds: archives, compression and arrays each have their own
         logging.warning("tokenised rows in %s are damaged (%s) and made again", path, error)
     arrays = make()
     try:
-        _write(path, arrays)
+        write(path, arrays)
     except OSError as error:
         logging.warning("tokenised rows are not kept: %s", error)
     return arrays, False
 
 
-def _read(path: pathlib.Path) -> Arrays:
+def read(path: pathlib.Path) -> Arrays:
     with np.load(path, allow_pickle=False) as file:  # the archive's checksums find what is damaged
         return {name: file[name] for name in file.files}
 
 
-def _write(path: pathlib.Path, arrays: Arrays) -> None:
+def write(path: pathlib.Path, arrays: Arrays) -> None:
     """Under a name of its own first: nobody ever sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")

@@ -1,0 +1,167 @@
+"""Hard groups: an order of rows in which the passages of a group are each other's near negatives.
+
+**n** rows, **g** rows of a group, **E** embedding width. Arrays of numpy in and out.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+# Rows or groups that are compared at a time.
+BLOCK = 1024
+# The best candidates that are looked at first: most often one of them will do.
+FIRST = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Near:
+    """What grouping needs to know of the rows, by the retriever's opinion of the moment."""
+
+    query_emb: np.ndarray  # (n, E) float32, normalised
+    passage_emb: np.ndarray  # (n, E)
+    query_key: np.ndarray  # (n,) equal where the query's text is equal
+    passage_key: np.ndarray  # (n,) equal where the passage's text is equal
+    neighbours: np.ndarray  # (n, m) other rows of high affinity, the highest first
+    margin: float | None
+
+    @functools.cached_property
+    def positive(self) -> np.ndarray:
+        """Cosine (n,) of each query and its own passage."""
+        return np.einsum("ne,ne->n", self.query_emb, self.passage_emb)
+
+    @functools.cached_property
+    def sides(self) -> tuple[np.ndarray, np.ndarray]:
+        """u, v (n, 2E): `u[i] @ v[j]` is the affinity cos(query i, passage j) + cos(query j, passage i)."""
+        return affinity_sides(self.query_emb, self.passage_emb)
+
+    def same(self, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """Whether two rows hold one query or one passage, so that none is a negative of the other (broadcast)."""
+        return (self.query_key[rows] == self.query_key[others]) | (self.passage_key[rows] == self.passage_key[others])
+
+    def too_near(self, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """Whether the passage of one answers the query of the other too, by its score (broadcast).
+
+        A passage that scores above a query's own by more than the margin is more likely unlabelled than wrong.
+        """
+        if self.margin is None:
+            return np.zeros(np.broadcast_shapes(rows.shape, others.shape), bool)
+        there = np.einsum("...e,...e->...", self.query_emb[rows], self.passage_emb[others])
+        back = np.einsum("...e,...e->...", self.query_emb[others], self.passage_emb[rows])
+        return (there > self.positive[rows] + self.margin) | (back > self.positive[others] + self.margin)
+
+
+def affinity_sides(query_emb: np.ndarray, passage_emb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(n, 2E) twice: an inner product of the first's row i and the second's row j scores both pairs of i and j."""
+    return np.concatenate([query_emb, passage_emb], axis=1), np.concatenate([passage_emb, query_emb], axis=1)
+
+
+def plan(
+    near: Near, met: np.ndarray, *, group_size: int, batch_size: int, num_steps: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Rows (num_steps, batch_size) int32 of the coming batches, in groups of near neighbours, in random order.
+
+    `met` (n,): how often each row was met before; those met least come first, so that however often rows are grouped
+    anew, all are met equally often. Where an epoch does not end with a group, rows of the next one fill it.
+    """
+    met, needed = met.copy(), num_steps * batch_size
+    done: list[np.ndarray] = []
+    begun: list[int] = []
+    while sum(map(len, done)) < needed:
+        pool = np.flatnonzero(met == met.min())
+        groups = regroup(near, pool, begun, group_size, rng)
+        met[pool] += 1
+        # The group that the last epoch began stays in front, the one that the next will fill comes last.
+        begun, first = (groups.pop() if len(groups[-1]) < group_size else []), int(bool(begun))
+        rows = np.array(groups, np.int32).reshape(-1, group_size)
+        rows[first:] = rng.permutation(rows[first:])
+        done.append(rows.reshape(-1))
+    return np.concatenate(done)[:needed].reshape(num_steps, batch_size)
+
+
+def regroup(
+    near: Near, pool: np.ndarray, begun: list[int], group_size: int, rng: np.random.Generator
+) -> list[list[int]]:
+    """The rows of `pool` in groups, the first one begun with the rows given, only the last one perhaps unfilled.
+
+    Each group starts with a random row and takes what is nearest to all its rows. A passage of which as many rows are
+    left as groups goes into each of them: so no group holds a passage twice, unless there are too many rows of it.
+    """
+    free = np.zeros(len(near.query_key), bool)
+    free[pool] = True
+    left = np.bincount(near.passage_key[pool], minlength=int(near.passage_key.max()) + 1)
+    anchors, most, remaining = iter(rng.permutation(pool)), int(left.max()), len(pool)
+    groups = []
+
+    def take(group: list[int], row: int) -> None:
+        nonlocal remaining
+        group.append(row)
+        free[row] = False
+        left[near.passage_key[row]] -= 1
+        remaining -= 1
+
+    while remaining:
+        group, begun = list(begun), []
+        size = min(group_size, len(group) + remaining)
+        groups_left = -(-(len(group) + remaining) // group_size)
+        if groups_left <= most:
+            most = int(left.max())
+            for passage in np.flatnonzero(left >= groups_left)[: size - len(group)]:
+                if passage not in near.passage_key[group]:
+                    take(group, int(np.flatnonzero(free & (near.passage_key == passage))[0]))
+        if not group:
+            take(group, int(next(row for row in anchors if free[row])))
+        while len(group) < size:
+            take(group, nearest(near, group, free))
+        groups.append(group)
+    return groups
+
+
+def nearest(near: Near, group: list[int], free: np.ndarray) -> int:
+    """The free row of highest affinity to a group, of those that are negatives of all its rows, if there are any."""
+    left, right = near.sides
+    members = np.array(group)
+    centre = right[members].sum(axis=0)
+    # Rows far from everything, and the last ones of an epoch, have no free neighbour: then all are looked at.
+    for candidates in (np.unique(near.neighbours[members]), np.arange(len(free))):
+        candidates = candidates[free[candidates]]
+        candidates = candidates[~near.same(candidates[:, None], members).any(axis=1)]
+        order = np.argsort(-(left[candidates] @ centre), kind="stable")
+        for start in range(0, len(order), FIRST):
+            block = candidates[order[start : start + FIRST]]
+            good = np.flatnonzero(~near.too_near(block[:, None], members).any(axis=1))
+            if len(good):
+                return int(block[good[0]])
+    candidates = np.flatnonzero(free)
+    twice = np.isin(near.passage_key[candidates], near.passage_key[members])
+    return int(candidates[np.argmax(left[candidates] @ centre - np.where(twice, 1e3, 0.0))])
+
+
+def hardness(near: Near, groups: np.ndarray) -> dict[str, float]:
+    """Of groups (G, g) of rows: how close a query's negatives come to its passage.
+
+    `similarity`: mean cosine of queries and the group's other passages; `not_first`: share of queries for which one of
+    those scores at least as high as their own.
+    """
+    negatives, lost = [], []
+    for start in range(0, len(groups), BLOCK):
+        rows = groups[start : start + BLOCK]
+        cosine = np.einsum("Gie,Gje->Gij", near.query_emb[rows], near.passage_emb[rows])
+        negative = ~near.same(rows[:, :, None], rows[:, None, :])
+        negatives.append(cosine[negative])
+        lost.append((negative & (cosine >= near.positive[rows][:, :, None])).any(axis=2).ravel())
+    found = np.concatenate(negatives)
+    return {"similarity": float(found.mean()) if len(found) else 0.0, "not_first": float(np.concatenate(lost).mean())}
+
+
+def masked_shares(near: Near) -> dict[str, float]:
+    """How many of the rows' nearest neighbours are no negatives: by `identity` of a text, or else by the `margin`."""
+    rows = np.arange(len(near.neighbours))
+    same, above = 0, 0
+    for start in range(0, len(rows), BLOCK):
+        block, others = rows[start : start + BLOCK, None], near.neighbours[start : start + BLOCK]
+        identical = near.same(block, others)
+        same += int(identical.sum())
+        above += int((near.too_near(block, others) & ~identical).sum())
+    pairs = max(near.neighbours.size, 1)
+    return {"identity": same / pairs, "margin": above / pairs}

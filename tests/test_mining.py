@@ -1,0 +1,135 @@
+"""Mining in the loop: what it leaves in the workdir, going on from it to the same bits, and that steps get harder."""
+
+import json
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from command import ROOT, TINY, environment, run, words
+from test_processes import run_together
+from test_train import records, state_of
+
+from rag_jax import config, mining
+from rag_jax.errors import UserError
+
+STEPS = 8
+ROWS = 30  # mined in the middle of the first epoch and of the second.
+VALUES = {
+    "total_steps": STEPS, "mining__every_steps": 3, "eval__every_steps": 0, "checkpoint__every_steps": 2,
+    "checkpoint__keep": 9, "objective__name": "none", "generator__path": None,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache):
+    """A run of all steps without a stop."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    printed = run(cache, "main", f"--config={TINY}", f"--workdir={workdir}", **VALUES)
+    return workdir, printed
+
+
+def plans(workdir, steps=(0, 3, 6)):
+    found = [mining.load(workdir, step) for step in steps]
+    assert all(found)
+    return found
+
+
+def test_the_plans_and_their_metrics(whole):
+    workdir, printed = whole
+    assert sorted(path.name for path in (workdir / "mining").iterdir()) == [f"step_{m}.npz" for m in (0, 3, 6)]
+    met = np.zeros(ROWS, int)
+    for plan in plans(workdir):
+        assert plan.rows.shape == (3, 8)
+        np.testing.assert_array_equal(plan.met, met)
+        met += np.bincount(plan.rows.ravel(), minlength=ROWS)
+        assert met.max() - met.min() <= 1
+    assert met.sum() == 9 * 8
+    lines = records(workdir, "mining/")
+    assert [line["step"] for line in lines] == [0, 3, 6]
+    for line in lines:
+        assert line["mining/similarity"] > line["mining/random_similarity"]
+        assert 0 < line["mining/masked_identity"] < 1 and 0 <= line["mining/masked_margin"] < 1
+        assert 0 < line["mining/random_not_first"] <= 1
+    first = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["step"] == 0 and first["time/mining_share"] == 1  # nothing trained yet
+    assert "mining     groups of near passages, anew every 3 steps; kept apart: " in printed
+    assert "of training)" in printed
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(whole, cache, tmp_path):
+    workdir = tmp_path / "run"
+    command = words("main", f"--config={TINY}", f"--workdir={workdir}", **VALUES)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and not (workdir / "checkpoints" / "4").exists():
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    run(cache, "main", f"--config={TINY}", f"--workdir={workdir}", **VALUES)
+    assert records(workdir) == records(whole[0])
+    assert records(workdir, "mining/") == records(whole[0], "mining/")
+    for ours, theirs in zip(plans(workdir), plans(whole[0]), strict=True):
+        np.testing.assert_array_equal(ours.rows, theirs.rows)
+        np.testing.assert_array_equal(ours.met, theirs.met)
+    ours, theirs = state_of(workdir, STEPS, cache), state_of(whole[0], STEPS, cache)
+    for path in ours:
+        np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)
+
+
+def test_what_is_due_now_is_mined_and_what_is_lost_is_named(whole, tmp_path):
+    workdir, _ = whole
+    first, second, _ = plans(workdir)
+    since, plan, met = mining.resume(workdir, 4, 3)
+    assert (since, met) == (3, None)
+    np.testing.assert_array_equal(plan.rows, second.rows)
+    mining.save(tmp_path, 0, first)
+    since, plan, met = mining.resume(tmp_path, 3, 3)  # killed between checkpoint and mining
+    assert (since, plan) == (3, None)
+    np.testing.assert_array_equal(met, second.met)
+    with pytest.raises(UserError, match=r"step_3.npz is missing.*move the checkpoints after step 0 away"):
+        mining.resume(tmp_path, 4, 3)
+    path = mining.path_of(tmp_path, 0)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(UserError, match=r"step_0.npz cannot be read"):
+        mining.resume(tmp_path, 1, 3)
+
+
+def test_mined_batches_are_harder(cache, tmp_path):
+    """The same models, hardly moved, on all rows: the in-batch loss of near passages lies above that of random ones."""
+    still = {
+        "optimizer__learning_rate": 1e-12, "total_steps": 7, "group_size": 4, "batch_size": 4, "eval__every_steps": 0,
+        "checkpoint__every_steps": 0, "objective__name": "none", "generator__path": None, "mining__margin": None,
+    }  # fmt: skip
+    losses = {}
+    for every in (0, 7):
+        workdir = tmp_path / str(every)
+        run(cache, "main", f"--config={TINY}", f"--workdir={workdir}", **still, mining__every_steps=every)
+        losses[every] = np.mean([line["loss/contrastive"] for line in records(workdir)])
+    assert losses[7] > 1.05 * losses[0]
+    (line,) = records(tmp_path / "7", "mining/")
+    assert line["mining/not_first"] >= line["mining/random_not_first"]
+
+
+@pytest.mark.slow
+def test_processes_train_on_one_plan(whole, cache, tmp_path):
+    workdir = tmp_path / "run"
+    ended = run_together(2, 1, cache, f"--config={TINY}", f"--workdir={workdir}", **VALUES)
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    np.testing.assert_array_equal(plans(workdir)[0].rows, plans(whole[0])[0].rows)
+    ours, theirs = records(workdir), records(whole[0])
+    np.testing.assert_allclose(
+        [line["loss/total"] for line in ours[:3]], [line["loss/total"] for line in theirs[:3]], rtol=1e-4
+    )
+    assert [line["step"] for line in ours] == list(range(1, STEPS + 1))
+
+
+def test_mining_needs_a_retriever_and_groups():
+    with pytest.raises(UserError, match=r"mining.every_steps=5, group_size=1.*mining fills groups"):
+        config.load(TINY, {"mining.every_steps": 5, "group_size": 1, "objective.candidates": 1})
