@@ -107,9 +107,10 @@ def test_a_config_runs_unchanged(file, tmp_path, cache):
     home.mkdir()
     values = put_everything(loaded, home, hub) | {"total_steps": STEPS}
     env = environment(cache) | {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
-    env["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices_of(loaded)}"
-    if file.stem not in DEFAULT:
+    if file.stem not in DEFAULT:  # their batches are large: compiling well takes less than running badly
+        env["XLA_FLAGS"] = ""
         values |= {f"eval__{name}": min(loaded.eval[name] or most, most) for name, most in EVAL.items()}
+    env["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices_of(loaded)}"
     command = words("main", f"--config={file}", f"--workdir={workdir}", **values)
     process = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True)
 
