@@ -4,17 +4,21 @@ import dataclasses
 import json
 import math
 import statistics
+import subprocess
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import safetensors.numpy
+from command import ROOT, TINY, environment, run, words
 from test_mesh import ALL, mesh_of
 from test_rag import make, make_rows
 
 from rag_jax import guards, optim, sharding, train_step
 from rag_jax.errors import UserError
+from rag_jax.hf import tiny
 
 NAN = float("nan")
 
@@ -72,8 +76,8 @@ def test_a_skipped_update_changes_nothing_but_the_step():
     good, bad = (make_rows(32, seed=n) for n in (0, 1))
     used = [set(np.unique(rows.query_ids[rows.query_mask])) for rows in (good, bad)]
     token = min(used[1] - used[0] - set(np.unique(good.passage_ids)))
-    embedding = params["retriever"]["embeddings"]["token"]["embedding"]
-    params["retriever"]["embeddings"]["token"]["embedding"] = embedding.at[token].set(jnp.inf)
+    word = params["retriever"]["embed"]["word"]
+    word["embedding"] = word["embedding"].at[token].set(jnp.inf)
     mesh, optimizer = mesh_of((1, 1, 1)), optax.adam(lambda count: 0.01 / (1 + count))
     trainable, frozen = optim.split_frozen(params, ALL)
     places = jax.tree.map(lambda a: a.sharding, train_step.abstract_state(trainable, frozen, optimizer, mesh))
@@ -98,3 +102,70 @@ def test_a_skipped_update_changes_nothing_but_the_step():
         jax.device_put(dataclasses.replace(before, step=np.int32(1)), places), sharding.put_batch(mesh, good, 32)
     )
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), jax.device_get(again.params))
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory):
+    """A run whose retriever has an embedding near the end of float32, which row 5 alone meets."""
+    folder = tmp_path_factory.mktemp("failed")
+    tiny.build("bert", folder / "bert")
+    weights = safetensors.numpy.load_file(folder / "bert" / "model.safetensors")
+    tokenizer = json.loads((folder / "bert" / "tokenizer.json").read_text())
+    name = next(name for name in weights if name.endswith("word_embeddings.weight"))
+    weights[name][tokenizer["model"]["vocab"]["~"]] = 3e38
+    safetensors.numpy.save_file(weights, folder / "bert" / "model.safetensors", {"format": "pt"})
+    rows = [f"{word} {row}?,the {word} of {row},{row} {word}" for row, word in enumerate("abcdefghijkl" * 2)]
+    rows[5] = rows[5].replace("?", "~?", 1)
+    (folder / "rows.csv").write_text("\n".join(["Question,Abstract,Answer", *rows]) + "\n")
+    values = dict(
+        total_steps=9, eval__every_steps=0, checkpoint__every_steps=1, data__train=folder / "rows.csv", data__eval=None,
+        retriever__path=folder / "bert", optimizer__learning_rate=1e-4,
+    )  # fmt: skip
+    flags = (f"--config={TINY}", f"--workdir={folder / 'run'}")
+    ended = subprocess.run(
+        words("main", *flags, **values), cwd=ROOT, env=environment(folder / "cache"), capture_output=True, text=True
+    )
+    return folder, flags, values, ended
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_says_where_and_the_step_can_be_taken_apart(failed):
+    folder, _, _, ended = failed
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    found = json.loads(next((folder / "run" / "failed").glob("step_*.json")).read_text())
+    step = found["step"]
+    assert f"at step {step}; nothing of it was saved" in ended.stderr.splitlines()[-1]
+    assert 5 in found["rows"] and set(found["not_finite"]) >= {"loss/total", "optim/grad_norm"}
+    saved = max((int(path.name) for path in (folder / "run" / "checkpoints").glob("[0-9]*")), default=0)
+    assert saved < step
+    lines = run(folder / "cache", *found["replay"].removeprefix("python -m rag_jax.").split()).splitlines()
+    rows = [line for line in lines if line.split()[0].isdecimal()]
+    assert [int(line.split()[0]) for line in rows] == found["rows"]
+    (wrong,) = (line for line in rows if line.split()[1] == "nan")  # its query's embedding
+    assert wrong.split()[0] == "5" and "NOT FINITE" in wrong and "~?" in wrong
+    assert any(line.startswith("gradient retriever/") for line in lines)
+    assert not any(line.startswith("parameter ") for line in lines)
+
+
+@pytest.mark.slow
+def test_skipped_updates_are_counted_over_stops(failed):
+    """Row 5 is met once in each epoch of three steps: the third time is one too many, whatever was stopped between."""
+    folder, flags, values, _ = failed
+    told = []
+    for name, stops in (("whole", [9]), ("stopped", [4, 9])):
+        workdir = folder / name
+        for total_steps in stops:
+            more = values | {"guard__skip_nonfinite": 2, "total_steps": total_steps, "optimizer__schedule": "constant"}
+            ended = subprocess.run(
+                words("main", flags[0], f"--workdir={workdir}", **more),
+                cwd=ROOT,
+                env=environment(folder / "cache"),
+                capture_output=True,
+                text=True,
+            )
+            assert ended.returncode == (2 if total_steps == 9 else 0), ended.stderr
+        told.append(ended.stderr.splitlines()[-1].replace(str(workdir), "DIR"))
+        assert "and 2 updates were skipped already" in told[-1]
+        skipped = [json.loads(path.read_text())["skipped"] for path in sorted((workdir / "failed").iterdir())]
+        assert skipped == [True, True, False]
+    assert told[0] == told[1]

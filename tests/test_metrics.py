@@ -8,17 +8,19 @@ import jax
 import pytest
 
 from rag_jax import metrics
+from rag_jax.errors import UserError
 
 
 def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def scalars(workdir):
-    """{tag: {step: value}} as TensorBoard shows them."""
+def scalars(workdir, as_list=False):
+    """{tag: {step: value}} as TensorBoard shows them, or {tag: [(step, value), ...]}."""
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = event_accumulator.EventAccumulator(str(workdir / "tensorboard")).Reload()
-    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    kind = list if as_list else dict
+    return {tag: kind((e.step, e.value) for e in events.Scalars(tag)) for tag in events.Tags()["scalars"]}
 
 
 def test_lines_are_on_disk_at_once_with_the_names_given(tmp_path):
@@ -48,6 +50,36 @@ def test_going_on_takes_out_what_was_written_about_later_steps(tmp_path):
     board = scalars(tmp_path)
     assert board["loss/total"] == {1: 1, 2: 2, 3: 3, 4: 14, 5: 15, 6: 16}
     assert board["eval/mrr@10"] == {3: pytest.approx(0.3)}
+
+
+def test_every_step_stands_there_once_after_any_number_of_kills(tmp_path, monkeypatch):
+    """Nothing is closed or flushed, the last line is torn, and the clock of each start is behind the one before."""
+    killed, resumed = [], 0
+    for start, clock in enumerate([2e9, 1.9e9, 1.9e9, 1.8e9]):
+        monkeypatch.setattr(metrics.time, "time", lambda clock=clock: clock)
+        writer = metrics.Writer(tmp_path, start_step=resumed)
+        for step in range(resumed + 1, resumed + 6):
+            writer.train(step, {"loss/total": 100 * start + step})
+        killed.append(writer)
+        resumed += 3
+        with open(tmp_path / "metrics.jsonl", "ab") as file, open(killed[-1]._board.name, "ab") as board:
+            file.write(b'{"step": 3, "lo\xff')
+            board.write(b"\x18\x00\x00")
+    expected = {1: 1, 2: 2, 3: 3, 4: 104, 5: 105, 6: 106, 7: 207, 8: 208, 9: 209}
+    expected |= {step: 300 + step for step in range(10, 15)}
+    metrics.Writer(tmp_path, start_step=14).close()
+    assert {line["step"]: line["loss/total"] for line in lines(tmp_path)} == expected
+    assert len(lines(tmp_path)) == len(expected)
+    assert scalars(tmp_path, as_list=True)["loss/total"] == list(expected.items())
+
+
+def test_what_a_full_disk_does_not_take_is_one_clear_line(tmp_path, monkeypatch):
+    writer = metrics.Writer(tmp_path)
+    writer._file.close()
+    with open("/dev/full", "wb", buffering=0) as full:
+        writer._file = full
+        with pytest.raises(UserError, match="/dev/full: No space left on device"):
+            writer.train(1, {"loss/total": 1.0})
 
 
 def test_a_run_that_begins_anew_keeps_nothing_of_the_one_before(tmp_path):

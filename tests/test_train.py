@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from command import ROOT, TINY, environment, run, words
 
-from rag_jax import checkpoint, config, data, flops, models, train
+from rag_jax import checkpoint, config, data, flops, hf, inputs, models, train
 from rag_jax import run as runs
 from rag_jax.errors import UserError
 
@@ -167,12 +168,117 @@ def test_every_objective_trains(cache, tmp_path, changes):
     assert ("\ngenerator " in printed) == ("generator__path" not in changes or changes["generator__path"] is not None)
 
 
+def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(whole, cache, tmp_path):
+    workdir = tmp_path / "run"
+    flags = (f"--config={TINY}", f"--workdir={workdir}")
+    values = {"total_steps": STEPS, "eval__every_steps": 3, "checkpoint__every_steps": 0}
+    # By the clock, and so fast that it is after every step: saving changes no bit either.
+    run(cache, "main", *flags, **values, checkpoint__every_minutes=1e-6)
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"5", "6"}
+    damaged = next((workdir / "checkpoints" / "6" / "params" / "ocdbt.process_0" / "d").iterdir())
+    damaged.write_bytes(flipped := bytes([damaged.read_bytes()[0] ^ 1]) + damaged.read_bytes()[1:])
+    out = tmp_path / "export"
+    ended = subprocess.run(
+        words("export", f"--workdir={workdir}", f"--out={out}"),
+        cwd=ROOT,
+        env=environment(cache),
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0 and "step 5 of" in ended.stdout and "checkpoints/6 is damaged" in ended.stderr
+    printed = run(cache, "main", *flags, **values)
+    assert f"checkpoint {workdir}/checkpoints/6 is damaged (params/ocdbt.process_0/d/{damaged.name} is not" in printed
+    assert "kept as damaged-6" in printed and "from step 5 of" in printed
+    assert (
+        workdir / "checkpoints" / "damaged-6" / damaged.relative_to(workdir / "checkpoints" / "6")
+    ).read_bytes() == flipped
+    assert records(workdir) == records(whole[0])
+    assert records(workdir, "eval/") == records(whole[0], "eval/")
+
+
+def test_other_rows_or_models_are_refused_with_the_difference(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAG_JAX_CACHE", str(tmp_path / "cache"))
+    rows, model = tmp_path / "rows.csv", tmp_path / "model"
+    rows.write_text("Question,Abstract,Answer\n" + "".join(f"q{n},p{n},a{n}\n" for n in range(9)))
+    hf.tiny.build("gpt2", model)
+    values = {"data.train": str(rows), "generator.path": str(model)}
+    loaded = config.load(TINY, values)
+
+    def found():
+        examples, _ = data.load_examples(str(rows), key="data.train", columns=loaded.data.columns.to_dict())
+        return inputs.of_run(loaded, examples)
+
+    inputs.write(tmp_path, first := found())
+    inputs.check(tmp_path, loaded, found())
+    rows.write_text(rows.read_text() + "q9,p9,a9\n")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(UserError) as error:
+        inputs.check(tmp_path, loaded, second := found())
+    assert f"data.train='{rows}': rows was 9 and is 10" in str(error.value)
+    was, now = (files["generator.path"]["model.safetensors"] for files in (first, second))
+    assert f"generator.path='{model}': model.safetensors was {was} and is {now}" in str(error.value)
+    assert "config.json" not in str(error.value)
+    shutil.rmtree(model)
+    rows.write_text("Question,Abstract,Answer\n" + "".join(f"q{n},p{n},a{n}\n" for n in range(9)))
+    inputs.check(tmp_path, loaded, found())
+    (tmp_path / "inputs.json").write_text("[]")
+    with pytest.raises(UserError, match="inputs.json is damaged"):
+        inputs.check(tmp_path, loaded, found())
+
+
+def test_of_a_large_file_any_of_many_blocks_tells_it_from_another(tmp_path):
+    content = np.random.default_rng(0).bytes(6_000_000)
+    (tmp_path / "a").write_bytes(content)
+    (tmp_path / "b").write_bytes(content)
+    assert inputs.digest(tmp_path / "a") == inputs.digest(tmp_path / "b")
+    for changed in (content[:-1] + b"x", b"x" + content[1:], content + b"x"):
+        (tmp_path / "b").write_bytes(changed)
+        assert inputs.digest(tmp_path / "a") != inputs.digest(tmp_path / "b")
+
+
+@pytest.mark.slow
+def test_a_full_and_a_read_only_disk_end_it_in_one_line_and_cost_no_checkpoint(whole, cache, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(*options):
+        return subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(disk)], capture_output=True
+        )
+
+    def train_there():
+        values = {"total_steps": STEPS, "eval__every_steps": 3, "checkpoint__every_steps": 1, "checkpoint__keep": 9}
+        command = words("main", f"--config={TINY}", f"--workdir={disk / 'run'}", **values)
+        return subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True)
+
+    if mount("size=9m").returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    try:
+        for options, reason in ((None, "no space left on the device"), ("remount,ro,size=9m", "Read-only file system")):
+            if options:
+                assert mount(options).returncode == 0
+            ended = train_there()
+            assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
+            (line,) = (line for line in ended.stderr.splitlines() if line.startswith("rag_jax: error: "))
+            assert reason in line and line == ended.stderr.splitlines()[-1]
+            with checkpoint.Checkpoints(disk / "run") as checkpoints:
+                newest, damaged = checkpoints.newest_good()
+            assert newest and newest < STEPS and not damaged
+        assert mount("remount,rw,size=64m").returncode == 0
+        assert train_there().returncode == 0
+        assert records(disk / "run") == records(whole[0])
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
 def test_signals_are_noted_once_then_as_before():
     before = signal.getsignal(signal.SIGTERM)
     with train.stop_signals() as received:
         os.kill(os.getpid(), signal.SIGTERM)
         assert received == [signal.SIGTERM]
-        assert signal.getsignal(signal.SIGTERM) == before
+        # A second one of either is the system's: nothing of ours stands in its way.
+        assert {signal.getsignal(number) for number in train.SIGNALS} == {signal.SIG_DFL}
     assert signal.getsignal(signal.SIGTERM) == before
 
 
