@@ -6,6 +6,7 @@
 Nearly all inputs are changed copies of whole files: random bytes end at the first check.
 """
 
+import copy
 import csv
 import faulthandler
 import functools
@@ -129,7 +130,7 @@ def changed(draw, content):
                 continue
             kind = draw(st.sampled_from(["nasty", "nasty", "nasty", "remove", "rename"]))
             if kind == "nasty":
-                node[key] = draw(nasty)
+                node[key] = copy.deepcopy(draw(nasty))
             elif kind == "remove":
                 del node[key]
             elif isinstance(node, dict):
