@@ -53,6 +53,7 @@ setup(
             "beartype>=0.22",
             "hypothesis>=6.140",
             "ir-measures>=0.4",
+            "markdown-it-py>=3",
             "gguf>=0.17",
             "ruff>=0.14",
             "pyright>=1.1.400",

@@ -71,7 +71,7 @@ def axis(v: int) -> str | None:
 
 
 def one_of(*choices: str) -> Check:
-    return lambda v: None if v in choices else f"must be one of {', '.join(choices)}{_nearest(v, choices)}"
+    return lambda v: None if v in choices else f"must be one of {', '.join(choices)}{_nearest(v[:160], choices)}"
 
 
 def holds(field: str) -> Check:
@@ -83,9 +83,9 @@ def rules(v: Rules) -> str | None:
         try:
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
-            return f"{pattern!r} is not a regular expression ({error})"
+            return f"{foreign.short(pattern)} is not a regular expression ({error})"
         if not (math.isfinite(multiplier) and multiplier >= 0):
-            return f"the multiplier of {pattern!r} must be at least 0"
+            return f"the multiplier of {foreign.short(pattern)} must be at least 0"
     return None
 
 
@@ -180,7 +180,7 @@ def build(values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None)
         try:
             values[name] = parse(KEYS[name].kind, value) if isinstance(value, str) and name in KEYS else value
         except ValueError as error:
-            unreadable.append(f"{name}={value}: {error}")
+            unreadable.append(f"{name}={foreign.short(value)[1:-1]}: {error}")
     values = {str(name): _convert(value, name) for name, value in values.items()}
     if problems := unreadable + _problems(values):
         raise UserError("config: " + "; ".join(problems))
@@ -354,14 +354,14 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
         if name not in values:
             problems.append(f"{name} is missing: {key.meaning}")
         elif not _is_kind(key.kind, values[name]):
-            problems.append(f"{name}={values[name]!r}: must be {_kind_name(key.kind)}")
+            problems.append(f"{name}={foreign.short(values[name])}: must be {_kind_name(key.kind)}")
         elif problem := _text_problem(name, values[name]) or (values[name] is not None and key.check(values[name])):
-            problems.append(f"{name}={values[name]!r}: {problem}")
+            problems.append(f"{name}={foreign.short(values[name])}: {problem}")
         else:
             right[name] = values[name]
     for names, wrong, fix in _JOINT_CHECKS:
         if all(name in right for name in names) and wrong(*(right[name] for name in names)):
-            problems.append(", ".join(f"{name}={right[name]!r}" for name in names) + f": {fix}")
+            problems.append(", ".join(f"{name}={foreign.short(right[name])}" for name in names) + f": {fix}")
     return problems
 
 
@@ -438,7 +438,7 @@ _JOINT_CHECKS: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
 def _unknown(name: str) -> str:
     if inside := [k for k in KEYS if k.startswith(name + ".")]:
         return f"{name} is a section; give one of {', '.join(inside)}"
-    return f"unknown key {name}{_nearest(name, KEYS)}"
+    return f"unknown key {name[:160]}{_nearest(name[:160], KEYS)}"
 
 
 def _nearest(word: Any, words: Any) -> str:

@@ -65,6 +65,12 @@ def shown(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
+def short(value: Any, most: int = 160) -> str:
+    """A value as Python writes it, without its end where that is long: what else is wrong must be seen, too."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text) - most} more characters)"
+
+
 def is_unicode(text: str) -> bool:
     """Not so where half of a character stands alone."""
     try:

@@ -222,7 +222,7 @@ def _read_parquet(path: pathlib.Path, where: str, names: Sequence[str]) -> Colum
 def _read_arrow(path: pathlib.Path, where: str, names: Sequence[str]) -> Columns:
     import pyarrow
 
-    with pyarrow.memory_map(str(path)) as file:
+    with pyarrow.OSFile(str(path)) as file:  # in memory: a mapped file that another process cuts ends this one
         try:
             table = pyarrow.ipc.open_file(file).read_all()
         except pyarrow.ArrowInvalid:  # the other of Arrow's two file layouts, which `datasets` writes
@@ -244,7 +244,7 @@ def _read_folder(path: pathlib.Path, where: str, names: Sequence[str]) -> Column
 
     _check_inside(path, where)
     try:
-        return _read_dataset(datasets.load_from_disk(str(path)), names)
+        return _read_dataset(datasets.load_from_disk(str(path), keep_in_memory=True), names)
     except Exception as error:  # of many kinds, for what is missing or of another shape
         reason = foreign.one_line(error)
         raise UserError(f"{where} is a folder that save_to_disk did not write whole: {reason}") from error

@@ -77,10 +77,10 @@ def save_model(
     """
     dtype = source.dtype if dtype == "source" else dtype
     _copy(source.folder, folder)
+    _without_code(folder)
     theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     theirs["architectures"] = [_architecture(source, is_retriever=pooling is not None)]
-    for key in ("torch_dtype", "auto_map"):  # what is written is read without code of its own
-        theirs.pop(key, None)
+    theirs.pop("torch_dtype", None)
     theirs["dtype"] = dtype
     _write_json(folder / "config.json", theirs)
     if pooling is not None:
@@ -141,6 +141,15 @@ def _architecture(source: Source, *, is_retriever: bool) -> str:
     """The class to load with: a retriever has no head."""
     architecture = configs.FAMILIES[source.model_type].architecture
     return re.sub(r"(ForCausalLM|LMHeadModel)$", "Model", architecture) if is_retriever else architecture
+
+
+def _without_code(folder: pathlib.Path) -> None:
+    """What is exported is read without code of others, and asks for none."""
+    for name in ("config.json", "tokenizer_config.json"):
+        file = folder / name
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if settings.pop("auto_map", None) is not None:
+            _write_json(file, settings)
 
 
 def _with_pad_token(folder: pathlib.Path, tokenizer: Any) -> None:

@@ -34,18 +34,20 @@ def read_pooling(folder: pathlib.Path, default: str, where: str) -> Pooling:
             raise UserError(f"{where}: modules.json must be a list of objects; fetch it again")
         kind = str(module.get("type", "")).rsplit(".", 1)[-1]
         if not str(module.get("type", "")).startswith("sentence_transformers."):
-            problems.append(f"modules.json: a module {module.get('type')!r} of others' code, which is never run")
+            problems.append(
+                f"modules.json: a module {foreign.short(module.get('type'))} of others' code, which is never run"
+            )
         elif kind == "Pooling":
             mode = _mode(_read(folder, f"{module.get('path', '')}/config.json", where, dict), problems)
         elif kind not in ("Transformer", "Normalize"):
-            problems.append(f"modules.json: a module {kind} (supported: Transformer, Pooling, Normalize)")
+            problems.append(f"modules.json: a module {kind[:80]} (supported: Transformer, Pooling, Normalize)")
     prompts = _read(folder, "config_sentence_transformers.json", where, dict).get("prompts") or {}
     if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
-        problems.append(f"config_sentence_transformers.json: prompts={prompts!r} are no texts by name")
+        problems.append(f"config_sentence_transformers.json: prompts={foreign.short(prompts)} are no texts by name")
         prompts = {}
     max_len = _read(folder, "sentence_bert_config.json", where, dict).get("max_seq_length")
     if max_len is not None and (not isinstance(max_len, int) or max_len < 1):
-        problems.append(f"sentence_bert_config.json: max_seq_length={max_len!r} is no number of tokens")
+        problems.append(f"sentence_bert_config.json: max_seq_length={foreign.short(max_len)} is no number of tokens")
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)}; set retriever.pooling and remove modules.json to go on")
     return Pooling(mode, _first(prompts, QUERY_PROMPTS), _first(prompts, PASSAGE_PROMPTS), max_len)
@@ -75,7 +77,9 @@ def _mode(config: dict[str, Any], problems: list[str]) -> str:
     modes = [config["pooling_mode"]] if "pooling_mode" in config else []
     modes = modes or [FLAGS.get(flag, flag) for flag, on in config.items() if flag.startswith("pooling_mode_") and on]
     if len(modes) != 1 or str(modes[0]) not in MODES:
-        problems.append(f"pooling by {' and '.join(map(str, modes)) or 'nothing'} (supported: {', '.join(MODES)})")
+        problems.append(
+            f"pooling by {' and '.join(map(str, modes))[:160] or 'nothing'} (supported: {', '.join(MODES)})"
+        )
         return "mean"
     return MODES[modes[0]]
 
