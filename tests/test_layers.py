@@ -17,12 +17,12 @@ LAYERS = (
     ("losses", "models", "data", "sharding", "metrics", "config", "optim", "checkpoint", "hlo", "rendezvous", "lock"),
     ("hf", "flops", "rag", "cli", "processes"),
     ("retrieval", "generate", "run", "train_step"),
-    ("evaluate", "summary", "record"),
+    ("evaluate", "answering", "summary", "record"),
     ("train",),
-    ("main", "export", "plan", "quickstart"),
+    ("main", "export", "ask", "plan", "quickstart"),
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
-COMMANDS = {"main", "evaluate", "export", "plan", "quickstart"}
+COMMANDS = {"main", "evaluate", "export", "ask", "plan", "quickstart"}
 # Beyond the order above: what these may not import although it lies below, or is not ours.
 MAY_NOT = {
     "data": {"jax", "jaxlib", "flax", "optax", "orbax"},
