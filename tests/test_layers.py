@@ -17,13 +17,13 @@ LAYERS = (
     ("losses", "models", "data", "sharding", "metrics", "config", "optim", "checkpoint", "hlo", "rendezvous", "lock"),
     ("hf", "flops", "rag", "cli", "processes"),
     ("retrieval", "generate", "run", "train_step"),
-    ("index", "mining", "summary", "guards", "inputs"),
+    ("index", "mining", "answering", "summary", "guards", "inputs"),
     ("evaluate", "record"),
     ("train",),
-    ("main", "export", "plan", "quickstart", "replay"),
+    ("main", "export", "ask", "plan", "quickstart", "replay"),
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
-COMMANDS = {"main", "evaluate", "export", "plan", "quickstart", "replay"}
+COMMANDS = {"main", "evaluate", "export", "ask", "plan", "quickstart", "replay"}
 # Beyond the order above: what these may not import although it lies below, or is not ours.
 MAY_NOT = {
     "data": {"jax", "jaxlib", "flax", "optax", "orbax"},

@@ -1,4 +1,4 @@
-"""Tokenised rows kept on disk under a hash of everything that they depend on."""
+"""Arrays kept on disk under a hash of everything that they depend on: tokenised rows, embeddings."""
 
 import hashlib
 import json
@@ -43,7 +43,7 @@ def tokenizer_key(tokenizer: Any) -> str:
     return content_key(state, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.truncation_side)
 
 
-def cached(key: str, make: Callable[[], Arrays]) -> tuple[Arrays, bool]:
+def cached(key: str, make: Callable[[], Arrays], what: str = "tokenised rows") -> tuple[Arrays, bool]:
     """The arrays kept under `key`, or those that `make` gives, kept from then on; and whether they were there.
 
     A file that cannot be read whole is made again; a folder that cannot be written costs a warning.
@@ -54,12 +54,12 @@ def cached(key: str, make: Callable[[], Arrays]) -> tuple[Arrays, bool]:
     except FileNotFoundError:
         pass
     except Exception as error:  # of many kinds: archives, compression and arrays each have their own
-        logging.warning("tokenised rows in %s are damaged (%s) and made again", path, error)
+        logging.warning("%s in %s are damaged (%s) and made again", what, path, error)
     arrays = make()
     try:
         write(path, arrays)
     except OSError as error:
-        logging.warning("tokenised rows are not kept: %s", error)
+        logging.warning("%s are not kept: %s", what, error)
     return arrays, False
 
 
