@@ -89,7 +89,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 def quiet() -> None:
     """Hide warnings that other people's code means for its own developers; errors stay, and so do python -W's."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax: what goes wrong in it is raised, too
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    # What goes wrong in Orbax is raised as well, and then told in one line.
+    logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
 

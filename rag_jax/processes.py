@@ -106,6 +106,20 @@ def all_or_none() -> Iterator[None]:
         raise problem
 
 
+@contextlib.contextmanager
+def ends_at_once() -> Iterator[None]:
+    """An error ends one of several processes at once: the others may be waiting for it, and learn of it by its end."""
+    import jax
+
+    try:
+        yield
+    except (UserError, OSError) as error:
+        if jax.process_count() > 1:
+            print(f"rag_jax: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            os._exit(2)
+        raise
+
+
 def check_agreement(facts: Mapping[str, Any]) -> None:
     """UserError that names what differs between the processes: code, libraries, or one of `facts`."""
     import jax
