@@ -45,7 +45,7 @@ from rag_jax import checkpoint, data, train
 ROOT = pathlib.Path(__file__).parent.parent
 EVERY = 3  # steps between checkpoints
 DISK_MB = 64
-TIMEOUT_S = 300.0
+TIMEOUT_S = 1200.0
 # Of 50: 20 SIGKILL, 11 during a checkpoint write, 11 SIGTERM, 6 full disk, 2 export.
 KINDS = {"kill": 20, "write": 11, "term": 11, "disk": 6, "export": 2}
 VALUES = {
@@ -336,7 +336,7 @@ def soak(processes: int, kinds: list[str], folder: pathlib.Path, rng: random.Ran
     """One run through all the interruptions; whether it ended as the run without one."""
     rows = folder / "rows.csv"
     make_rows(rows, rng.randrange(1 << 30))
-    total_steps = 2 * EVERY * (2 + len(kinds))
+    total_steps = EVERY * (6 + 4 * len(kinds) // 3)
     whole = Place(folder / "whole", processes, total_steps)
     whole.folder.mkdir()
     began = time.monotonic()

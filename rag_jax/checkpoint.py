@@ -49,6 +49,7 @@ class Checkpoints:
             cleanup_tmp_directories=keep is not None,  # what a killed process left half-written
             preservation_policy=_NewestAndBest(keep, self.workdir),
             temporary_path_class=_Summed,
+            async_options=None if keep is None else ocp.AsyncOptions(barrier_sync_fn=_barrier()),
             lightweight_initialize=True,  # reads no file of any step yet, damaged ones least of all
         )
         exists = keep is not None or self.directory.is_dir()
@@ -252,6 +253,17 @@ class _Summed(atomicity.AtomicRenameTemporaryPath):
         checksums.write(pathlib.Path(self._final_path))
         self._final_path.rename(final)
         self._final_path = final
+
+
+def _barrier() -> Callable[..., None]:
+    """Orbax's barrier of all processes, at which one whose save is just failing does not wait for the others."""
+    wait = ocp.multihost.get_barrier_sync_fn()
+
+    def sync(*, key: str, timeout_ms: int) -> None:
+        if sys.exception() is None:
+            wait(key=key, timeout_ms=timeout_ms)
+
+    return sync
 
 
 def _of_main(number: int) -> int:

@@ -109,7 +109,9 @@ def quiet() -> None:
 
     What a stream cannot show, such as a file's name that is no UTF-8, is printed as escapes.
     """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax: what goes wrong in it is raised, too
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    # What goes wrong in Orbax is raised as well, and then told in one line.
+    logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

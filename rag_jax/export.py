@@ -6,10 +6,14 @@ OUT/retriever is read by `transformers.AutoModel` and `SentenceTransformer`, OUT
 `transformers.AutoModelForCausalLM`.
 """
 
+import contextlib
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
 from typing import Any
+
+import safetensors
 
 from rag_jax import checkpoint, cli, config, foreign
 from rag_jax.errors import UserError
@@ -48,7 +52,7 @@ def export(loaded: Any, workdir: pathlib.Path, out: pathlib.Path, step: str | in
         params = checkpoints.restore({"params": run.abstract_params(opened)}, found)["params"]
     out = out.resolve()  # a link to an empty folder stays one
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+    with _told(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         made = pathlib.Path(scratch) / "export"
         for role, source in opened.sources.items():
             folder = made / role
@@ -66,6 +70,16 @@ def export(loaded: Any, workdir: pathlib.Path, out: pathlib.Path, step: str | in
         except OSError as error:
             raise UserError(f"--out={out}: {error.strerror}, while the export was made; give a new folder") from None
     return found
+
+
+@contextlib.contextmanager
+def _told(out: pathlib.Path) -> Iterator[None]:
+    """What goes wrong in writing, in one line."""
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--out={out}: cannot be written ({reason}); nothing of it is left there") from error
 
 
 def _umask() -> int:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import shlex
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 
@@ -37,7 +38,7 @@ class NonFinite:
         if not any(name in wrong for name in WATCHED):
             return None
         skips = self.skipped < self.allowed
-        replay = f"python -m rag_jax.replay --workdir={self.workdir} --step={step}"
+        replay = f"python -m rag_jax.replay --workdir={shlex.quote(str(self.workdir))} --step={step}"
         path = self.workdir / FOLDER / f"step_{step}.json"
         if self.write:
             finite = {name: value for name, value in numbers.items() if name not in wrong}

@@ -30,6 +30,11 @@ def check_workdir(workdir: pathlib.Path) -> None:
     """UserError for a place where a run would mix with something else."""
     if re.match(r"\w+:/", str(workdir)):
         raise UserError(f"--workdir={workdir}: is no folder; mount the bucket and give the folder where it is mounted")
+    if wild := re.search(r"[*?\[]", str(workdir.absolute())):
+        raise UserError(
+            f"--workdir={workdir}: checkpoints cannot be kept under a path with {wild[0]}, which Orbax takes for a "
+            "wildcard; give another folder"
+        )
     there = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
     if not there.is_dir():
         named = "" if there == workdir.absolute() else f"{there} "

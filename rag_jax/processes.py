@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rag_jax import rendezvous
+from rag_jax import foreign, rendezvous
 from rag_jax.errors import UserError
 
 # All of these or none tell processes of each other; on Slurm, Kubernetes and TPU pods jax finds out by itself.
@@ -104,6 +104,20 @@ def all_or_none() -> Iterator[None]:
             raise UserError(f"process {', '.join(map(str, failed))} cannot start; its own message says why")
     if problem is not None:
         raise problem
+
+
+@contextlib.contextmanager
+def ends_at_once() -> Iterator[None]:
+    """An error ends one of several processes at once: the others may be waiting for it, and learn of it by its end."""
+    import jax
+
+    try:
+        yield
+    except (UserError, OSError) as error:
+        if jax.process_count() > 1:
+            print(f"rag_jax: error: {foreign.shown(str(error))}", file=sys.stderr, flush=True)
+            os._exit(2)
+        raise
 
 
 def check_agreement(facts: Mapping[str, Any]) -> None:

@@ -91,7 +91,8 @@ def train(config: Any, workdir: pathlib.Path) -> int:
             say(training, f"{workdir} is trained to step {start_step} already; total_steps={config.total_steps}")
             return 0
         state = restore(training, checkpoints, start_step) if start_step else pretrained(training)
-        return loop(training, state, checkpoints, start_step)
+        with processes.ends_at_once():
+            return loop(training, state, checkpoints, start_step)
 
 
 def newest_checkpoint(config: Any, workdir: pathlib.Path) -> tuple[int, dict[int, str]]:

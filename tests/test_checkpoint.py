@@ -238,6 +238,16 @@ def test_what_is_set_aside_is_kept_whole_and_no_step_any_more(two_steps, tmp_pat
     assert (workdir / "checkpoints" / "damaged-20-2").is_dir()
 
 
+@pytest.mark.parametrize("name", ["with space", "ünïcode 文", "a#b%20c", 'it\'s "so"', "two\nlines", "-dash"])
+def test_any_name_of_a_folder_will_do(tmp_path, name):
+    tree = {"params": params_of(2.0), "opt_state": {"count": jnp.zeros(())}}
+    with Checkpoints(tmp_path / name, keep=1) as checkpoints:
+        checkpoints.save(1, tree)
+    with Checkpoints(tmp_path / name) as checkpoints:
+        restored = checkpoints.restore({"params": abstract(params_of(0.0), sharding(1))})
+    assert float(restored["params"]["generator"]["kernel"][0, 0]) == 2.0
+
+
 def test_checksums_are_those_of_b2sum(two_steps):
     folder = two_steps / "checkpoints" / "20"
     ended = subprocess.run(["b2sum", "--check", "--quiet", "CHECKSUMS"], cwd=folder, capture_output=True, text=True)

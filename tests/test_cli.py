@@ -116,6 +116,12 @@ def test_a_config_of_something_else_is_not_overwritten(tmp_path, content):
         main.check_workdir(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a*b", "what?", "[1]"])
+def test_a_folder_that_orbax_would_take_for_a_pattern_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match="which Orbax takes for a wildcard; give another folder"):
+        main.check_workdir(tmp_path / name / "run")
+
+
 def test_third_parties_are_quiet_and_warnings_can_be_asked_for():
     program = (
         "from rag_jax import cli\n"

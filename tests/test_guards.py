@@ -108,6 +108,7 @@ def test_a_skipped_update_changes_nothing_but_the_step():
 def failed(tmp_path_factory):
     """A run whose retriever has an embedding near the end of float32, which row 5 alone meets."""
     folder = tmp_path_factory.mktemp("failed")
+    (folder / "bert").mkdir()
     tiny.build("bert", folder / "bert")
     weights = safetensors.numpy.load_file(folder / "bert" / "model.safetensors")
     tokenizer = json.loads((folder / "bert" / "tokenizer.json").read_text())

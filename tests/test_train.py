@@ -199,6 +199,7 @@ def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(whole, cache, tmp
 def test_other_rows_or_models_are_refused_with_the_difference(tmp_path, monkeypatch):
     monkeypatch.setenv("RAG_JAX_CACHE", str(tmp_path / "cache"))
     rows, model = tmp_path / "rows.csv", tmp_path / "model"
+    model.mkdir()
     rows.write_text("Question,Abstract,Answer\n" + "".join(f"q{n},p{n},a{n}\n" for n in range(9)))
     hf.tiny.build("gpt2", model)
     values = {"data.train": str(rows), "generator.path": str(model)}
@@ -264,6 +265,16 @@ def test_a_full_and_a_read_only_disk_end_it_in_one_line_and_cost_no_checkpoint(w
             assert reason in line and line == ended.stderr.splitlines()[-1]
             with checkpoint.Checkpoints(disk / "run") as checkpoints:
                 newest, damaged = checkpoints.newest_good()
+            out = disk / "export"
+            exported = subprocess.run(
+                words("export", f"--workdir={disk / 'run'}", f"--out={out}"),
+                cwd=ROOT,
+                env=environment(cache),
+                capture_output=True,
+                text=True,
+            )
+            assert exported.returncode == 2 and "Traceback" not in exported.stderr
+            assert f"--out={out}: cannot be written (" in exported.stderr and not out.exists()
             assert newest and newest < STEPS and not damaged
         assert mount("remount,rw,size=64m").returncode == 0
         assert train_there().returncode == 0
