@@ -15,6 +15,7 @@ from rag_jax.hf import tiny, weights
 
 COMMANDS = {"main": main.main, "evaluate": evaluate.main, "export": export.main}
 HEADER = "Question,Abstract,Answer\n"
+SECRET = "hf_" + "Secret0" * 5
 # The two groups of a batch of configs/tiny.py on the eight devices of these tests.
 MESH = {"mesh__data": 2, "mesh__model": 4}
 
@@ -28,7 +29,10 @@ def cache(tmp_path_factory):
 def trained(tmp_path_factory, cache):
     """The workdir of a run of two steps, to be copied rather than changed."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
-    run(cache, "main", f"--config={TINY}", f"--workdir={workdir}", total_steps=2, eval__every_steps=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", SECRET)
+        printed = run(cache, "main", f"--config={TINY}", f"--workdir={workdir}", total_steps=2, eval__every_steps=0)
+    assert SECRET not in printed
     return workdir
 
 
@@ -128,6 +132,14 @@ VALUES = {
         {"generator__path": "./no/model"},
         ["generator.path='./no/model': no such folder; give one, or"],
     ),
+    "no such user": (
+        {"generator__path": "~no-such-user-here/m"},
+        ["generator.path='~no-such-user-here/m': there is no such user's folder; write the whole path"],
+    ),
+    "a token": (
+        {"data__train": "hf_" + "a" * 30},
+        ["data.train='***': holds a password or a token, which would be saved"],
+    ),
     "no steps": ({"total_steps": 0}, ["total_steps=0: must be at least 1"]),
     "text for a whole number": ({"batch_size": "eight"}, ["batch_size=eight: must be a whole number"]),
     "text for a number": ({"optimizer__learning_rate": "fast"}, ["optimizer.learning_rate=fast: must be a number"]),
@@ -182,6 +194,16 @@ ROWS = {
         ["column 'Question' holds half a character (a lone surrogate) in row 1: mend its encoding"],
     ),
     "brackets without end": ("rows.json", "[" * 10**5, ["cannot be read as json: "]),
+    "one passage": (
+        "rows.csv",
+        HEADER + "".join(f"q{i},p,a{i}\n" for i in range(8)),
+        ["has one distinct passage in 8 rows, and a retriever learns by telling passages apart: give rows of others"],
+    ),
+    "a quote that swallows the rest": (
+        "rows.csv",
+        HEADER + 'q,p,a\nq,"p,a\n' * 8,
+        ["line 5 (of a row that begins in line 3): text follows a closing quote: double the quotes inside of a field"],
+    ),
 }
 
 
@@ -316,6 +338,13 @@ def test_a_run_of_another_config_stays_as_it_is(said, trained):
     answer = said("main", f"--config={TINY}", f"--workdir={trained}", seed=7, **MESH)
     check(answer, f"--workdir={trained} holds a run of another config: seed was 0 and is 7; ", "or another --workdir")
     assert contents(trained) == before
+
+
+def test_no_secret_of_the_environment_is_in_a_workdir(trained):
+    files = [path for path in trained.rglob("*") if path.is_file()]
+    assert {"config.json", "metrics.jsonl"} <= {path.name for path in files}
+    assert any(path.parent.name == "tensorboard" for path in files)
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
 @pytest.mark.parametrize("command", ["evaluate", "export"])

@@ -39,9 +39,10 @@ from rag_jax.hf import tiny, weights
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.py"
 TIMES = int(os.environ.get("RAG_JAX_FUZZ", "1"))
-# Inputs are at most some ten thousand bytes. None may take longer, or raise the peak of the process by more.
+# Inputs are at most some hundred thousand bytes. None may take more of the processor, or raise the peak of the process
+# by more.
 MOST_SECONDS, MOST_BYTES = 20.0, 512 * 2**20
-HANGS_SECONDS = 120
+HANGS_SECONDS = 300
 
 
 def fuzz(examples, **arguments):
@@ -63,7 +64,7 @@ def peak():
 def attempt(read, *arguments):
     """What `read` gives, or None where it refuses; all else that can happen fails."""
     faulthandler.dump_traceback_later(HANGS_SECONDS, exit=True)
-    before, began = peak(), time.perf_counter()
+    before, began = peak(), time.process_time()
     try:
         result = read(*arguments)
         event("read")
@@ -74,7 +75,7 @@ def attempt(read, *arguments):
         str(error).encode("utf-8", "surrogatepass")
     finally:
         faulthandler.cancel_dump_traceback_later()
-    assert time.perf_counter() - began < MOST_SECONDS
+    assert time.process_time() - began < MOST_SECONDS
     assert peak() - before < MOST_BYTES
     return result
 
@@ -664,7 +665,7 @@ def test_command_lines(tmp_path, monkeypatch, capsys, command):
     @fuzz(100, given_words=words(tmp_path), kept=st.integers(0, len(needed)))
     def test(given_words, kept):
         monkeypatch.setattr(sys, "argv", [command, *needed[:kept], *given_words])
-        began = time.perf_counter()
+        began = time.process_time()
         try:
             cli.run(COMMANDS[command])
         except Begun:
@@ -675,7 +676,7 @@ def test_command_lines(tmp_path, monkeypatch, capsys, command):
             assert end.code in (0, 2), err
             if end.code == 2:
                 assert err.startswith("rag_jax: error: ") and err.count("\n") == 1 and err.strip().isprintable()
-        assert time.perf_counter() - began < MOST_SECONDS
+        assert time.process_time() - began < MOST_SECONDS
         capsys.readouterr()
 
     test()
