@@ -101,7 +101,7 @@ def ask(pair: Pair, questions: Sequence[str], settings: Settings) -> list[dict[s
     asked = [*questions, *[questions[0]] * (settings.batch_size - len(questions))]
     query_emb = embedded(opened, pair.params, asked)
     cosine, retrieved = retrieval.top_k(query_emb, pair.passage_emb, settings.candidates)
-    doc_log_probs = np.asarray(losses.doc_log_probs(cosine / opened.model.objective.marginal_temperature))
+    doc_log_probs = np.asarray(losses.doc_log_probs(jnp.asarray(cosine) / opened.model.objective.marginal_temperature))
     used, candidates = np.unique(retrieved, return_inverse=True)
     (prefixes, _), (queries, _) = data.prompt_segments(opened.prompt, [pair.passages[i] for i in used], asked)
     which = np.arange(bucket(len(used), retrieved.size)) % len(used)

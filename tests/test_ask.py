@@ -15,7 +15,8 @@ from rag_jax import ask, cli, retrieval
 from rag_jax.hf import tiny
 
 QUESTION = "How deep is the village well?"
-ASKED = {"data__answer_len": 8, "objective__marginal_temperature": 0.05}  # few tokens, passages that differ in weight
+NUM_TOKENS = 8
+ASKED = {"objective__marginal_temperature": 0.05}  # passages that differ in weight
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,8 @@ def said(cache, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
 
     def say(*flags, stdin="", **values):
-        monkeypatch.setattr(sys, "argv", words("ask", *flags, **values)[2:])
+        short = [] if any(str(flag).startswith("--max-tokens") for flag in flags) else [f"--max-tokens={NUM_TOKENS}"]
+        monkeypatch.setattr(sys, "argv", words("ask", *flags, *short, **values)[2:])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         with pytest.raises(SystemExit) as end:
             cli.run(ask.main)
@@ -116,7 +118,7 @@ def test_an_answer_is_that_of_whole_strings_in_pytorch(record, tmp_path):
         tiny.build(name, folder)
     models = {"retriever__path": folders["bert"], "generator__path": folders["gpt2"]}
     found = record(f"--config={TINY}", QUESTION, **models, **ASKED)
-    text, log_prob, passages, cosine, prior, evidence = by_torch(folders, (64, 64), 8)
+    text, log_prob, passages, cosine, prior, evidence = by_torch(folders, (64, 64), NUM_TOKENS)
     rows = found["passages"]
     assert (found["question"], found["answer"], found["step"]) == (QUESTION, text, 0)
     assert [row["passage"] for row in rows] == passages
@@ -134,7 +136,7 @@ def test_the_record_of_a_run(record, trained):
         assert found["counts"] == {"passages": 23, "candidates": 1 if decoding == "top1" else 3}
         assert len(found["passages"]) == found["counts"]["candidates"]
         check_shares(found["passages"])
-        assert found["log_prob"] < 0 < found["tokens"] <= 8
+        assert found["log_prob"] < 0 < found["tokens"] <= NUM_TOKENS
 
 
 def test_a_second_start_embeds_nothing_and_other_weights_do(record, said, trained, monkeypatch, tmp_path):
@@ -171,7 +173,7 @@ def test_lines_of_a_pipe_are_questions(said, record, trained):
 
 def test_a_real_pipe(cache, trained):
     process = subprocess.run(
-        words("ask", f"--workdir={trained}", "--json"),
+        words("ask", f"--workdir={trained}", "--json", f"--max-tokens={NUM_TOKENS}"),
         cwd=ROOT,
         env=environment(cache),
         capture_output=True,

@@ -10,10 +10,10 @@ import jax
 import pytest
 from command import ROOT, TINY, environment, run, words
 
-from rag_jax import cli, evaluate, export, main
+from rag_jax import ask, cli, evaluate, export, main
 from rag_jax.hf import tiny, weights
 
-COMMANDS = {"main": main.main, "evaluate": evaluate.main, "export": export.main}
+COMMANDS = {"main": main.main, "evaluate": evaluate.main, "export": export.main, "ask": ask.main}
 HEADER = "Question,Abstract,Answer\n"
 SECRET = "hf_" + "Secret0" * 5
 # The two groups of a batch of configs/tiny.py on the eight devices of these tests.
@@ -347,10 +347,10 @@ def test_no_secret_of_the_environment_is_in_a_workdir(trained):
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
-@pytest.mark.parametrize("command", ["evaluate", "export"])
+@pytest.mark.parametrize("command", ["evaluate", "export", "ask"])
 def test_steps_that_are_not_there(said, trained, tmp_path, command):
     before = contents(trained)
-    more = [f"--out={tmp_path / 'out'}"] if command == "export" else []
+    more = {"export": [f"--out={tmp_path / 'out'}"], "ask": ["a question"]}.get(command, [])
     for step in ("7", "-2", "last", "²"):
         answer = said(command, f"--workdir={trained}", f"--step={step}", *more)
         check(answer, f"--step={step}: not in {trained}/checkpoints, which holds 2; give one, latest or best")
@@ -358,9 +358,9 @@ def test_steps_that_are_not_there(said, trained, tmp_path, command):
     assert contents(trained) == before and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", ["evaluate", "export"])
+@pytest.mark.parametrize("command", ["evaluate", "export", "ask"])
 def test_workdirs_without_a_run_or_a_checkpoint(said, trained, tmp_path, command):
-    more = [f"--out={tmp_path / 'out'}"] if command == "export" else []
+    more = {"export": [f"--out={tmp_path / 'out'}"], "ask": ["a question"]}.get(command, [])
     empty, unsaved = tmp_path / "empty", tmp_path / "unsaved"
     empty.mkdir()
     shutil.copytree(trained, unsaved, ignore=shutil.ignore_patterns("checkpoints"))
