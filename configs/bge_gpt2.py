@@ -72,5 +72,7 @@ def get_config() -> ConfigDict:
     config.mesh = ConfigDict({"replica": 1, "data": -1, "model": 1})
     config.checkpoint = ConfigDict({"every_steps": 250, "keep": 2})
     config.log = ConfigDict({"every_steps": 1})
-    config.eval = ConfigDict({"every_steps": 250, "rows": 1000, "answers": 64, "batch_size": 32})
+    config.eval = ConfigDict(
+        {"every_steps": 250, "rows": 1000, "answers": 64, "metric": "auto", "patience": 0, "batch_size": 32}
+    )
     return config

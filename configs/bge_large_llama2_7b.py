@@ -76,5 +76,7 @@ def get_config() -> ConfigDict:
     config.mesh = ConfigDict({"replica": 1, "data": -1, "model": 1})
     config.checkpoint = ConfigDict({"every_steps": 250, "keep": 2})
     config.log = ConfigDict({"every_steps": 10})
-    config.eval = ConfigDict({"every_steps": 500, "rows": 2000, "answers": 256, "batch_size": 256})
+    config.eval = ConfigDict(
+        {"every_steps": 500, "rows": 2000, "answers": 256, "metric": "auto", "patience": 0, "batch_size": 256}
+    )
     return config

@@ -72,5 +72,7 @@ def get_config() -> ConfigDict:
     config.mesh = ConfigDict({"replica": 1, "data": -1, "model": 1})
     config.checkpoint = ConfigDict({"every_steps": 25, "keep": 2})
     config.log = ConfigDict({"every_steps": 1})
-    config.eval = ConfigDict({"every_steps": 50, "rows": 200, "answers": 16, "batch_size": 16})
+    config.eval = ConfigDict(
+        {"every_steps": 50, "rows": 200, "answers": 16, "metric": "auto", "patience": 0, "batch_size": 16}
+    )
     return config

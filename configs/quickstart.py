@@ -69,5 +69,7 @@ def get_config() -> ConfigDict:
     config.mesh = ConfigDict({"replica": 1, "data": -1, "model": 1})
     config.checkpoint = ConfigDict({"every_steps": 18, "keep": 1})
     config.log = ConfigDict({"every_steps": 1})
-    config.eval = ConfigDict({"every_steps": 0, "rows": 64, "answers": 16, "batch_size": 8})
+    config.eval = ConfigDict(
+        {"every_steps": 0, "rows": 64, "answers": 16, "metric": "auto", "patience": 0, "batch_size": 8}
+    )
     return config

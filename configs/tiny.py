@@ -68,5 +68,7 @@ def get_config() -> ConfigDict:
     config.mesh = ConfigDict({"replica": 1, "data": -1, "model": 1})
     config.checkpoint = ConfigDict({"every_steps": 10, "keep": 2})
     config.log = ConfigDict({"every_steps": 1})
-    config.eval = ConfigDict({"every_steps": 10, "rows": 0, "answers": 4, "batch_size": 8})
+    config.eval = ConfigDict(
+        {"every_steps": 10, "rows": 0, "answers": 4, "metric": "auto", "patience": 0, "batch_size": 8}
+    )
     return config

@@ -13,8 +13,22 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from rag_jax import (
+    checkpoint,
+    data,
+    evaluate,
+    hf,
+    lock,
+    metrics,
+    mining,
+    optim,
+    processes,
+    run,
+    sharding,
+    summary,
+    train_step,
+)
 from rag_jax import config as configs
-from rag_jax import data, evaluate, hf, lock, metrics, mining, optim, processes, run, sharding, summary, train_step
 from rag_jax.checkpoint import Checkpoints
 from rag_jax.errors import UserError
 from rag_jax.record import Facts, Record, due
@@ -69,6 +83,9 @@ def train(config: Any, workdir: pathlib.Path) -> int:
         stack.enter_context(checkpoints)
         if start_step >= config.total_steps:
             say(training, f"{workdir} is trained to step {start_step} already; total_steps={config.total_steps}")
+            return 0
+        if start_step and checkpoint.exhausted(earlier_scores(training, start_step), config.eval.patience):
+            say(training, f"{workdir} has ended early at step {start_step}; raise eval.patience to go on")
             return 0
         state = restore(training, checkpoints, start_step) if start_step else pretrained(training)
         return loop(training, state, checkpoints, start_step)
@@ -194,6 +211,8 @@ def loop(training: Training, state: Any, checkpoints: Checkpoints, start_step: i
     compiled = Compiled(training)
     pending: tuple[int, Any, Facts] | None = None
     asked = False  # to end, as all processes know
+    scores = earlier_scores(training, start_step)
+    ended = ""
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(metrics.Writer(training.workdir, start_step, active=training.is_main))
         progress = metrics.Progress(total_steps, start_step, active=training.is_main)
@@ -202,7 +221,7 @@ def loop(training: Training, state: Any, checkpoints: Checkpoints, start_step: i
         used = {role: training.opened.sources[role].model_config for role in used_roles(training.opened)}
         record = Record(config, used, writer, progress)
         if start_step == 0:
-            record.pause("eval", evaluation(training, state, 0, record))
+            record.pause("eval", evaluation(training, state, 0, record, scores))
         spans = planned(training, lambda: state, start_step, record)
         for step, (batch, facts) in enumerate(batches(training, spans, stopped), start=start_step + 1):
             run_step, compile_s = compiled.of(state, batch, facts.lengths, progress)
@@ -218,19 +237,21 @@ def loop(training: Training, state: Any, checkpoints: Checkpoints, start_step: i
                 asked |= write(record, *pending)
                 pending = None
                 if evaluates:
-                    record.pause("eval", evaluation(training, state, step, record))
+                    record.pause("eval", evaluation(training, state, step, record, scores))
+                    if checkpoint.exhausted(scores, config.eval.patience) and step < total_steps:
+                        last, ended = True, f"; ended early: {config.eval.patience} evaluations brought nothing better"
                 record.pause("checkpoint", save(training, state, checkpoints, step, last=last))
             if last:
                 break
         say(training, record.summary())
-    if (stopped or asked) and step < total_steps:
+    if (stopped or asked) and step < total_steps and not ended:
         number = stopped[0] if stopped else signal.SIGTERM
         saved = "saved; the same command goes on from there" if config.checkpoint.every_steps else "not saved"
         say(training, f"stopped by {signal.Signals(number).name} after step {step}: {saved}")
         return number
     say(
         training,
-        f"trained to step {total_steps}; next: python -m rag_jax.export --workdir={training.workdir} --out=DIR",
+        f"trained to step {step}{ended}; next: python -m rag_jax.export --workdir={training.workdir} --out=DIR",
     )
     return 0
 
@@ -319,18 +340,27 @@ class Compiled:
         return self.by_shape[lengths], seconds
 
 
-def evaluation(training: Training, state: Any, step: int, record: Record) -> float:
+def evaluation(training: Training, state: Any, step: int, record: Record, scores: dict[int, float]) -> float:
     """Metrics of this step on the held-out rows, to the record and `eval/step_N.json`; the seconds it took."""
     if training.eval_rows is None:
         return 0.0
     began = time.perf_counter()
     params = optim.join(state.params, state.frozen)
-    values = evaluate.evaluate(training.opened.model, params, training.eval_rows)
+    result = evaluate.evaluate(training.opened.model, params, training.eval_rows)
+    content = evaluate.record(result, training.eval_rows, training.opened.model, step)
     if training.is_main:
-        content = evaluate.record(values, training.eval_rows, training.opened.model, step)
-        evaluate.write_record(training.workdir, content)
-    record.evaluation(step, values)
+        evaluate.write_record(training.workdir, content, result.by_row)
+    score = checkpoint.score(content, content.get("best_by"))
+    scores |= {} if score is None else {step: score}
+    record.evaluation(step, result.metrics)
     return time.perf_counter() - began
+
+
+def earlier_scores(training: Training, start_step: int) -> dict[int, float]:
+    """What the evaluations of the run up to the step it goes on from say; those of the command do not count."""
+    every = training.config.eval.every_steps
+    found = checkpoint.scores(training.workdir) if start_step else {}
+    return {step: score for step, score in found.items() if step <= start_step and (step == 0 or due(step, every))}
 
 
 def save(training: Training, state: Any, checkpoints: Checkpoints, step: int, *, last: bool) -> float:
