@@ -1,11 +1,14 @@
 """Metrics of rankings against ir-measures, intervals against what is known of them, answers against SQuAD by hand."""
 
+import functools
+
 import ir_measures
 import numpy as np
 import pytest
+from command import TINY
 from ir_measures import AP, RR, P, R, Success, nDCG
 
-from rag_jax import config, retrieval, scoring
+from rag_jax import config, evaluate, retrieval, run, scoring
 
 THEIRS = {f"recall@{k}": R @ k for k in (1, 5, 10)} | {f"precision@{k}": P @ k for k in (1, 5, 10)}
 THEIRS |= {f"hit_rate@{k}": Success @ k for k in (1, 5, 10)}
@@ -50,6 +53,22 @@ def test_ranking_metrics_are_those_of_ir_measures(num_passages, each):
     ours, score = compare(queries, passages, query_key, relevant)
     assert (np.diff(score, axis=1) == 0).mean() > 0.5
     assert 0 < ours["mrr@10"].mean() < 1 and len(set(ours["map@100"])) > 5
+
+
+@pytest.mark.slow
+def test_real_rankings_too(real_models, tmp_path, monkeypatch):
+    """MiniLM's of the project's rows, embeddings rounded to whole numbers: real neighbours, some of them equal."""
+    monkeypatch.setenv("RAG_JAX_CACHE", str(tmp_path))
+    overrides = {"retriever.path": str(real_models / "minilm"), "generator.path": None, "objective.name": "none"}
+    opened = run.open_run(config.load(TINY, overrides))
+    rows, _ = evaluate.load_rows(opened.config, opened.retriever_text, None)
+    embed = functools.partial(retrieval.embed, opened.model, run.pretrained_params(opened), batch_size=16, label="")
+    queries, passages = (
+        np.round(16 * embed(tokens)) for tokens in (rows.examples.retriever_queries, rows.retriever_passages)
+    )
+    query_key, passage_key = rows.examples.query_key, rows.examples.passage_key
+    ours, score = compare(queries[query_key], passages, query_key, (query_key, passage_key))
+    assert ours["recall@1"].mean() > 0.8 and (np.diff(score, axis=1) == 0).any()
 
 
 def test_a_corpus_smaller_than_k_by_hand():
