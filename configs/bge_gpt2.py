@@ -73,5 +73,7 @@ def get_config() -> ConfigDict:
     config.checkpoint = ConfigDict({"every_steps": 250, "every_minutes": 0.0, "keep": 2})
     config.guard = ConfigDict({"skip_nonfinite": 0, "spike_factor": 10.0})
     config.log = ConfigDict({"every_steps": 1})
-    config.eval = ConfigDict({"every_steps": 250, "rows": 1000, "answers": 64, "batch_size": 32})
+    config.eval = ConfigDict(
+        {"every_steps": 250, "rows": 1000, "answers": 64, "metric": "auto", "patience": 0, "batch_size": 32}
+    )
     return config

@@ -77,5 +77,7 @@ def get_config() -> ConfigDict:
     config.checkpoint = ConfigDict({"every_steps": 250, "every_minutes": 30.0, "keep": 2})
     config.guard = ConfigDict({"skip_nonfinite": 0, "spike_factor": 10.0})
     config.log = ConfigDict({"every_steps": 10})
-    config.eval = ConfigDict({"every_steps": 500, "rows": 2000, "answers": 256, "batch_size": 256})
+    config.eval = ConfigDict(
+        {"every_steps": 500, "rows": 2000, "answers": 256, "metric": "auto", "patience": 0, "batch_size": 256}
+    )
     return config

@@ -70,5 +70,7 @@ def get_config() -> ConfigDict:
     config.checkpoint = ConfigDict({"every_steps": 18, "every_minutes": 0.0, "keep": 1})
     config.guard = ConfigDict({"skip_nonfinite": 0, "spike_factor": 0.0})
     config.log = ConfigDict({"every_steps": 1})
-    config.eval = ConfigDict({"every_steps": 0, "rows": 64, "answers": 16, "batch_size": 8})
+    config.eval = ConfigDict(
+        {"every_steps": 0, "rows": 64, "answers": 16, "metric": "auto", "patience": 0, "batch_size": 8}
+    )
     return config

@@ -283,18 +283,39 @@ def _first_of_all(text: str | None) -> str | None:
 
 
 def best_step(workdir: pathlib.Path, steps: Sequence[int]) -> int | None:
-    """The step with the highest eval/mrr@10 (without a retriever: the lowest answer NLL) in `eval/step_N.json`."""
-    scores = {}
-    for step in steps:
+    """Of the steps that were evaluated the one with the best metric, the newest of equals."""
+    found = {step: value for step, value in scores(workdir).items() if step in steps}
+    return max(found, key=lambda step: (found[step], step)) if found else None
+
+
+def scores(workdir: pathlib.Path) -> dict[int, float]:
+    """Every evaluated step's metric in `eval/step_N.json`, higher is better.
+
+    The metric is the one that the newest of them names as `best_by` (`eval.metric`), else the first that it has of
+    eval/mrr@10 and, without a retriever, the answer NLL.
+    """
+    contents = {}
+    for path in (workdir / "eval").glob("step_*.json"):
         try:
-            metrics = json.loads((workdir / "eval" / f"step_{step}.json").read_text(encoding="utf-8"))
+            contents[int(path.stem.removeprefix("step_"))] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        for name, sign in BEST_METRICS:
-            if isinstance(metrics, dict) and isinstance(metrics.get(name), int | float):
-                scores[step] = sign * metrics[name]
-                break
-    return max(scores, key=lambda step: (scores[step], step)) if scores else None
+    contents = {step: content for step, content in contents.items() if isinstance(content, dict)}
+    by = contents[max(contents)].get("best_by") if contents else None
+    found = {step: score(content, by) for step, content in sorted(contents.items())}
+    return {step: value for step, value in found.items() if value is not None}
+
+
+def score(metrics: Mapping[str, Any], by: str | None) -> float | None:
+    """The metric that steps are compared by, higher is better; None where it is missing."""
+    names = BEST_METRICS if by is None else ((by, -1 if "nll" in by or "utility" in by else 1),)
+    return next((sign * metrics[name] for name, sign in names if isinstance(metrics.get(name), int | float)), None)
+
+
+def exhausted(scores: Mapping[int, float], patience: int) -> bool:
+    """Whether the `patience` newest evaluations brought nothing better than the best one before them; 0: never."""
+    ordered = [scores[step] for step in sorted(scores)]
+    return 0 < patience < len(ordered) and max(ordered[-patience:]) <= max(ordered[:-patience])
 
 
 def flatten(tree: Any) -> dict[str, Any]:

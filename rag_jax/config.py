@@ -19,6 +19,11 @@ from rag_jax.errors import UserError
 
 MOST = 2**31
 OBJECTIVES = ("token", "sequence", "dalm", "none")
+RANKING_METRICS = (
+    *(f"{name}@{k}" for k in (1, 5, 10) for name in ("recall", "hit_rate", "precision")),
+    *("mrr@10", "ndcg@10", "map@100"),
+)
+ANSWER_METRICS = ("answer_nll", "answer_nll_gold", "answer_nll_top1", "retrieval_utility", "em", "f1")
 REMAT = ("none", "dots", "full")
 REMAT_MEANING = "what layers compute again in the backward pass: nothing, all but weight products, all"
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -150,6 +155,12 @@ KEYS: dict[str, Key] = {
     "eval.every_steps": Key(int, at_least(0), "evaluate as often; 0: never"),
     "eval.rows": Key(int, at_least(0), "how many rows of data.eval are evaluated, the same ones in every run; 0: all"),
     "eval.answers": Key(int, at_least(0), "how many greedy answers are generated for EM and F1; 0: none"),
+    "eval.metric": Key(
+        str,
+        one_of("auto", *RANKING_METRICS, *ANSWER_METRICS),
+        "what tells the best step; auto: mrr@10, else answer_nll",
+    ),
+    "eval.patience": Key(int, at_least(0), "evaluations without a better eval.metric that end the run; 0: never"),
     "eval.batch_size": Key(int, at_least(1), "global queries evaluated at a time"),
 }
 
@@ -421,6 +432,26 @@ _JOINT_CHECKS: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
         ("retriever.path", "objective.name", "objective.candidates", *_WEIGHTS),
         _lacks_retriever,
         "this objective needs a retriever; give its path",
+    ),
+    (
+        ("eval.metric", "retriever.path"),
+        lambda metric, path: path is None and metric in (*RANKING_METRICS, "answer_nll_gold", "answer_nll_top1"),
+        "there is no retriever to measure; give its path or another metric",
+    ),
+    (
+        ("eval.metric", "generator.path"),
+        lambda metric, path: path is None and metric in ANSWER_METRICS,
+        "there is no generator to measure; give its path or another metric",
+    ),
+    (
+        ("eval.metric", "eval.answers"),
+        lambda metric, answers: metric in ("em", "f1") and answers == 0,
+        "no answers are generated; raise the second or choose another metric",
+    ),
+    (
+        ("eval.patience", "eval.every_steps"),
+        lambda patience, every: patience > 0 and every == 0,
+        "nothing is evaluated during the run; raise the second",
     ),
     (
         ("mining.every_steps", "group_size", "retriever.path"),

@@ -1,7 +1,7 @@
 """Evaluate: retrieval over all passages, answers with what is retrieved, of a run or of models as they come.
 
     python -m rag_jax.evaluate --workdir=DIR [--step=N|best|latest]
-    python -m rag_jax.evaluate --config=FILE.py
+    python -m rag_jax.evaluate --config=FILE.py [--models=DIR]
 
 **R** queries, **M** passages of the corpus, **K** candidates (retrieved passages that the generator reads).
 """
@@ -13,8 +13,6 @@ import functools
 import json
 import os
 import pathlib
-import re
-import string
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from rag_jax import checkpoint, cli, config, data, generate, losses, rag, retrieval, sharding
+from rag_jax import checkpoint, cli, config, data, generate, losses, rag, retrieval, scoring, sharding
 from rag_jax.data import segments
 from rag_jax.errors import UserError
 
@@ -31,14 +29,26 @@ from rag_jax.errors import UserError
 SAMPLE_SEED = 0
 
 DEFINITIONS = {
-    "eval/recall@k": "share of queries whose own passage is among the k of highest cosine, of all passages",
-    "eval/mrr@10": "mean of 1 / rank of the own passage, 0 beyond rank 10",
-    "eval/ndcg@10": "mean of 1 / log2(1 + rank) of the own passage, 0 beyond rank 10",
+    "relevant": "to a query are the passages of all rows with its text; retrieved are those of highest cosine, of all "
+    "passages; means are over rows",
+    "eval/recall@k": "share of the relevant passages that are among the first k",
+    "eval/hit_rate@k": "share of queries with a relevant passage among the first k",
+    "eval/precision@k": "share of the first k passages that are relevant",
+    "eval/mrr@10": "mean of 1 / rank of the first relevant passage, 0 beyond rank 10",
+    "eval/ndcg@10": "sum of 1 / log2(1 + rank) of the relevant passages up to rank 10, as a share of the most possible",
+    "eval/map@100": "mean of the precision at the rank of each relevant passage, 0 beyond rank 100",
     "eval/answer_nll": "nats per answer token, end-of-sequence included: negative log marginal over the K passages of "
     "highest cosine, their weights softmax(cosine / marginal_temperature); without a retriever the own passage alone",
+    "eval/answer_nll_gold": "the same with the row's own passage alone",
+    "eval/answer_nll_top1": "the same with the passage of highest cosine alone",
+    "eval/answer_nll_none": "the same without a passage: the prompt with an empty one",
+    "eval/retrieval_utility": "answer_nll minus answer_nll_none: below 0 where passages help",
     "eval/em": "share of greedy RAG-Token answers equal to the row's answer after SQuAD normalisation",
     "eval/f1": "mean F1 of the words of greedy answer and row's answer after SQuAD normalisation",
+    "intervals": "95 %, percentile bootstrap over rows, 1,000 resamples",
 }
+# Of the retrieved passages in the file of rows, and characters of each.
+SHOWN, EXCERPT = 10, 160
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +59,12 @@ class EvalRows:
     passages: tuple[str, ...]  # M distinct texts
     retriever_passages: data.Ragged | None  # one a passage
     prefixes: data.Ragged | None  # one a passage
+    empty_prefix: data.Ragged | None  # of the prompt without a passage: one
     sample: np.ndarray  # (R,) rows of the examples that are evaluated
     num_answers: int  # how many of the sample, from its start, are answered for EM and F1
     batch_size: int
     tokenizer: Any  # the generator's
+    metric: str  # what the best step is chosen by
 
     @property
     def gold(self) -> np.ndarray:
@@ -84,7 +96,7 @@ def load_rows(
         corpus |= dict.fromkeys(data.read_passages(config.data.passages, columns["passage"], "data.passages"))
     passages = tuple(corpus)
     others = passages[len(examples.passages) :]
-    retriever_passages = prefixes = None
+    retriever_passages = prefixes = empty_prefix = None
     if retriever is not None:
         more, _ = segments.retriever_tokens(
             retriever.tokenizer, others, retriever.passage_prefix, retriever.passage_len
@@ -93,6 +105,7 @@ def load_rows(
     if prompt is not None:
         (more, _), _ = data.prompt_segments(prompt, others, [])
         prefixes = _joined(examples.prefixes, more)
+        (empty_prefix, _), _ = data.prompt_segments(prompt, [""], [])
     order = np.random.default_rng(SAMPLE_SEED).permutation(len(examples))
     sample = order[: section.rows or None]
     rows = EvalRows(
@@ -100,10 +113,12 @@ def load_rows(
         passages=passages,
         retriever_passages=retriever_passages,
         prefixes=prefixes,
+        empty_prefix=empty_prefix,
         sample=sample,
         num_answers=min(section.answers, len(sample)) if prompt is not None else 0,
         batch_size=min(section.batch_size, len(sample)),
         tokenizer=None if prompt is None else prompt.tokenizer,
+        metric=section.metric,
     )
     return rows, report
 
@@ -113,37 +128,52 @@ def _joined(first: Any, second: data.Ragged) -> data.Ragged:
     return data.Ragged(np.concatenate([first.tokens, second.tokens]), starts)
 
 
-def evaluate(model: rag.Rag, params: dict, rows: EvalRows) -> dict[str, float]:
-    """All metrics, by their names in the record. What `params` lacks is left out.
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """All metrics, by their names in the record, their intervals, and what became of each sampled row."""
+
+    metrics: dict[str, float]
+    intervals: dict[str, list[float]]
+    by_row: list[dict[str, Any]]
+
+
+def evaluate(model: rag.Rag, params: dict, rows: EvalRows) -> Result:
+    """Retrieve, score the answers, answer. What `params` lacks is left out.
 
     Without a retriever the generator reads each row's own passage, and there are no metrics of ranking; without a
     generator (or any answer token) there are no metrics of answers.
     """
-    metrics: dict[str, float] = {}
+    columns: dict[str, scoring.Column] = {}
+    ones = np.ones(len(rows.sample))
+    cosine = retrieved = hits = answers = None
     if "retriever" in params:
         cosine, retrieved = retrieve(model, params, rows)
-        metrics |= retrieval.ranking_metrics(retrieval.gold_rank(retrieved, rows.gold))
-        K = model.objective.candidates
-        cosine, candidates = cosine[:, :K], retrieved[:, :K]
-    else:
-        candidates = rows.gold[:, None]
-        cosine = np.zeros(candidates.shape, np.float32)
+        examples = rows.examples
+        hits, num_relevant = scoring.relevant_hits(
+            retrieved, examples.query_key[rows.sample], (examples.query_key, examples.passage_key)
+        )
+        columns |= {name: (values, ones) for name, values in scoring.ranking(hits, num_relevant).items()}
     if "generator" in params:
-        metrics["eval/answer_nll"] = answer_nll(model, params, rows, candidates, cosine)
+        K = model.objective.candidates
+        candidates = rows.gold[:, None] if retrieved is None else retrieved[:, :K]
+        weights = np.zeros(candidates.shape, np.float32) if cosine is None else cosine[:, :K]
+        columns |= answer_nll(model, params, rows, candidates, weights, with_gold=retrieved is not None)
         if rows.num_answers:
-            metrics |= answer_metrics(rows, greedy_answers(model, params, rows, candidates, cosine))
-    return metrics
+            answers = greedy_answers(model, params, rows, candidates, weights)
+            columns |= answer_metrics(rows, answers)
+    metrics, intervals = scoring.summarise({f"eval/{name}": column for name, column in columns.items()})
+    return Result(metrics, intervals, by_row(rows, columns, cosine, retrieved, hits, answers))
 
 
 def retrieve(model: rag.Rag, params: dict, rows: EvalRows) -> tuple[Float[np.ndarray, "R K"], Int[np.ndarray, "R K"]]:
-    """Cosines and indices of the passages nearest to each sampled query, as many as ranking or generator need."""
+    """Cosines and indices of the passages nearest to each sampled query, as many as metrics or generator need."""
     queries, passages = rows.examples.retriever_queries, rows.retriever_passages
     assert queries is not None and passages is not None
     keys, query = np.unique(rows.examples.query_key[rows.sample], return_inverse=True)
     embed = functools.partial(retrieval.embed, model, params, batch_size=rows.batch_size)
     query_emb = embed(queries.take(keys), label="queries")[query]
     passage_emb = embed(passages, label="passages")
-    return retrieval.top_k(query_emb, passage_emb, max(retrieval.DEPTH, model.objective.candidates))
+    return retrieval.top_k(query_emb, passage_emb, max(scoring.DEPTH, model.objective.candidates))
 
 
 def sharing_batches(candidates: Int[np.ndarray, "R K"], batch_size: int) -> list[Int[np.ndarray, " b"]]:
@@ -203,13 +233,20 @@ def prompt_batches(rows: EvalRows, candidates: Int[np.ndarray, "R K"], label: st
 @functools.partial(jax.jit, static_argnums=0)
 def _batch_nll(
     model: rag.Rag, params: dict, prompts: Any, suffix: Any, answer: Any, cosine: Float[Array, "B K"]
-) -> Float[Array, ""]:
+) -> tuple[Float[Array, " B"], Float[Array, "B C"]]:
+    """Negative log marginal of each answer over the first K of its C candidates, and the NLL with each of them."""
     (prefix, candidates), (answer_start, answer_mask) = prompts, answer
-    generator = model.model("generator", params)
+    generator, K = model.model("generator", params), cosine.shape[1]
     hidden = generator.prefix_suffix(prefix, suffix, candidates)
     token_log_probs = rag.answer_log_probs(generator, hidden, suffix[0], answer_start, answer_mask.shape[1])
     doc_log_probs = losses.doc_log_probs(cosine / model.objective.marginal_temperature)
-    return losses.marginal_nll(model.objective.name, doc_log_probs, token_log_probs, answer_mask)
+    if model.objective.name == "sequence":
+        marginal = losses.sequence_marginal(doc_log_probs, token_log_probs[:, :K], answer_mask)
+    else:
+        by_token = losses.token_marginal(doc_log_probs, token_log_probs[:, :K])
+        marginal = jax.numpy.sum(jax.numpy.where(answer_mask, by_token, 0.0), axis=-1)
+    each = jax.numpy.sum(jax.numpy.where(answer_mask[:, None], token_log_probs, 0.0), axis=-1)
+    return -marginal, -each
 
 
 def answer_nll(
@@ -218,27 +255,39 @@ def answer_nll(
     rows: EvalRows,
     candidates: Int[np.ndarray, "R K"],
     cosine: Float[np.ndarray, "R K"],
-) -> float:
-    """Negative log marginal of the sampled rows' answers given their candidates, nats per answer token.
+    *,
+    with_gold: bool,
+) -> dict[str, scoring.Column]:
+    """NLL of the sampled rows' answers, nats and answer tokens of each: marginal over the candidates and apart.
 
-    The marginal is RAG-Sequence for the objective "sequence" and RAG-Token for every other.
+    The marginal is RAG-Sequence for the objective "sequence" and RAG-Token for every other. One pass reads, besides the
+    candidates, no passage and (`with_gold`) the own one.
     """
     examples = rows.examples
     queries, answers = examples.prompt_queries, examples.answers
-    assert queries is not None and answers is not None
+    assert queries is not None and answers is not None and rows.prefixes is not None and rows.empty_prefix is not None
     answer_lengths = answers.lengths[rows.sample]
     suffix_lengths = queries.lengths[examples.query_key[rows.sample]] + answer_lengths
     suffix_len, num_tokens = (segments.round_up(int(a.max())) for a in (suffix_lengths, answer_lengths))
-    parts = []
-    for batch in prompt_batches(rows, candidates, "answer likelihood"):
+    none = np.full(len(candidates), len(rows.prefixes))
+    read = np.stack([*candidates.T, none, *([rows.gold] if with_gold else [])], axis=1)
+    with_none = dataclasses.replace(rows, prefixes=_joined(rows.prefixes, rows.empty_prefix))
+    marginal, each = np.zeros(len(read)), np.zeros(read.shape)
+    for batch in prompt_batches(with_none, read, "answer likelihood"):
         row = rows.sample[batch.rows]
         query = examples.query_key[row]
         suffix = segments.join_padded((queries, answers), (query, row), suffix_len)
         answer_mask = np.arange(num_tokens) < answers.lengths[row][:, None]
-        answer_mask[batch.real :] = False
         answer = (queries.lengths[query].astype(np.int32), answer_mask)
-        parts.append(_batch_nll(model, params, (batch.prefix, batch.candidates), suffix, answer, cosine[batch.rows]))
-    return float(np.sum(np.asarray(parts, np.float64))) / int(answer_lengths.sum())
+        found = _batch_nll(model, params, (batch.prefix, batch.candidates), suffix, answer, cosine[batch.rows])
+        for nll, values in zip((marginal, each), found, strict=True):
+            nll[batch.rows[: batch.real]] = sharding.to_host(values)[: batch.real]
+    K = candidates.shape[1]
+    nlls = {"answer_nll": marginal, "answer_nll_none": each[:, K], "retrieval_utility": marginal - each[:, K]}
+    if with_gold:
+        nlls |= {"answer_nll_gold": each[:, K + 1], "answer_nll_top1": each[:, 0]}
+    tokens = answer_lengths.astype(np.float64)
+    return {name: (nll, tokens) for name, nll in nlls.items()}
 
 
 def greedy_answers(
@@ -275,65 +324,102 @@ def greedy_answers(
     return texts
 
 
-def answer_metrics(rows: EvalRows, answers: list[str]) -> dict[str, float]:
+def answer_metrics(rows: EvalRows, answers: list[str]) -> dict[str, scoring.Column]:
     gold = [rows.examples.rows.answers[row] for row in rows.sample[: len(answers)]]
-    pairs = list(zip(answers, gold, strict=True))
-    return {
-        "eval/em": float(np.mean([exact_match(a, g) for a, g in pairs])),
-        "eval/f1": float(np.mean([f1(a, g) for a, g in pairs])),
-    }
+    pairs, ones = list(zip(answers, gold, strict=True)), np.ones(len(answers))
+    scores = {"em": scoring.exact_match, "f1": scoring.f1}
+    return {name: (np.array([score(a, g) for a, g in pairs]), ones) for name, score in scores.items()}
 
 
-def normalise(text: str) -> str:
-    """SQuAD's normalisation (Rajpurkar et al., 2016): lower case, no punctuation, no articles, single spaces."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+def by_row(
+    rows: EvalRows,
+    columns: dict[str, scoring.Column],
+    cosine: np.ndarray | None,
+    retrieved: np.ndarray | None,
+    hits: np.ndarray | None,
+    answers: list[str] | None,
+) -> list[dict[str, Any]]:
+    """One flat record a sampled row, to read and to sort: its texts, its metrics, what was retrieved and answered."""
+    texts, found = rows.examples.rows, []
+    for i, row in enumerate(rows.sample):
+        own = {name: values[i] / divisors[i] for name, (values, divisors) in columns.items() if i < len(values)}
+        line = {"row": int(row), "query": texts.queries[row]}
+        if rows.prefixes is not None:
+            line["answer"] = texts.answers[row]
+        if answers is not None and i < len(answers):
+            line["generated"] = answers[i]
+        line |= {name: round(float(value), 6) for name, value in own.items()}
+        line["gold"] = texts.passages[row][:EXCERPT]
+        if cosine is not None and retrieved is not None and hits is not None:
+            line["retrieved"] = [
+                {"score": round(float(c), 6), "relevant": bool(hit), "passage": rows.passages[p][:EXCERPT]}
+                for c, hit, p in zip(cosine[i, :SHOWN], hits[i, :SHOWN], retrieved[i, :SHOWN], strict=True)
+            ]
+        found.append(line)
+    return found
 
 
-def exact_match(answer: str, gold: str) -> float:
-    return float(normalise(answer) == normalise(gold))
-
-
-def f1(answer: str, gold: str) -> float:
-    """Harmonic mean of precision and recall of the words, counted with repetition; of two empty answers 1."""
-    ours, theirs = normalise(answer).split(), normalise(gold).split()
-    if not ours or not theirs:
-        return float(ours == theirs)
-    common = (collections.Counter(ours) & collections.Counter(theirs)).total()
-    return 2 * common / (len(ours) + len(theirs))
-
-
-def record(metrics: dict[str, float], rows: EvalRows, model: rag.Rag, step: int) -> dict[str, Any]:
+def record(result: Result, rows: EvalRows, model: rag.Rag, step: int) -> dict[str, Any]:
     """What `eval/step_N.json` and `--json` hold: metrics by name, what they were counted over and what they mean."""
     counts = rows.counts() | {"candidates": min(model.objective.candidates, len(rows.passages))}
-    return {"step": step, **metrics, "counts": counts, "definitions": DEFINITIONS}
+    best_by = {} if rows.metric == "auto" else {"best_by": f"eval/{rows.metric}"}
+    return {
+        "step": step, **result.metrics, **best_by, "intervals": result.intervals, "counts": counts,
+        "definitions": DEFINITIONS,
+    }  # fmt: skip
 
 
-def write_record(workdir: pathlib.Path, content: dict[str, Any]) -> pathlib.Path:
-    """`workdir/eval/step_N.json`, whole or not at all."""
+def write_record(workdir: pathlib.Path, content: dict[str, Any], by_row: list[dict[str, Any]]) -> pathlib.Path:
+    """`workdir/eval/step_N.json` and, before it, `step_N.rows.jsonl`, each whole or not at all."""
     path = workdir / "eval" / f"step_{content['step']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    lines = (json.dumps(line, ensure_ascii=False) for line in by_row)
+    _replace(path.with_suffix(".rows.jsonl"), "".join(f"{line}\n" for line in lines))
+    _replace(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return path
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    # Texts may hold halves of surrogate pairs.
+    partial.write_text(text, encoding="utf-8", errors="replace")
+    os.replace(partial, path)
 
 
 def table(content: dict[str, Any]) -> str:
     counts = content["counts"]
     over = f"{counts['queries']:,} queries, {counts['passages']:,} passages, K = {counts['candidates']}"
     lines = [f"step {content['step']}: {over}, {counts['answers']:,} answers"]
-    return "\n".join(lines + [f"  {name:<18}{value:>10.4f}" for name, value in content.items() if name[:5] == "eval/"])
+    shown = {name: value for name, value in content.items() if name.startswith("eval/")}
+    lines += [
+        f"  {name:<24}{value:>10.4f}   {content['intervals'][name][0]:.4f} to {content['intervals'][name][1]:.4f}"
+        for name, value in shown.items()
+    ]
+    return "\n".join(lines)
 
 
 def chosen_config(args: argparse.Namespace, overrides: dict[str, str]) -> Any:
     if args.workdir is not None and args.config is None:
+        if args.models is not None:
+            raise UserError(
+                f"--models={args.models}: goes with --config, which says how they read; leave --workdir out"
+            )
         return config.load_workdir(args.workdir, overrides)
     if args.config is None or args.workdir is not None:
         raise UserError("give either --workdir=DIR (a run) or --config=FILE.py (the untrained models)")
     if args.step is not None:
         raise UserError(f"--step={args.step}: goes with --workdir; the models of --config are untrained")
+    if args.models is not None:
+        overrides = exported_paths(args.models) | overrides
     return config.load(args.config, overrides)
+
+
+def exported_paths(folder: pathlib.Path) -> dict[str, str]:
+    """The config keys that name the models which `rag_jax.export` wrote to a folder."""
+    found = {f"{role}.path": str(folder / role) for role in ("retriever", "generator") if (folder / role).is_dir()}
+    if not found:
+        raise UserError(f"--models={folder}: holds neither retriever nor generator; give a folder of rag_jax.export")
+    return found
 
 
 def main() -> None:
@@ -341,6 +427,7 @@ def main() -> None:
     flags.add_argument("--workdir", type=pathlib.Path, metavar="DIR", help="a run, with the config saved in it")
     flags.add_argument("--step", metavar="N|best|latest", help="which of its checkpoints; the latest if not given")
     flags.add_argument("--config", metavar="FILE.py", help="the models that a config names, untrained")
+    flags.add_argument("--models", type=pathlib.Path, metavar="DIR", help="in their place, those of an export")
     flags.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args, overrides = cli.parse(flags)
     loaded = chosen_config(args, overrides)
@@ -359,9 +446,10 @@ def main() -> None:
         with checkpoint.Checkpoints(args.workdir) as checkpoints:
             step = checkpoints.find(args.step)
             params = checkpoints.restore({"params": run.abstract_params(opened)}, step)["params"]
-    content = record(evaluate(opened.model, params, rows), rows, opened.model, step)
+    result = evaluate(opened.model, params, rows)
+    content = record(result, rows, opened.model, step)
     if args.workdir is not None:
-        write_record(args.workdir, content)
+        write_record(args.workdir, content, result.by_row)
     print(json.dumps(content, ensure_ascii=False) if args.json else table(content))
 
 

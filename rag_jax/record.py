@@ -8,6 +8,8 @@ import jax
 
 from rag_jax import data, flops, guards, metrics, models
 
+# Of an evaluation, on the console; the record has all.
+SHOWN = ("recall@1", "recall@10", "mrr@10", "ndcg@10", "answer_nll", "em", "f1")
 # What a run stops its steps for.
 PAUSES = ("compile", "eval", "checkpoint", "mining")
 
@@ -81,7 +83,7 @@ class Record:
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         self.writer.evaluation(step, values)
-        shown = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in values.items())
+        shown = "  ".join(f"{name} {values[f'eval/{name}']:.3f}" for name in SHOWN if f"eval/{name}" in values)
         self.progress.print(f"step {step}: {shown}")
 
     def mining(self, step: int, values: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""Exact retrieval over a corpus: embedding texts, the highest-scoring passages, metrics of ranking.
+"""Exact retrieval over a corpus: embedding texts, the highest-scoring passages.
 
 **R** queries, **M** passages of the corpus, **K** retrieved passages, **E** embedding width.
 """
@@ -18,9 +18,6 @@ from tqdm import tqdm
 from rag_jax import rag, sharding
 from rag_jax.data import segments
 
-RECALL_AT = (1, 5, 10)
-# The deepest rank that any metric looks at.
-DEPTH = 10
 # Scores that exist at one time on a device: (queries, passages) float32 of at most this many numbers, 256 MB.
 SCORES_AT_A_TIME = 2**26
 QUERIES_AT_A_TIME = 4096
@@ -219,24 +216,3 @@ def _merge(
     score, index = (jax.lax.with_sharding_constraint(a, NamedSharding(mesh, P())) for a in (score, index))
     descending, index = jax.lax.sort((-score, index), num_keys=2)
     return -descending[:, :k], index[:, :k]
-
-
-def gold_rank(retrieved: Int[np.ndarray, "R K"], gold: Int[np.ndarray, " R"]) -> Int[np.ndarray, " R"]:
-    """Rank, from 1, of each query's own passage among those retrieved; 0 where it is not among them."""
-    hit = retrieved == gold[:, None]
-    return np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, 0)
-
-
-def ranking_metrics(rank: Shaped[np.ndarray, " R"]) -> dict[str, float]:
-    """Metrics of `gold_rank` where every query has one relevant passage, averaged over queries.
-
-        recall@k = [rank <= k]      mrr@10 = [rank <= 10] / rank      ndcg@10 = [rank <= 10] / log2(1 + rank)
-
-    The ideal gain of one relevant passage is 1, so ndcg needs no divisor.
-    """
-    found = (rank > 0) & (rank <= DEPTH)
-    safe = np.where(found, rank, 1).astype(np.float64)
-    metrics = {f"eval/recall@{k}": float(np.mean((rank > 0) & (rank <= k))) for k in RECALL_AT}
-    metrics[f"eval/mrr@{DEPTH}"] = float(np.mean(np.where(found, 1 / safe, 0.0)))
-    metrics[f"eval/ndcg@{DEPTH}"] = float(np.mean(np.where(found, 1 / np.log2(1 + safe), 0.0)))
-    return metrics

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from rag_jax import config as configs
 from rag_jax import (
+    checkpoint,
     data,
     evaluate,
     guards,
@@ -89,6 +90,9 @@ def train(config: Any, workdir: pathlib.Path) -> int:
         checkpoints = stack.enter_context(Checkpoints(workdir, keep=config.checkpoint.keep))
         if start_step >= config.total_steps:
             say(training, f"{workdir} is trained to step {start_step} already; total_steps={config.total_steps}")
+            return 0
+        if start_step and checkpoint.exhausted(earlier_scores(training, start_step), config.eval.patience):
+            say(training, f"{workdir} has ended early at step {start_step}; raise eval.patience to go on")
             return 0
         state = restore(training, checkpoints, start_step) if start_step else pretrained(training)
         with processes.ends_at_once():
@@ -231,6 +235,8 @@ def loop(training: Training, state: Any, checkpoints: Checkpoints, start_step: i
     compiled = Compiled(training)
     pending: tuple[int, Any, Facts] | None = None
     asked = NOTHING  # as all processes know
+    scores = earlier_scores(training, start_step)
+    ended = ""
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(metrics.Writer(training.workdir, start_step, active=training.is_main))
         progress = metrics.Progress(total_steps, start_step, active=training.is_main)
@@ -240,7 +246,7 @@ def loop(training: Training, state: Any, checkpoints: Checkpoints, start_step: i
         record = Record(config, used, writer, progress, nonfinite(training, state, start_step))
         wishes = Wishes(stopped, 60 * config.checkpoint.every_minutes if training.is_main else 0)
         if start_step == 0:
-            record.pause("eval", evaluation(training, state, 0, record))
+            record.pause("eval", evaluation(training, state, 0, record, scores))
         spans = planned(training, lambda: state, start_step, record)
         for step, (batch, facts) in enumerate(batches(training, spans, wishes), start=start_step + 1):
             run_step, compile_s = compiled.of(state, batch, facts.lengths, progress)
@@ -260,8 +266,10 @@ def loop(training: Training, state: Any, checkpoints: Checkpoints, start_step: i
                 asked = max(asked, write(record, *pending))
                 pending = None
                 if evaluates:
-                    record.pause("eval", evaluation(training, state, step, record))
-            if saves:
+                    record.pause("eval", evaluation(training, state, step, record, scores))
+                    if checkpoint.exhausted(scores, config.eval.patience) and step < total_steps:
+                        last, ended = True, f"; ended early: {config.eval.patience} evaluations brought nothing better"
+            if saves or last:
                 record.pause("checkpoint", save(training, state, checkpoints, step))
                 wishes.saved()
                 asked = asked if asked == STOP else NOTHING
@@ -269,14 +277,14 @@ def loop(training: Training, state: Any, checkpoints: Checkpoints, start_step: i
                 break
         say(training, record.summary())
         checkpoints.wait()
-    if (stopped or asked) and step < total_steps:
+    if (stopped or asked) and step < total_steps and not ended:
         number = stopped[0] if stopped else signal.SIGTERM
         saved = "saved; the same command goes on from there" if saves_at_all(config) else "not saved"
         say(training, f"stopped by {signal.Signals(number).name} after step {step}: {saved}")
         return number
     say(
         training,
-        f"trained to step {total_steps}; next: python -m rag_jax.export --workdir={training.workdir} --out=DIR",
+        f"trained to step {step}{ended}; next: python -m rag_jax.export --workdir={training.workdir} --out=DIR",
     )
     return 0
 
@@ -402,18 +410,27 @@ class Compiled:
         return self.by_shape[lengths], seconds
 
 
-def evaluation(training: Training, state: Any, step: int, record: Record) -> float:
+def evaluation(training: Training, state: Any, step: int, record: Record, scores: dict[int, float]) -> float:
     """Metrics of this step on the held-out rows, to the record and `eval/step_N.json`; the seconds it took."""
     if training.eval_rows is None:
         return 0.0
     began = time.perf_counter()
     params = optim.join(state.params, state.frozen)
-    values = evaluate.evaluate(training.opened.model, params, training.eval_rows)
+    result = evaluate.evaluate(training.opened.model, params, training.eval_rows)
+    content = evaluate.record(result, training.eval_rows, training.opened.model, step)
     if training.is_main:
-        content = evaluate.record(values, training.eval_rows, training.opened.model, step)
-        evaluate.write_record(training.workdir, content)
-    record.evaluation(step, values)
+        evaluate.write_record(training.workdir, content, result.by_row)
+    score = checkpoint.score(content, content.get("best_by"))
+    scores |= {} if score is None else {step: score}
+    record.evaluation(step, result.metrics)
     return time.perf_counter() - began
+
+
+def earlier_scores(training: Training, start_step: int) -> dict[int, float]:
+    """What the evaluations of the run up to the step it goes on from say; those of the command do not count."""
+    every = training.config.eval.every_steps
+    found = checkpoint.scores(training.workdir) if start_step else {}
+    return {step: score for step, score in found.items() if step <= start_step and (step == 0 or due(step, every))}
 
 
 def saves_at_all(config: Any) -> bool:

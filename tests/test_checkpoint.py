@@ -17,7 +17,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from rag_jax import checksums
+from rag_jax import checkpoint, checksums
 from rag_jax.checkpoint import Checkpoints, best_step, set_aside
 from rag_jax.errors import UserError
 
@@ -92,6 +92,26 @@ def test_the_newest_are_kept_and_the_best(tmp_path):
         assert (checkpoints.find("best"), checkpoints.find("latest"), checkpoints.find(4)) == (2, 5, 4)
         restored = checkpoints.restore({"params": abstract(params_of(0.0), sharding(1))}, "best")
         assert float(restored["params"]["generator"]["kernel"][0, 0]) == 2.0, "the first save of a step stays"
+
+
+def test_the_best_is_the_best_by_what_the_newest_evaluation_names(tmp_path):
+    write_eval(tmp_path, 1, **{"eval/mrr@10": 0.9, "eval/recall@1": 0.1, "eval/answer_nll_gold": 3.0})
+    write_eval(tmp_path, 2, **{"eval/mrr@10": 0.8, "eval/recall@1": 0.3, "eval/answer_nll_gold": 2.0})
+    write_eval(tmp_path, 3, **{"eval/mrr@10": 0.7, "eval/recall@1": 0.2, "eval/answer_nll_gold": 1.0})
+    assert best_step(tmp_path, [1, 2, 3]) == 1
+    for name, best in (("eval/recall@1", 2), ("eval/answer_nll_gold", 3), ("eval/mrr@10", 1)):
+        write_eval(tmp_path, 4, **{"best_by": name, "eval/mrr@10": 0.0})
+        assert best_step(tmp_path, [1, 2, 3]) == best
+    assert checkpoint.scores(tmp_path) == {1: 0.9, 2: 0.8, 3: 0.7, 4: 0.0}
+
+
+def test_patience_ends_when_nothing_better_came():
+    assert not checkpoint.exhausted({0: 0.1, 3: 0.2}, 0)  # 0: never
+    assert not checkpoint.exhausted({0: 0.5, 3: 0.2}, 2)  # too few yet
+    assert checkpoint.exhausted({0: 0.5, 3: 0.2, 6: 0.5}, 2)  # as good is not better
+    assert not checkpoint.exhausted({0: 0.5, 3: 0.2, 6: 0.6}, 2)
+    assert not checkpoint.exhausted({0: 0.5, 3: 0.6, 6: 0.1}, 2)
+    assert checkpoint.exhausted({6: 0.1, 0: 0.5, 9: 0.1, 3: 0.6}, 2)
 
 
 def test_without_a_retriever_the_best_has_the_lowest_answer_nll(tmp_path):

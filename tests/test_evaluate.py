@@ -14,7 +14,8 @@ from data_helpers import BOS, EOS, byte_tokenizer, word_tokenizer
 from flax import nnx
 from ml_collections import ConfigDict
 
-from rag_jax import data, evaluate, models, rag
+from rag_jax import config as configs
+from rag_jax import data, evaluate, models, rag, scoring
 
 WORDS = "who ate the red fish bird cat dog ran sang under a blue tree moon old king".split()
 ROWS = [
@@ -57,7 +58,7 @@ def config(folder, *, passages=True, num_rows=0, answers=0):
                 "columns": {"query": "Q", "passage": "P", "answer": "A"},
                 "bad_rows": "drop",
             },
-            "eval": {"rows": num_rows, "answers": answers, "batch_size": 3},
+            "eval": {"rows": num_rows, "answers": answers, "batch_size": 3, "metric": "auto"},
         }
     )
 
@@ -141,7 +142,7 @@ def test_metrics_are_those_of_one_string_at_a_time(folder, objective):
     model, params = build(objective)
     rows, report = evaluate.load_rows(config(folder, num_rows=5), RETRIEVER, PROMPT)
     assert (report.rows, len(rows.passages), len(rows.sample)) == (7, 7, 5)
-    metrics = evaluate.evaluate(model, params, rows)
+    metrics = evaluate.evaluate(model, params, rows).metrics
 
     passages = list(dict.fromkeys([p for _, p, _ in ROWS] + EXTRA))
     sampled = [ROWS[i] for i in rows.sample]
@@ -155,6 +156,45 @@ def test_metrics_are_those_of_one_string_at_a_time(folder, objective):
     expected = reference_nll(objective, reference_forward(), sampled, cosine, passages, 3)
     assert metrics["eval/answer_nll"] == pytest.approx(expected, rel=1e-5)
     assert "eval/em" not in metrics
+    # One passage: the nearest, the own one, and an empty one.
+    own = np.array([np.array(passages) == p for _, p, _ in sampled])
+    for name, scores, texts in (
+        ("top1", cosine, passages), ("gold", own * 1.0, passages), ("none", np.zeros((5, 1)), [""]),
+    ):  # fmt: skip
+        expected = reference_nll(objective, reference_forward(), sampled, scores, texts, 1)
+        assert metrics[f"eval/answer_nll_{name}"] == pytest.approx(expected, rel=1e-5), name
+    utility = metrics["eval/answer_nll"] - metrics["eval/answer_nll_none"]
+    assert metrics["eval/retrieval_utility"] == pytest.approx(utility, abs=1e-9)
+
+
+def test_all_passages_of_a_query_are_relevant_and_rows_tell_their_own(folder, tmp_path):
+    """Two rows ask the same: either passage is right, wherever they stand in the file."""
+    model, params = build()
+    changed = config(folder, answers=3)
+    more = [*ROWS, ("who sang", "the king sang", "king")]
+    changed.data.eval = write_csv(tmp_path / "rows.csv", ("Q", "P", "A"), more)
+    rows, _ = evaluate.load_rows(changed, RETRIEVER, PROMPT)
+    result = evaluate.evaluate(model, params, rows)
+    assert [line["row"] for line in result.by_row] == rows.sample.tolist()
+    passages = list(dict.fromkeys([p for _, p, _ in more] + EXTRA))
+    cosine = reference_cosines(["who sang"], passages)[0]
+    best = min(1 + int((cosine > cosine[passages.index(p)]).sum()) for p in (ROWS[1][1], "the king sang"))
+    both = [line for line in result.by_row if line["query"] == "who sang"]
+    assert [line["answer"] for line in both] in (["a bird", "king"], ["king", "a bird"])
+    for line in both:
+        assert line["mrr@10"] == pytest.approx(1 / best, abs=1e-6)
+        assert (line["recall@10"], line["precision@10"]) == (1, pytest.approx(2 / len(passages), abs=1e-6))
+        assert sorted(hit["passage"] for hit in line["retrieved"] if hit["relevant"]) == sorted(
+            [ROWS[1][1], "the king sang"]
+        )
+        assert [hit["score"] for hit in line["retrieved"]] == pytest.approx(sorted(cosine, reverse=True), abs=1e-5)
+    tokens = np.array([len(line["answer"]) + 1 for line in result.by_row])
+    by_hand = np.array([line["answer_nll"] for line in result.by_row]) @ tokens / tokens.sum()
+    assert result.metrics["eval/answer_nll"] == pytest.approx(by_hand, abs=1e-5)
+    assert ["generated" in line for line in result.by_row] == [True] * 3 + [False] * 5
+    assert set(result.intervals) == set(result.metrics)
+    assert all(low <= result.metrics[name] + 1e-12 and result.metrics[name] <= high + 1e-12
+               for name, (low, high) in result.intervals.items())  # fmt: skip
 
 
 def test_k_beyond_the_corpus_reads_all_of_it(folder):
@@ -164,9 +204,9 @@ def test_k_beyond_the_corpus_reads_all_of_it(folder):
     sampled = [ROWS[i] for i in rows.sample]
     cosine = reference_cosines([q for q, _, _ in sampled], passages)
     expected = reference_nll("token", reference_forward(), sampled, cosine, passages, 5)
-    metrics = evaluate.evaluate(model, params, rows)
-    assert metrics["eval/answer_nll"] == pytest.approx(expected, rel=1e-5)
-    assert evaluate.record(metrics, rows, model, 0)["counts"]["candidates"] == 5
+    result = evaluate.evaluate(model, params, rows)
+    assert result.metrics["eval/answer_nll"] == pytest.approx(expected, rel=1e-5)
+    assert evaluate.record(result, rows, model, 0)["counts"]["candidates"] == 5
 
 
 def test_greedy_answers_mix_the_retrieved_passages(folder):
@@ -188,16 +228,17 @@ def test_greedy_answers_mix_the_retrieved_passages(folder):
                 break
             answer.append(int(mixed.argmax()))
         assert text == PROMPT.tokenizer.decode(answer, skip_special_tokens=True).strip()
-    metrics = evaluate.evaluate(model, params, rows)
+    metrics = evaluate.evaluate(model, params, rows).metrics
     gold = [ROWS[i][2] for i in rows.sample[:4]]
-    assert metrics["eval/f1"] == pytest.approx(np.mean([evaluate.f1(t, g) for t, g in zip(texts, gold, strict=True)]))
+    assert metrics["eval/f1"] == pytest.approx(np.mean([scoring.f1(t, g) for t, g in zip(texts, gold, strict=True)]))
 
 
 def test_without_a_retriever_the_own_passage_is_read(folder):
     model, params = build()
     rows, _ = evaluate.load_rows(config(folder, answers=2), None, PROMPT)
-    metrics = evaluate.evaluate(dataclasses.replace(model, retriever=None), {"generator": params["generator"]}, rows)
-    assert set(metrics) == {"eval/answer_nll", "eval/em", "eval/f1"}
+    result = evaluate.evaluate(dataclasses.replace(model, retriever=None), {"generator": params["generator"]}, rows)
+    metrics = result.metrics
+    assert set(metrics) == {f"eval/{n}" for n in ("answer_nll", "answer_nll_none", "retrieval_utility", "em", "f1")}
     passages = [p for _, p, _ in ROWS]
     expected = reference_nll("token", reference_forward(), ROWS, np.eye(7), passages, 1)
     assert metrics["eval/answer_nll"] == pytest.approx(expected, rel=1e-5)
@@ -206,8 +247,9 @@ def test_without_a_retriever_the_own_passage_is_read(folder):
 def test_without_a_generator_there_are_no_answers(folder):
     model, params = build()
     rows, _ = evaluate.load_rows(config(folder, answers=2), RETRIEVER, None)
-    metrics = evaluate.evaluate(dataclasses.replace(model, generator=None), {"retriever": params["retriever"]}, rows)
-    assert set(metrics) == {"eval/recall@1", "eval/recall@5", "eval/recall@10", "eval/mrr@10", "eval/ndcg@10"}
+    result = evaluate.evaluate(dataclasses.replace(model, generator=None), {"retriever": params["retriever"]}, rows)
+    assert set(result.metrics) == {f"eval/{name}" for name in configs.RANKING_METRICS}
+    assert "answer" not in result.by_row[0] and len(result.by_row[0]["retrieved"]) == 7
 
 
 def test_a_dropped_row_leaves_its_passage_in_the_corpus(folder, tmp_path):
@@ -234,35 +276,24 @@ def test_batches_share_passages():
     assert sum(len(np.unique(candidates[batch])) for batch in batches) == 48  # each passage once, the least possible
 
 
-@pytest.mark.parametrize(
-    ("answer", "gold", "em", "f1"),
-    [
-        ("The Cat!", "cat", 1, 1),
-        ("a  red   fish", "red fish.", 1, 1),
-        ("the red cat", "red fish", 0, 0.5),
-        ("red red fish", "red fish", 0, 0.8),  # precision 2/3, recall 1
-        ("", "cat", 0, 0),
-        ("the", "a", 1, 1),
-        ("theatre", "atre", 0, 0),
-        ("u.s.", "US", 1, 1),
-    ],
-)
-def test_exact_match_and_f1(answer, gold, em, f1):
-    assert evaluate.exact_match(answer, gold) == em
-    assert evaluate.f1(answer, gold) == pytest.approx(f1)
-
-
 def test_the_record_is_flat_and_says_what_it_means(folder, tmp_path):
     rows, _ = evaluate.load_rows(config(folder, num_rows=4), RETRIEVER, PROMPT)
-    content = evaluate.record({"eval/mrr@10": 0.25}, rows, build()[0], 12)
-    path = evaluate.write_record(tmp_path / "run", content)
-    evaluate.write_record(tmp_path / "run", content)  # again: replaced
-    assert [p.name for p in path.parent.iterdir()] == ["step_12.json"]
+    lines = [{"row": 3, "query": "who\nsang é", "mrr@10": 0.5}, {"row": 0, "query": "?", "mrr@10": 0.0}]
+    result = evaluate.Result({"eval/mrr@10": 0.25}, {"eval/mrr@10": [0.1, 0.4]}, lines)
+    content = evaluate.record(result, rows, build()[0], 12)
+    path = evaluate.write_record(tmp_path / "run", content, lines)
+    evaluate.write_record(tmp_path / "run", content, lines)  # again: replaced
+    assert sorted(p.name for p in path.parent.iterdir()) == ["step_12.json", "step_12.rows.jsonl"]
     read = json.loads(path.read_text())
-    assert (read["step"], read["eval/mrr@10"]) == (12, 0.25)
+    assert (read["step"], read["eval/mrr@10"], read["intervals"]) == (12, 0.25, {"eval/mrr@10": [0.1, 0.4]})
     tokens = sum(len(ROWS[i][2]) + 1 for i in rows.sample)
     assert read["counts"] == {
         "rows": 7, "queries": 4, "passages": 7, "answers": 0, "answer_tokens": tokens, "candidates": 3
     }  # fmt: skip
-    assert "nats per answer token" in read["definitions"]["eval/answer_nll"]
-    assert "eval/mrr@10" in evaluate.table(content) and "0.2500" in evaluate.table(content)
+    assert "nats per answer token" in read["definitions"]["eval/answer_nll"] and "best_by" not in read
+    by_row = path.with_suffix(".rows.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in by_row] == lines
+    shown = evaluate.table(content)
+    assert "eval/mrr@10" in shown and "0.2500   0.1000 to 0.4000" in shown
+    other = evaluate.record(result, dataclasses.replace(rows, metric="map@100"), build()[0], 12)
+    assert other["best_by"] == "eval/map@100"

@@ -25,10 +25,7 @@ def exported(tmp_path_factory):
 def test_it_evaluates_as_the_checkpoint_does(exported):
     cache, workdir, out, printed = exported
     assert printed == f"step {STEPS} of {workdir}: {out / 'generator'}, {out / 'retriever'}\n"
-    content = run(
-        cache, "evaluate", f"--config={TINY}", "--json", retriever__path=out / "retriever",
-        generator__path=out / "generator",
-    )  # fmt: skip
+    content = run(cache, "evaluate", f"--config={TINY}", f"--models={out}", "--json")
     here = json.loads(content.splitlines()[-1])
     there = json.loads((workdir / "eval" / f"step_{STEPS}.json").read_text())
     assert here.pop("step") == 0 and there.pop("step") == STEPS

@@ -14,7 +14,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("errors",),
     ("hardware", "checksums", "foreign"),
-    ("losses", "models", "data", "sharding", "metrics", "config", "optim", "checkpoint", "hlo", "rendezvous", "lock"),
+    ("losses", "scoring", "models", "data", "sharding", "metrics", "config", "optim", "checkpoint"),
+    ("hlo", "rendezvous", "lock"),
     ("hf", "flops", "rag", "cli", "processes"),
     ("retrieval", "generate", "run", "train_step"),
     ("index", "mining", "answering", "summary", "guards", "inputs"),

@@ -141,6 +141,21 @@ def test_another_config_is_refused_with_the_difference(whole, cache, monkeypatch
         train.resumable(other, workdir)
 
 
+def test_patience_ends_a_run_that_gets_no_better_and_more_of_it_goes_on(cache, tmp_path):
+    workdir = tmp_path / "run"
+    values = {
+        "total_steps": 9, "eval__every_steps": 1, "objective__name": "none", "generator__path": None,
+        "optimizer__learning_rate": 1e-15, "eval__metric": "recall@1", "checkpoint__every_steps": 5,
+    }  # fmt: skip
+    flags = ("main", f"--config={TINY}", f"--workdir={workdir}")
+    assert "trained to step 2; ended early: 2 evaluations" in run(cache, *flags, **values, eval__patience=2)
+    assert [line["step"] for line in records(workdir, "eval/")] == [0, 1, 2]
+    assert "has ended early at step 2; raise eval.patience" in run(cache, *flags, **values, eval__patience=2)
+    assert "trained to step 4; ended early: 4 evaluations" in run(cache, *flags, **values, eval__patience=4)
+    assert json.loads((workdir / "eval" / "step_4.json").read_text())["best_by"] == "eval/recall@1"
+    assert len((workdir / "eval" / "step_4.rows.jsonl").read_text().splitlines()) == 30
+
+
 SLOW = pytest.mark.slow
 OBJECTIVES = [
     pytest.param({"objective__name": "sequence"}, id="sequence", marks=SLOW),
