@@ -15,7 +15,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rag_jax import config as configs
 from rag_jax import (
     checkpoint,
     data,
@@ -33,6 +32,7 @@ from rag_jax import (
     summary,
     train_step,
 )
+from rag_jax import config as configs
 from rag_jax.checkpoint import Checkpoints, set_aside
 from rag_jax.errors import UserError
 from rag_jax.record import Facts, Record, due
