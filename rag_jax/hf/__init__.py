@@ -101,6 +101,7 @@ def copy_small_files(source: Source, folder: pathlib.Path) -> None:
 def _tokenizer(folder: pathlib.Path, where: str, vocab_size: int) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        around = tokenizer("a").input_ids
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # any kind, from any of its many readers; a panic in Rust is no Exception
@@ -111,7 +112,7 @@ def _tokenizer(folder: pathlib.Path, where: str, vocab_size: int) -> Any:
     if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):  # what transformers makes of no files
         raise UserError(f"{where}: no tokenizer in {folder}; save the model's own there, with its tokenizer.json")
     # What it puts around texts is not always of its vocabulary.
-    largest = max([*tokenizer.get_vocab().values(), *tokenizer("a").input_ids], default=0)
+    largest = max([*tokenizer.get_vocab().values(), *around], default=0)
     if largest >= vocab_size:
         raise UserError(f"{where}: its tokenizer has ids up to {largest}, but the model only {vocab_size} embeddings")
     return tokenizer

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -93,7 +94,7 @@ def _read(folder: pathlib.Path, name: str, where: str, kind: type) -> Any:
     path = folder / name
     if ".." in pathlib.PurePath(name).parts or pathlib.PurePath(name).is_absolute():
         raise UserError(f"{where}: modules.json points outside of the folder, to {name}")
-    if not path.is_file():
+    if not os.path.isfile(path):  # also where no file can have such a name
         return kind()
     content = foreign.read_json(path, f"{where}: {name}")
     if not isinstance(content, kind | None):
