@@ -151,7 +151,7 @@ def test_few_beams_of_every_passage_and_the_best_of_their_union(case, W):
         np.testing.assert_allclose(found.log_probs[b], max(scores.values()), atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "length_penalty"), [("llama", 0.0), ("llama", 1.0), ("gpt2", 1.0)])
+@pytest.mark.parametrize(("name", "length_penalty"), [("llama", 1.0), ("gpt2", 0.0)])
 def test_one_passage_is_beam_search_of_transformers(name, length_penalty):
     torch = pytest.importorskip("torch")
     torch.manual_seed(3)
