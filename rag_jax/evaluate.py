@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from rag_jax import checkpoint, cli, config, data, generate, losses, rag, retrieval, scoring, sharding
+from rag_jax import checkpoint, cli, config, data, generate, index, losses, rag, retrieval, scoring, sharding
 from rag_jax.data import segments
 from rag_jax.errors import UserError
 
@@ -137,9 +137,10 @@ class Result:
     by_row: list[dict[str, Any]]
 
 
-def evaluate(model: rag.Rag, params: dict, rows: EvalRows) -> Result:
+def evaluate(model: rag.Rag, params: dict, rows: EvalRows, index_folder: pathlib.Path | None = None) -> Result:
     """Retrieve, score the answers, answer. What `params` lacks is left out.
 
+    The passages' embeddings are in memory, or on disk in `index_folder`, where those that are there already are used.
     Without a retriever the generator reads each row's own passage, and there are no metrics of ranking; without a
     generator (or any answer token) there are no metrics of answers.
     """
@@ -147,7 +148,7 @@ def evaluate(model: rag.Rag, params: dict, rows: EvalRows) -> Result:
     ones = np.ones(len(rows.sample))
     cosine = retrieved = hits = answers = None
     if "retriever" in params:
-        cosine, retrieved = retrieve(model, params, rows)
+        cosine, retrieved = retrieve(model, params, rows, index_folder)
         examples = rows.examples
         hits, num_relevant = scoring.relevant_hits(
             retrieved, examples.query_key[rows.sample], (examples.query_key, examples.passage_key)
@@ -165,15 +166,20 @@ def evaluate(model: rag.Rag, params: dict, rows: EvalRows) -> Result:
     return Result(metrics, intervals, by_row(rows, columns, cosine, retrieved, hits, answers))
 
 
-def retrieve(model: rag.Rag, params: dict, rows: EvalRows) -> tuple[Float[np.ndarray, "R K"], Int[np.ndarray, "R K"]]:
+def retrieve(
+    model: rag.Rag, params: dict, rows: EvalRows, index_folder: pathlib.Path | None = None
+) -> tuple[Float[np.ndarray, "R K"], Int[np.ndarray, "R K"]]:
     """Cosines and indices of the passages nearest to each sampled query, as many as metrics or generator need."""
     queries, passages = rows.examples.retriever_queries, rows.retriever_passages
     assert queries is not None and passages is not None
     keys, query = np.unique(rows.examples.query_key[rows.sample], return_inverse=True)
     embed = functools.partial(retrieval.embed, model, params, batch_size=rows.batch_size)
     query_emb = embed(queries.take(keys), label="queries")[query]
-    passage_emb = embed(passages, label="passages")
-    return retrieval.top_k(query_emb, passage_emb, max(scoring.DEPTH, model.objective.candidates))
+    if index_folder is None:
+        corpus: Any = embed(passages, label="passages")
+    else:
+        corpus = index.build(index_folder, model, params, passages, batch_size=rows.batch_size)
+    return retrieval.top_k(query_emb, corpus, max(scoring.DEPTH, model.objective.candidates))
 
 
 def sharing_batches(candidates: Int[np.ndarray, "R K"], batch_size: int) -> list[Int[np.ndarray, " b"]]:
@@ -428,6 +434,7 @@ def main() -> None:
     flags.add_argument("--step", metavar="N|best|latest", help="which of its checkpoints; the latest if not given")
     flags.add_argument("--config", metavar="FILE.py", help="the models that a config names, untrained")
     flags.add_argument("--models", type=pathlib.Path, metavar="DIR", help="in their place, those of an export")
+    flags.add_argument("--index", type=pathlib.Path, metavar="DIR", help="keep the passages' embeddings on disk, there")
     flags.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args, overrides = cli.parse(flags)
     loaded = chosen_config(args, overrides)
@@ -446,7 +453,7 @@ def main() -> None:
         with checkpoint.Checkpoints(args.workdir) as checkpoints:
             step = checkpoints.find(args.step)
             params = checkpoints.restore({"params": run.abstract_params(opened)}, step)["params"]
-    result = evaluate(opened.model, params, rows)
+    result = evaluate(opened.model, params, rows, args.index)
     content = record(result, rows, opened.model, step)
     if args.workdir is not None:
         write_record(args.workdir, content, result.by_row)

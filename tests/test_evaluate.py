@@ -244,6 +244,23 @@ def test_without_a_retriever_the_own_passage_is_read(folder):
     assert metrics["eval/answer_nll"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_an_index_on_disk_changes_nothing_and_is_used_again(folder, tmp_path, monkeypatch):
+    model, params = build()
+    rows, _ = evaluate.load_rows(config(folder), RETRIEVER, None)
+    params = {"retriever": params["retriever"]}
+    expected = evaluate.evaluate(model, params, rows)
+    assert evaluate.evaluate(model, params, rows, tmp_path / "index") == expected
+    embed, made = evaluate.retrieval.embed, []
+
+    def counted(*inputs, label, **options):
+        made.append(label)
+        return embed(*inputs, label=label, **options)
+
+    monkeypatch.setattr(evaluate.retrieval, "embed", counted)
+    assert evaluate.evaluate(model, params, rows, tmp_path / "index") == expected
+    assert made == ["queries"]
+
+
 def test_without_a_generator_there_are_no_answers(folder):
     model, params = build()
     rows, _ = evaluate.load_rows(config(folder, answers=2), RETRIEVER, None)
