@@ -38,7 +38,10 @@ def replay(loaded: Any, workdir: pathlib.Path, step: int) -> None:
         inputs.check(workdir, loaded, inputs.of_run(loaded, training.examples))
         for bad, problem in damaged.items():
             print(f"checkpoint {bad} is damaged ({problem})")
-        state = train.restore(training, checkpoints, start) if start else train.pretrained(training)
+        if start:
+            state = train.restore(training, checkpoints, start)
+        else:
+            state = train.pretrained(training, run.pretrained_params(training.opened, mesh))
     compiled, progress = train.Compiled(training), metrics.Progress(step, start or 0)
     print(f"replay     steps {(start or 0) + 1} to {step}", flush=True)
     every = loaded.mining.every_steps

@@ -79,6 +79,7 @@ def train(config: Any, workdir: pathlib.Path) -> int:
         found = inputs.of_run(config, training.examples)
         if start_step:
             inputs.check(workdir, config, found)
+        params = None if start_step else run.pretrained_params(training.opened, mesh)
     processes.check_agreement(shared_facts(training, start_step))
     with contextlib.ExitStack() as stack:
         with processes.all_or_none():
@@ -94,7 +95,7 @@ def train(config: Any, workdir: pathlib.Path) -> int:
         if start_step and checkpoint.exhausted(earlier_scores(training, start_step), config.eval.patience):
             say(training, f"{workdir} has ended early at step {start_step}; raise eval.patience to go on")
             return 0
-        state = restore(training, checkpoints, start_step) if start_step else pretrained(training)
+        state = restore(training, checkpoints, start_step) if start_step else pretrained(training, params)
         with processes.ends_at_once():
             return loop(training, state, checkpoints, start_step)
 
@@ -215,8 +216,7 @@ def write_workdir(training: Training, start_step: int, found: inputs.Inputs) -> 
         inputs.write(training.workdir, found)
 
 
-def pretrained(training: Training) -> train_step.TrainState:
-    params = run.pretrained_params(training.opened, training.mesh)
+def pretrained(training: Training, params: Any) -> train_step.TrainState:
     return train_step.init_state(*optim.split_frozen(params, training.rules), training.optimizer, training.mesh)
 
 
