@@ -92,8 +92,15 @@ def quiet() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
     # What goes wrong in Orbax is raised as well, and then told in one line.
     logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
+    sys.unraisablehook = _unraisable
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+
+
+def _unraisable(about: Any) -> None:
+    """Of a save that has failed, tensorstore tells an event loop that is gone, once for every array."""
+    if "Event loop is closed" not in str(about.exc_value):
+        sys.__unraisablehook__(about)
 
 
 def _kind(kind: Any) -> str:
