@@ -115,8 +115,15 @@ def quiet() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    sys.unraisablehook = _unraisable
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+
+
+def _unraisable(about: Any) -> None:
+    """Of a save that has failed, tensorstore tells an event loop that is gone, once for every array."""
+    if "Event loop is closed" not in str(about.exc_value):
+        sys.__unraisablehook__(about)
 
 
 def _kind(kind: Any) -> str:

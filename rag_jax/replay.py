@@ -13,6 +13,8 @@ from typing import Any
 from rag_jax import cli, config
 from rag_jax.errors import UserError
 
+TERMS = ("|query|", "|passage|", "contrastive", "marginal")
+
 
 def main() -> None:
     flags = cli.parser("replay", __doc__)
@@ -91,13 +93,13 @@ def row_lines(training: Any, params: Any, batch: Any, dropout_seed: int | None, 
 
     key = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), step)
     terms = jax.jit(functools.partial(row_terms, training.opened.model))(params, batch, key)
-    terms = {name: np.asarray(values) for name, values in terms.items()}
+    terms = {name: np.asarray(terms[name]) for name in TERMS if name in terms}
     lines = ["row      " + "  ".join(f"{name:>16}" for name in terms)]
     for place, row in enumerate(batch.row):
         shown = "  ".join(f"{values[place]:>16.6g}" for values in terms.values())
         wrong = [name for name, values in terms.items() if not np.isfinite(values[place])]
         query = training.examples.rows.queries[row]
-        lines.append(f"{row:<9}{shown}  {'NOT FINITE' if wrong else ''} {query[:60]!r}")
+        lines.append(f"{row:<9}{shown}  {'NOT FINITE ' if wrong else ''}{query[:60]!r}")
     return lines
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from command import ROOT
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rag_jax import checkpoint, checksums
@@ -293,6 +294,40 @@ def test_a_save_that_fails_in_the_background_is_told_at_the_next_look(tmp_path, 
         assert again.steps() == []
         again.save(5, tree)
         assert again.newest_good() == (5, {})
+
+
+FILLING = """
+import sys, time
+from rag_jax import cli
+def main():
+    import jax.numpy as jnp, numpy as np
+    from rag_jax.checkpoint import Checkpoints
+    arrays = {str(n): jnp.asarray(np.random.default_rng(n).normal(size=(300, 300))) for n in range(8)}
+    checkpoints = Checkpoints(sys.argv[1], keep=9)
+    for step in range(1, 9):
+        checkpoints.save(step, {"params": arrays, "opt_state": {"count": jnp.zeros(())}})
+        while checkpoints.check_saving() or checkpoints.steps() != list(range(1, step + 1)):
+            time.sleep(0.01)
+cli.run(main)
+"""
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_ones_before(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    try:
+        command = [sys.executable, "-c", FILLING, str(disk / "run")]
+        ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        with Checkpoints(disk / "run") as checkpoints:
+            steps = checkpoints.steps()
+            assert len(steps) > 1 and checkpoints.newest_good() == (steps[-1], {})
+        failed = f"rag_jax: error: checkpoint {disk}/run/checkpoints/{steps[-1] + 1} could not be saved (no space left"
+        assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1 and ended.stderr.startswith(failed)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.slow

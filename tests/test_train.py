@@ -221,7 +221,10 @@ def test_other_rows_or_models_are_refused_with_the_difference(tmp_path, monkeypa
     loaded = config.load(TINY, values)
 
     def found():
-        examples, _ = data.load_examples(str(rows), key="data.train", columns=loaded.data.columns.to_dict())
+        columns = loaded.data.columns.to_dict()
+        examples, _ = data.load_examples(
+            str(rows), key="data.train", columns=columns, bad_rows="drop", retriever=None, prompt=None
+        )
         return inputs.of_run(loaded, examples)
 
     inputs.write(tmp_path, first := found())
