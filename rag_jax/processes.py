@@ -23,6 +23,8 @@ DEFAULT_TIMEOUT_S = 300
 HEARTBEAT_S = 30
 DIGEST_BYTES = 8
 EXIT_S = 2.0
+# What exchanges with a process that is gone fail with.
+LOST = ("Gloo", "UNAVAILABLE", "Connection closed", "Connection reset")
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
@@ -113,9 +115,14 @@ def ends_at_once() -> Iterator[None]:
 
     try:
         yield
-    except (UserError, OSError) as error:
+    except (UserError, OSError, jax.errors.JaxRuntimeError) as error:
+        text = str(error)
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            if not any(word in text for word in LOST):
+                raise
+            text = f"another process of this run has ended ({foreign.one_line(error, 120)}); its own message says why"
         if jax.process_count() > 1:
-            print(f"rag_jax: error: {foreign.shown(str(error))}", file=sys.stderr, flush=True)
+            print(f"rag_jax: error: {foreign.shown(text)}", file=sys.stderr, flush=True)
             os._exit(2)
         raise
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 from command import ROOT, TINY, environment, run, words
@@ -266,3 +267,24 @@ def test_a_late_start_ends_with_a_line_of_ours():
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=there, timeout=20)
     assert ended.returncode == 2
     assert ended.stderr.startswith("rag_jax: error: the other processes of this run did not come within 1 s")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (UserError("no room"), "rag_jax: error: no room\n"),
+        (
+            jax.errors.JaxRuntimeError("Gloo AllGather failed"),
+            "rag_jax: error: another process of this run has ended (Gloo",
+        ),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED"), None),
+    ],
+)
+def test_an_error_of_one_of_several_ends_it_at_once(monkeypatch, capsys, error, told):
+    ended = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with pytest.raises(type(error)), processes.ends_at_once():
+        raise error
+    assert ended == ([2] if told else [])
+    assert capsys.readouterr().err.startswith(told or "")
