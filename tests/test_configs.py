@@ -127,8 +127,9 @@ def test_a_config_runs_unchanged(file, tmp_path, cache):
     assert all(math.isfinite(loss) and loss > 0 for loss in losses.values())
     with checkpoint.Checkpoints(workdir) as checkpoints:
         assert checkpoints.steps() == ([STEPS] if loaded.checkpoint.every_steps else [])
-    evaluated = sorted(path.name for path in (workdir / "eval").glob("*"))
-    assert evaluated == (["step_0.json", f"step_{STEPS}.json"] if loaded.eval.every_steps else [])
+    evaluated = {path.name for path in (workdir / "eval").glob("*")}
+    steps = (0, STEPS) if loaded.eval.every_steps else ()
+    assert evaluated == {f"step_{step}.{kind}" for step in steps for kind in ("json", "rows.jsonl")}
     # Nothing but what the command above names differs from the file.
     flat = config.flat(loaded)
     changed = {name for name, value in config.flat(config.load_workdir(workdir)).items() if value != flat[name]}

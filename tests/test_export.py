@@ -8,6 +8,7 @@ import safetensors.numpy
 from command import TINY, run
 
 from rag_jax import export
+from rag_jax.errors import UserError
 
 STEPS = 2
 
@@ -81,6 +82,6 @@ def test_a_failed_export_leaves_nothing(exported, tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(hf.weights, "_write", broken)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"--out=.*/out: cannot be written \(disk full\); nothing of it is left there"):
         export.export(config.load_workdir(workdir), workdir, tmp_path / "out", None, "float32")
     assert not list(tmp_path.iterdir())
