@@ -101,6 +101,7 @@ def test_what_is_due_now_is_mined_and_what_is_lost_is_named(whole, tmp_path):
         mining.resume(tmp_path, 1, 3)
 
 
+@pytest.mark.slow
 def test_mined_batches_are_harder(cache, tmp_path):
     """The same models, hardly moved, on all rows: the in-batch loss of near passages lies above that of random ones."""
     still = {
