@@ -87,7 +87,7 @@ def table(args: argparse.Namespace, results: dict[tuple[str, bool], list[dict]])
     lines = [
         f"{args.steps} steps, {args.seeds} seeds (mean, and ± half of the spread), "
         f"{counts['queries']:,} held-out queries, {counts['passages']:,} passages",
-        f"{'':<26}" + "".join(f"{column:>16}" for column in COLUMNS),
+        f"{'':<32}" + "".join(f"{column:>16}" for column in COLUMNS),
     ]
     starts = [found["untrained"] for found in results.get(("token", False), next(iter(results.values())))]
     lines.append(row("untrained", starts))
@@ -102,7 +102,7 @@ def row(name: str, found: list[dict]) -> str:
         spread = (max(values) - min(values)) / 2 if values else 0.0
         shown = f"{statistics.mean(values):.3f}" + (f" ±{spread:.3f}" if len(values) > 1 else "") if values else "-"
         cells.append(f"{shown:>16}")
-    return f"{name:<26}" + "".join(cells)
+    return f"{name:<32}" + "".join(cells)
 
 
 if __name__ == "__main__":
