@@ -285,7 +285,8 @@ def _result(place: Place) -> dict[str, Any]:
     step = steps_saved(place.workdir)
     with checkpoint.Checkpoints(place.workdir) as checkpoints:
         found["saved steps"] = checkpoints.steps()
-        assert checkpoints.problem(step) is None
+        problem = checkpoints.problem(step)
+        assert problem is None, f"checkpoint {step}: {problem}"
     for item in checkpoint.ITEMS:
         with ocp.StandardCheckpointer() as reader:
             folder = place.workdir / "checkpoints" / str(step) / item
@@ -430,7 +431,9 @@ def main() -> None:
     holds = True
     with contextlib.ExitStack() as stack:
         if args.out is None:
-            folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            # Not a TemporaryDirectory: those that are forked from here would remove it at their end.
+            folder = pathlib.Path(tempfile.mkdtemp())
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
         else:
             folder = args.out
             folder.mkdir(parents=True)
