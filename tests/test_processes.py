@@ -17,7 +17,7 @@ import pytest
 from command import ROOT, TINY, environment, run, words
 from test_train import records
 
-from rag_jax import processes, rendezvous
+from rag_jax import checkpoint, processes, rendezvous
 from rag_jax.errors import UserError
 
 STEPS = 4
@@ -127,6 +127,34 @@ def test_a_run_of_two_goes_on_alone(alone, cache, tmp_path):
     printed = run(cache, "main", *flags, **VALUES, optimizer__schedule="constant")
     assert "from step 2" in printed
     assert [line["step"] for line in records(workdir)] == [1, 2, 3, 4]
+
+
+SAVES_KNOWN_NUMBERS = """
+import pathlib, sys
+import jax, numpy as np
+from rag_jax import checkpoint, processes, sharding
+
+processes.start()
+split = jax.sharding.NamedSharding(sharding.make_mesh(1, -1, 1), jax.sharding.PartitionSpec("data"))
+known = np.random.default_rng(5).normal(size=(8, 3)).astype(np.float32)
+shared = jax.make_array_from_callback(known.shape, split, lambda index: known[index])
+with checkpoint.Checkpoints(pathlib.Path(sys.argv[1]), keep=1) as checkpoints:
+    checkpoints.save(1, {"params": {"kernel": shared}, "opt_state": {"mu": {"kernel": shared}}})
+"""
+
+
+def test_what_two_processes_save_one_restores_bit_for_bit(cache, tmp_path):
+    command = [sys.executable, "-c", SAVES_KNOWN_NUMBERS, str(tmp_path)]
+    with started(2, 2, cache, [command] * 2) as running:
+        outputs = [process.communicate(timeout=120) for process in running]
+        assert [process.returncode for process in running] == [0, 0], outputs
+    known = np.random.default_rng(5).normal(size=(8, 3)).astype(np.float32)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {"kernel": jax.ShapeDtypeStruct((8, 3), np.float32, sharding=one)}
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore({"params": wanted, "opt_state": {"mu": wanted}}, 1)
+    for tree in (restored["params"], restored["opt_state"]["mu"]):
+        np.testing.assert_array_equal(tree["kernel"], known)
 
 
 def test_a_signal_to_one_ends_all_with_one_checkpoint(cache, tmp_path):
