@@ -1,6 +1,7 @@
 """What a run's config stands for: the models it names, how they read, and the composite of both."""
 
 import dataclasses
+import os
 import pathlib
 from collections import Counter
 from typing import Any
@@ -39,9 +40,10 @@ class Run:
 
 
 def keep_compiled() -> None:
-    """What is compiled from now on is found again by later processes."""
-    jax.config.update("jax_compilation_cache_dir", str(cache.folder() / "compiled"))
-    jax.config.update("jax_compilation_cache_max_size", COMPILED_BYTES)
+    """What is compiled from now on is found again by later processes; in the user's own folder for it, if there is one."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(cache.folder() / "compiled"))
+        jax.config.update("jax_compilation_cache_max_size", COMPILED_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # small programs too
     if not _cache_events:
         _cache_events["listening"] = 1
