@@ -74,7 +74,7 @@ def get_config() -> ConfigDict:
 
     config.mining = ConfigDict({"every_steps": 0, "margin": 0.1})
     config.mesh = ConfigDict({"replica": 1, "data": -1, "model": 1})
-    config.checkpoint = ConfigDict({"every_steps": 250, "every_minutes": 30.0, "keep": 2})
+    config.checkpoint = ConfigDict({"every_steps": 250, "every_minutes": 30.0, "keep": 2, "keep_every": 0})
     config.guard = ConfigDict({"skip_nonfinite": 0, "spike_factor": 10.0})
     config.log = ConfigDict({"every_steps": 10})
     config.eval = ConfigDict(

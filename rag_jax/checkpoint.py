@@ -35,10 +35,11 @@ MESSAGE_BYTES = 256
 class Checkpoints:
     """The checkpoints of one workdir. Use as a context manager, or call `close()`: it waits for the last save.
 
-    `keep`: how many of the newest stay; the best by evaluation stays besides. None: open for reading only.
+    `keep`: how many of the newest stay; the best by evaluation and every `keep_every`-th step (0: none) stay besides.
+    None: open for reading only.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, keep: int | None = None):
+    def __init__(self, workdir: str | pathlib.Path, keep: int | None = None, keep_every: int = 0):
         self.workdir = pathlib.Path(workdir).absolute()
         self.directory = self.workdir / "checkpoints"
         self._problems: dict[int, str | None] = {}
@@ -47,7 +48,7 @@ class Checkpoints:
             create=keep is not None,
             read_only=keep is None,
             cleanup_tmp_directories=keep is not None,  # what a killed process left half-written
-            preservation_policy=_NewestAndBest(keep, self.workdir),
+            preservation_policy=_Kept(keep, keep_every, self.workdir),
             temporary_path_class=_Summed,
             async_options=None if keep is None else ocp.AsyncOptions(barrier_sync_fn=_barrier()),
             lightweight_initialize=True,  # reads no file of any step yet, damaged ones least of all
@@ -229,16 +230,16 @@ def _named(workdir: pathlib.Path, step: int, problem: str) -> str:
     return f"checkpoint {workdir / 'checkpoints' / str(step)} is damaged ({problem})"
 
 
-class _NewestAndBest:
-    """Orbax's question, answered: the newest `keep`, and the best evaluated one for `--step=best`."""
+class _Kept:
+    """Orbax's question, answered: the newest, every so many steps, and the best evaluated one for `--step=best`."""
 
-    def __init__(self, keep: int | None, workdir: pathlib.Path):
-        self.keep, self.workdir = keep, workdir
+    def __init__(self, keep: int | None, every: int, workdir: pathlib.Path):
+        self.keep, self.every, self.workdir = keep, every, workdir
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         steps = [checkpoint.step for checkpoint in checkpoints]
-        newest = set(sorted(steps)[-self.keep :] if self.keep else steps)
-        return [step in newest or step == best_step(self.workdir, steps) for step in steps]
+        kept = {*(sorted(steps)[-self.keep :] if self.keep else steps), best_step(self.workdir, steps)}
+        return [step in kept or bool(self.every and step % self.every == 0) for step in steps]
 
 
 class _Summed(atomicity.AtomicRenameTemporaryPath):

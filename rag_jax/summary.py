@@ -48,10 +48,12 @@ def summary(training: Any, report: data.Report, eval_report: data.Report | None,
         f"{begins} {config.total_steps} ({epochs:.1f} epochs), {config.optimizer.schedule} rate up to "
         f"{config.optimizer.learning_rate:g} after {config.optimizer.warmup_steps}{unreached}, {config.dtype}"
     )
-    every, keep = config.checkpoint.every_steps, config.checkpoint.keep
+    every, keep = config.checkpoint.every_steps, f"the newest {config.checkpoint.keep}"
+    if period := config.checkpoint.keep_every:
+        keep += f" and those of every {period} steps"
     often = [f"{every} steps"] if every else []
     often += [f"{config.checkpoint.every_minutes:g} minutes"] if config.checkpoint.every_minutes else []
-    saves = f"a checkpoint every {' and every '.join(often)}, the newest {keep} kept" if often else "no checkpoints"
+    saves = f"a checkpoint every {' and every '.join(often)}, {keep} kept" if often else "no checkpoints"
     lines["output"] = f"{training.workdir} ({saves})"
     return "\n".join(f"{name:<11}{text}" for name, text in lines.items())
 

@@ -88,7 +88,7 @@ def train(config: Any, workdir: pathlib.Path) -> int:
                 write_workdir(training, start_step, found)
                 for line in set_aside(workdir, damaged):
                     say(training, line)
-        checkpoints = stack.enter_context(Checkpoints(workdir, keep=config.checkpoint.keep))
+        checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every))
         if start_step >= config.total_steps:
             say(training, f"{workdir} is trained to step {start_step} already; total_steps={config.total_steps}")
             return 0

@@ -95,6 +95,13 @@ def test_the_newest_are_kept_and_the_best(tmp_path):
         assert float(restored["params"]["generator"]["kernel"][0, 0]) == 2.0, "the first save of a step stays"
 
 
+def test_steps_of_a_period_are_kept_for_good(tmp_path):
+    with Checkpoints(tmp_path, keep=1, keep_every=3) as checkpoints:
+        for step in range(1, 9):
+            checkpoints.save(step, {"params": params_of(step), "opt_state": {"count": jnp.zeros(())}})
+        assert checkpoints.steps() == [3, 6, 8]
+
+
 def test_the_best_is_the_best_by_what_the_newest_evaluation_names(tmp_path):
     write_eval(tmp_path, 1, **{"eval/mrr@10": 0.9, "eval/recall@1": 0.1, "eval/answer_nll_gold": 3.0})
     write_eval(tmp_path, 2, **{"eval/mrr@10": 0.8, "eval/recall@1": 0.3, "eval/answer_nll_gold": 2.0})
