@@ -3,7 +3,7 @@
 import pathlib
 import re
 
-from rag_jax import cli, config, processes
+from rag_jax import cli, config, foreign, processes
 from rag_jax.errors import UserError
 
 # What a run writes into its workdir, beside config.json.
@@ -34,6 +34,11 @@ def check_workdir(workdir: pathlib.Path) -> None:
         raise UserError(
             f"--workdir={workdir}: checkpoints cannot be kept under a path with {wild[0]}, which Orbax takes for a "
             "wildcard; give another folder"
+        )
+    if not foreign.is_unicode(str(workdir.absolute())):
+        raise UserError(
+            f"--workdir={workdir}: checkpoints cannot be kept under a path that is not UTF-8; give another folder, or "
+            "set PYTHONUTF8=1 if it is"
         )
     there = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
     if not there.is_dir():

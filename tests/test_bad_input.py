@@ -330,6 +330,8 @@ def test_the_workdir_is_a_file_or_below_one(said, tmp_path):
         said("main", f"--config={TINY}", f"--workdir={file / 'run'}", **MESH),
         f"--workdir={file}/run: {file} is a file; give a f",
     )
+    odd = tmp_path / "r\udcff"
+    check(said("main", f"--config={TINY}", f"--workdir={odd}", **MESH), "kept under a path that is not UTF-8; give an")
     assert file.read_text() == "mine" and list(tmp_path.iterdir()) == [file]
 
 
