@@ -5,7 +5,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from rag_jax import checkpoint, data, generate, losses, rag, retrieval, sharding
+from rag_jax import data, generate, index, losses, rag, retrieval, sharding
 from rag_jax.data import cache, segments
 from rag_jax.errors import UserError
 from rag_jax.generate import Noise, Reading, Tokens
@@ -75,27 +74,17 @@ def corpus_emb(opened: Any, params: dict, passages: tuple[str, ...]) -> tuple[Fl
         batch_size = min(opened.config.eval.batch_size, len(passages))
         return {"emb": retrieval.embed(model, params, tokens, batch_size=batch_size, label="passages")}
 
-    how = [repr(opened.sources["retriever"].model_config), model.pooling, str(model.dtype)]
+    how = repr(opened.sources["retriever"].model_config)
     reads = [cache.tokenizer_key(text.tokenizer), text.passage_prefix, text.passage_len]
-    key = cache.content_key("embeddings", fingerprint(params["retriever"]), how, reads, passages)
+    key = cache.content_key("embeddings", index.retriever_key(model, params), how, reads, passages)
     arrays, found = cache.cached(key, make, "embeddings of passages")
     return arrays["emb"], found
-
-
-def fingerprint(params: Any) -> str:
-    """A hash of parameters, names and shapes included."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path, leaf in checkpoint.flatten(params).items():
-        array = np.ascontiguousarray(sharding.to_host(leaf))
-        digest.update(f"{path} {array.dtype} {array.shape}".encode())
-        digest.update(array.data)
-    return digest.hexdigest()
 
 
 def ask(pair: Pair, questions: Sequence[str], settings: Settings) -> list[dict[str, Any]]:
     """Answer, likelihood, and the passages read with probability and evidence, for each question.
 
-    All shapes are of the config or a half or a quarter of those: few programs, whatever is asked.
+    All shapes are of the config or even shares of those: few programs, whatever is asked.
     """
     opened, lengths = pair.opened, pair.opened.config.data
     asked = [*questions, *[questions[0]] * (settings.batch_size - len(questions))]
@@ -104,12 +93,14 @@ def ask(pair: Pair, questions: Sequence[str], settings: Settings) -> list[dict[s
     doc_log_probs = np.asarray(losses.doc_log_probs(jnp.asarray(cosine) / opened.model.objective.marginal_temperature))
     used, candidates = np.unique(retrieved, return_inverse=True)
     (prefixes, _), (queries, _) = data.prompt_segments(opened.prompt, [pair.passages[i] for i in used], asked)
-    which = np.arange(bucket(len(used), retrieved.size)) % len(used)
+    which = np.arange(retrieval.size_for(len(used), retrieved.size)) % len(used)
     found = answers(
         opened.model,
         pair.params,
-        segments.pad(prefixes, which, bucket(int(prefixes.lengths.max()), lengths.prompt_passage_len)),
-        segments.pad(queries, np.arange(len(asked)), bucket(int(queries.lengths.max()), lengths.prompt_query_len)),
+        segments.pad(prefixes, which, retrieval.size_for(int(prefixes.lengths.max()), lengths.prompt_passage_len)),
+        segments.pad(
+            queries, np.arange(len(asked)), retrieval.size_for(int(queries.lengths.max()), lengths.prompt_query_len)
+        ),
         candidates.reshape(retrieved.shape).astype(np.int32),
         doc_log_probs,
         settings.decoding,
@@ -144,18 +135,8 @@ def embedded(opened: Any, params: dict, questions: Sequence[str]) -> Float[np.nd
     if not tokens.lengths.all():
         question = questions[int(tokens.lengths.argmin())]
         raise UserError(f"the question {question!r} has no tokens for retriever.path={opened.config.retriever.path!r}")
-    ids, mask = segments.pad(tokens, np.arange(len(questions)), bucket(int(tokens.lengths.max()), text.query_len))
-    return sharding.to_host(_encode(opened.model, params, ids, mask))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(model: rag.Rag, params: dict, ids: Any, mask: Any) -> Float[Array, "B E"]:
-    return rag.encode(model.model("retriever", params), ids, mask, model.pooling)
-
-
-def bucket(needed: int, largest: int) -> int:
-    """The smallest of `largest`, its half and its quarter that holds what is needed."""
-    return next(size for size in (-(-largest // 4), -(-largest // 2), largest) if size >= needed)
+    size = {"batch_size": len(questions), "longest": text.query_len}
+    return retrieval.embed(opened.model, params, tokens, label="questions", **size)
 
 
 def answers(

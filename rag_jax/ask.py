@@ -4,6 +4,7 @@
     python -m rag_jax.ask --workdir=DIR                         # one question after another, typed or from a pipe
     python -m rag_jax.ask --workdir=DIR --questions=FILE        # one a line, or rows with a column of queries
     python -m rag_jax.ask --config=FILE.py --passages=FILE "a question"            # the models untrained
+    python -m rag_jax.ask --config=FILE.py --models=DIR "a question"               # those of an export
 
 The passages are those of the run's data.train, data.eval and data.passages, or of --passages. They are embedded once;
 what they were embedded to is kept and found again by the same retriever.
@@ -22,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from rag_jax import answering, checkpoint, cli, config, data
+from rag_jax import answering, checkpoint, cli, data
 from rag_jax.data import rows, segments
 from rag_jax.errors import UserError
 
@@ -39,9 +40,7 @@ DEFINITIONS = {
 def main() -> None:
     flags = cli.parser("ask", __doc__)
     flags.add_argument("question", nargs="*", help="none: they are asked for")
-    flags.add_argument("--workdir", type=pathlib.Path, metavar="DIR", help="a run, with the config saved in it")
-    flags.add_argument("--step", metavar="N|best|latest", help="which of its checkpoints; the latest if not given")
-    flags.add_argument("--config", metavar="FILE.py", help="the models that a config names, untrained")
+    cli.add_choice_of_models(flags)
     flags.add_argument("--passages", metavar="FILE", help="what to answer from, by the config's column of passages")
     flags.add_argument("--questions", metavar="FILE", help="one a line, or rows by the config's column of queries")
     flags.add_argument("--candidates", type=int, metavar="K", help="passages read; objective.candidates if not given")
@@ -55,7 +54,7 @@ def main() -> None:
     flags.add_argument("--compare", action="store_true", help="the run's models before and after training")
     flags.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args, overrides = cli.parse(flags)
-    loaded = chosen_config(args, overrides)
+    loaded = cli.chosen_config(args, overrides)
     check_flags(args, loaded)
     questions = given_questions(args, loaded)
     passages = corpus(args, loaded)
@@ -82,19 +81,10 @@ def batches(questions: Sequence[str], size: int) -> Iterator[Sequence[str]]:
     return (questions[start : start + size] for start in range(0, len(questions), size))
 
 
-def chosen_config(args: argparse.Namespace, overrides: dict[str, str]) -> Any:
-    if args.workdir is not None and args.config is None:
-        return config.load_workdir(args.workdir, overrides)
-    if args.config is None or args.workdir is not None:
-        raise UserError("give either --workdir=DIR (a run) or --config=FILE.py (the untrained models)")
-    for flag, given in (("--step", args.step is not None), ("--compare", args.compare)):
-        if given:
-            raise UserError(f"{flag}: goes with --workdir; the models of --config are untrained")
-    return config.load(args.config, overrides)
-
-
 def check_flags(args: argparse.Namespace, loaded: Any) -> None:
     """UserError for values that no answer can be found with."""
+    if args.compare and args.workdir is None:
+        raise UserError("--compare: goes with --workdir; the models of --config are untrained")
     for name, least in (("candidates", 1), ("beams", 1), ("max_tokens", 1), ("seed", 0)):
         value = getattr(args, name)
         if value is not None and value < least:

@@ -5,6 +5,7 @@ import errno
 import io
 import logging
 import os
+import pathlib
 import re
 import sys
 import warnings
@@ -82,6 +83,39 @@ def parse(flags: Parser, argv: Sequence[str] | None = None) -> tuple[argparse.Na
     return flags.parse_args(rest), overrides
 
 
+def add_choice_of_models(flags: argparse.ArgumentParser) -> None:
+    """The flags that `chosen_config` reads."""
+    flags.add_argument("--workdir", type=pathlib.Path, metavar="DIR", help="a run, with the config saved in it")
+    flags.add_argument("--step", metavar="N|best|latest", help="which of its checkpoints; the latest if not given")
+    flags.add_argument("--config", metavar="FILE.py", help="the models that a config names, untrained")
+    flags.add_argument("--models", type=pathlib.Path, metavar="DIR", help="in their place, those of an export")
+
+
+def chosen_config(args: argparse.Namespace, overrides: dict[str, str]) -> Any:
+    """The config of a run's workdir, or of a file, whose models an export may take the place of."""
+    if args.workdir is not None and args.config is None:
+        if args.models is not None:
+            raise UserError(
+                f"--models={args.models}: goes with --config, which says how they read; leave --workdir out"
+            )
+        return config.load_workdir(args.workdir, overrides)
+    if args.config is None or args.workdir is not None:
+        raise UserError("give either --workdir=DIR (a run) or --config=FILE.py (the untrained models)")
+    if args.step is not None:
+        raise UserError(f"--step={args.step}: goes with --workdir; the models of --config are untrained")
+    if args.models is not None:
+        overrides = _exported_paths(args.models) | overrides
+    return config.load(args.config, overrides)
+
+
+def _exported_paths(folder: pathlib.Path) -> dict[str, str]:
+    """The config keys that name the models which `rag_jax.export` wrote to a folder."""
+    found = {f"{role}.path": str(folder / role) for role in ("retriever", "generator") if (folder / role).is_dir()}
+    if not found:
+        raise UserError(f"--models={folder}: holds neither retriever nor generator; give a folder of rag_jax.export")
+    return found
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a command: exit with what it returns, 2 and one line for what the user can mend, 130 when interrupted."""
     quiet()
@@ -112,7 +146,9 @@ def quiet() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
     # What goes wrong in Orbax is raised as well, and then told in one line.
     logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
-    logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.msg)  # its other arrays' errors
+    logging.getLogger("asyncio").addFilter(
+        lambda record: "never retrieved" not in record.msg
+    )  # its other arrays' errors
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -6,7 +6,6 @@
 **R** queries, **M** passages of the corpus, **K** candidates (retrieved passages that the generator reads).
 """
 
-import argparse
 import collections
 import dataclasses
 import functools
@@ -23,7 +22,6 @@ from tqdm import tqdm
 
 from rag_jax import checkpoint, cli, config, data, generate, index, losses, rag, retrieval, scoring, sharding
 from rag_jax.data import segments
-from rag_jax.errors import UserError
 
 # The sample of rows is the same for every run on the same file, whatever the run's own seed.
 SAMPLE_SEED = 0
@@ -404,40 +402,13 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def chosen_config(args: argparse.Namespace, overrides: dict[str, str]) -> Any:
-    if args.workdir is not None and args.config is None:
-        if args.models is not None:
-            raise UserError(
-                f"--models={args.models}: goes with --config, which says how they read; leave --workdir out"
-            )
-        return config.load_workdir(args.workdir, overrides)
-    if args.config is None or args.workdir is not None:
-        raise UserError("give either --workdir=DIR (a run) or --config=FILE.py (the untrained models)")
-    if args.step is not None:
-        raise UserError(f"--step={args.step}: goes with --workdir; the models of --config are untrained")
-    if args.models is not None:
-        overrides = exported_paths(args.models) | overrides
-    return config.load(args.config, overrides)
-
-
-def exported_paths(folder: pathlib.Path) -> dict[str, str]:
-    """The config keys that name the models which `rag_jax.export` wrote to a folder."""
-    found = {f"{role}.path": str(folder / role) for role in ("retriever", "generator") if (folder / role).is_dir()}
-    if not found:
-        raise UserError(f"--models={folder}: holds neither retriever nor generator; give a folder of rag_jax.export")
-    return found
-
-
 def main() -> None:
     flags = cli.parser("evaluate", __doc__)
-    flags.add_argument("--workdir", type=pathlib.Path, metavar="DIR", help="a run, with the config saved in it")
-    flags.add_argument("--step", metavar="N|best|latest", help="which of its checkpoints; the latest if not given")
-    flags.add_argument("--config", metavar="FILE.py", help="the models that a config names, untrained")
-    flags.add_argument("--models", type=pathlib.Path, metavar="DIR", help="in their place, those of an export")
+    cli.add_choice_of_models(flags)
     flags.add_argument("--index", type=pathlib.Path, metavar="DIR", help="keep the passages' embeddings on disk, there")
     flags.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args, overrides = cli.parse(flags)
-    loaded = chosen_config(args, overrides)
+    loaded = cli.chosen_config(args, overrides)
     config.require(loaded, "data.eval")
 
     from rag_jax import run

@@ -40,7 +40,7 @@ class Run:
 
 
 def keep_compiled() -> None:
-    """What is compiled from now on is found again by later processes; in the user's own folder for it, if there is one."""
+    """What is compiled from now on is found again by later processes; in the user's own folder for it, if set."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache.folder() / "compiled"))
         jax.config.update("jax_compilation_cache_max_size", COMPILED_BYTES)

@@ -147,8 +147,13 @@ def test_the_record_of_a_run(record, trained):
 
 def test_a_second_start_embeds_nothing_and_other_weights_do(record, said, trained, monkeypatch, tmp_path):
     embedded = []
-    embed = retrieval.embed
-    monkeypatch.setattr(retrieval, "embed", lambda *args, **options: embedded.append(1) or embed(*args, **options))
+
+    def embed(*args, label, **options):
+        embedded.extend([label] if label == "passages" else [])
+        return original(*args, label=label, **options)
+
+    original = retrieval.embed
+    monkeypatch.setattr(retrieval, "embed", embed)
     monkeypatch.setenv("RAG_JAX_CACHE", str(tmp_path))
     first, second = (said(f"--workdir={trained}", QUESTION) for _ in range(2))
     assert len(embedded) == 1
@@ -272,7 +277,7 @@ def test_what_takes_a_run_or_both_models(said, tmp_path):
             [f"--config={TINY}", "--compare", "q"],
             "--compare: goes with --workdir; the models of --config are untrained",
         ),
-        ([f"--config={TINY}", "--step=3", "q"], "--step: goes with --workdir"),
+        ([f"--config={TINY}", "--step=3", "q"], "--step=3: goes with --workdir"),
         (["q"], "give either --workdir=DIR"),
         ([f"--workdir={tmp_path}", "q"], "no config.json there; give the folder of a run"),
     ):

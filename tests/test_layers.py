@@ -18,8 +18,8 @@ LAYERS = (
     ("hlo", "rendezvous", "lock"),
     ("hf", "flops", "rag", "cli", "processes"),
     ("retrieval", "generate", "run", "train_step"),
-    ("index", "mining", "answering", "summary", "guards", "inputs"),
-    ("evaluate", "record"),
+    ("index", "mining", "summary", "guards", "inputs"),
+    ("evaluate", "answering", "record"),
     ("train",),
     ("main", "export", "ask", "plan", "quickstart", "replay"),
 )
