@@ -41,8 +41,8 @@ class Index:
     def __len__(self) -> int:
         return self.num_passages
 
-    def block(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Embeddings of passages start .. stop - 1 (stop - start, E), and the factors of their scores."""
+    def block(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Embeddings of passages start .. stop - 1 (stop - start, E), and the factors of their scores if not 1."""
         values, scales = [], []
         for shard in range(start // self.shard_rows, -(-stop // self.shard_rows)):
             first = shard * self.shard_rows
@@ -51,8 +51,7 @@ class Index:
             values.append(np.asarray(part).view(ml_dtypes.bfloat16) if self.dtype == "bfloat16" else part)
             if self.dtype == "int8":
                 scales.append(np.load(self.folder / f"scale_{shard:05}.npy")[inside])
-        scale = np.concatenate(scales) if scales else np.ones(stop - start, np.float32)
-        return np.concatenate(values), scale
+        return np.concatenate(values), np.concatenate(scales) if scales else None
 
 
 def build(

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from rag_jax import rag, sharding
 from rag_jax.data import segments
 
-# Scores that exist at one time on a device: (queries, passages) float32 of at most this many numbers, 256 MB.
-SCORES_AT_A_TIME = 2**26
+# Scores that exist at one time on a device: (queries, passages) float32 of at most this many numbers, 64 MB.
+SCORES_AT_A_TIME = 2**24
 QUERIES_AT_A_TIME = 4096
 # Neighbouring scores of which the highest is looked at first.
 RUN = 128
@@ -43,18 +43,19 @@ def full_batches(order: Int[np.ndarray, " n"], batch_size: int) -> Iterator[tupl
 
 
 def embed(
-    model: rag.Rag, params: dict, tokens: segments.Ragged, *, batch_size: int, label: str
+    model: rag.Rag, params: dict, tokens: segments.Ragged, *, batch_size: int, label: str, longest: int = 0
 ) -> Float[np.ndarray, "n E"]:
     """Normalised embeddings of tokenised texts, in their order, on every process; every process must call.
 
-    Texts of similar length share a batch, and the devices on which the parameters lie share the batches.
+    Texts of similar length share a batch, and the devices on which the parameters lie share the batches. A batch is
+    padded to a share of `longest` (0: of the longest text), so that other texts are read by the same programs.
     """
     encode, mesh = _encoder(model, *_places(params["retriever"]))
     shards = 1 if mesh is None else sharding.batch_shards(mesh)
     batch_size = -(-min(batch_size, len(tokens)) // shards) * shards
     own = np.arange(batch_size) if mesh is None else sharding.own_rows(mesh, batch_size)
     lengths = tokens.lengths
-    longest = int(lengths.max())
+    longest = longest or int(lengths.max())
     found: list[Any] = []
     order = np.argsort(-lengths, kind="stable")  # the longest first: too little memory shows at once
     for rows, real in tqdm(list(full_batches(order, batch_size)), desc=label, **BAR):
@@ -101,29 +102,22 @@ def top_k(
 
     Exact: every passage is scored, in blocks that all devices of all processes share; every process must call. The
     corpus is an array (M, E), or anything with a length and `block(start, stop)` that gives rows (m, E) of any number
-    type and what to multiply the scores of each with (m,): a corpus on disk is read once for 4,096 queries. k is cut
-    to the number of passages. `recall_target` below 1: TPUs may miss that many, for speed (`jax.lax.approx_max_k`).
+    type and what to multiply the scores of each with, (m,) or None: a corpus on disk is read once for 4,096 queries. k
+    is cut to the number of passages. `recall_target` below 1: TPUs may miss that many, for speed
+    (`jax.lax.approx_max_k`).
     """
     corpus = Held(corpus) if isinstance(corpus, np.ndarray) else corpus
-    num_passages = len(corpus)
-    if not num_passages:
+    if not len(corpus):
         raise ValueError("no passage to retrieve from")
-    k = min(k, num_passages)
-    mesh = Mesh(np.array(jax.devices()), ("all",))
+    k, devices = min(k, len(corpus)), jax.devices()
     batch_size = min(len(query_emb), QUERIES_AT_A_TIME)
-    rows = min(SCORES_AT_A_TIME // batch_size * mesh.size, num_passages)
-    rows = -(-rows // mesh.size) * mesh.size
     found = []
     for batch, real in full_batches(np.arange(len(query_emb)), batch_size):
-        queries = _put(mesh, query_emb[batch], P())
-        best = _nothing(mesh, batch_size, k)
-        for start in range(0, num_passages, rows):
-            values, scale = corpus.block(start, min(start + rows, num_passages))
-            missing = rows - len(values)
-            block = (np.pad(values, ((0, missing), (0, 0))), np.pad(scale, (0, missing)))
-            block = jax.tree.map(lambda a: _put(mesh, a, P("all")), block)
-            best = _advance(mesh, recall_target, queries, *block, *best, start, num_passages)
-        found.append(tuple(sharding.to_host(part)[:real] for part in _merge(mesh, *best)))
+        if len(devices) == 1 and devices[0].platform == "cpu":
+            best = _on_host(query_emb[batch], corpus, k)
+        else:
+            best = _on_devices(Mesh(np.array(devices), ("all",)), query_emb[batch], corpus, k, recall_target)
+        found.append(tuple(part[:real] for part in best))
     score, index = zip(*found, strict=True)
     return np.concatenate(score), np.concatenate(index)
 
@@ -137,8 +131,59 @@ class Held:
     def __len__(self) -> int:
         return len(self.emb)
 
-    def block(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.emb[start:stop], np.ones(stop - start, np.float32)
+    def block(self, start: int, stop: int) -> tuple[np.ndarray, None]:
+        return self.emb[start:stop], None
+
+
+def _on_host(
+    query_emb: Float[np.ndarray, "R E"], corpus: Any, k: int
+) -> tuple[Float[np.ndarray, "R K"], Int[np.ndarray, "R K"]]:
+    """`top_k` on one CPU, where numpy's products are faster than XLA's.
+
+    Once k passages are known few others score above the last of them, and only those are sorted.
+    """
+    num_passages, rows = len(corpus), max(SCORES_AT_A_TIME // len(query_emb), k)
+    score = np.zeros((len(query_emb), 0), np.float32)
+    index = np.zeros((len(query_emb), 0), np.int32)
+    for start in range(0, num_passages, rows):
+        values, scale = corpus.block(start, min(start + rows, num_passages))
+        scores = query_emb @ values.astype(np.float32, copy=False).T
+        if scale is not None:
+            scores *= scale
+        if not start:
+            better = scores >= np.partition(scores, -k, axis=1)[:, -k, None]
+        else:
+            better = scores > score[:, -1:]  # of equals the one found before stays
+        row, place = np.nonzero(better)
+        number = np.bincount(row, minlength=len(score))
+        column = np.arange(len(row)) - np.repeat(number.cumsum() - number, number)
+        more = np.full((len(score), number.max()), -np.inf, np.float32)
+        more_index = np.zeros(more.shape, np.int32)
+        more[row, column], more_index[row, column] = scores[row, place], start + place
+        score, index = (np.concatenate(both, axis=1) for both in ((score, more), (index, more_index)))
+        order = np.argsort(-score, axis=1, kind="stable")[:, :k]
+        score, index = (np.take_along_axis(a, order, axis=1) for a in (score, index))
+    return score, index
+
+
+def _on_devices(
+    mesh: Mesh, query_emb: Float[np.ndarray, "R E"], corpus: Any, k: int, recall_target: float
+) -> tuple[Float[np.ndarray, "R K"], Int[np.ndarray, "R K"]]:
+    """`top_k` of which each device scores a share of every block."""
+    num_passages = len(corpus)
+    rows = min(max(SCORES_AT_A_TIME // len(query_emb), 1) * mesh.size, num_passages)
+    rows = -(-rows // mesh.size) * mesh.size
+    queries, best = _put(mesh, query_emb, P()), _nothing(mesh, len(query_emb), k)
+    for start in range(0, num_passages, rows):
+        values, scale = corpus.block(start, min(start + rows, num_passages))
+        scale = np.ones(len(values), np.float32) if scale is None else scale
+        if missing := rows - len(values):
+            values, scale = np.pad(values, ((0, missing), (0, 0))), np.pad(scale, (0, missing))
+        block = [_put(mesh, array, P("all")) for array in (values, scale)]
+        jax.block_until_ready(best)  # one block waits while another is scored; more would only take memory
+        best = _advance(mesh, recall_target, queries, *block, *best, start, num_passages)
+    score, index = _merge(mesh, *best)
+    return sharding.to_host(score), sharding.to_host(index)
 
 
 def _put(mesh: Mesh, array: np.ndarray, spec: PartitionSpec) -> jax.Array:
