@@ -99,9 +99,8 @@ def assert_same_record(workdir, expected):
         np.testing.assert_allclose([line[name] for line in ours], [line[name] for line in theirs], rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("count", "devices", "mesh"), [(2, 4, (1, 8, 1)), pytest.param(4, 2, (2, 2, 2), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "devices", "mesh"), [(2, 4, (1, 8, 1)), (4, 2, (2, 2, 2))])
 def test_they_train_as_one_device_does(count, devices, mesh, alone, cache, tmp_path):
     workdir = tmp_path / "run"
     axes = dict(zip(("mesh__replica", "mesh__data", "mesh__model"), mesh, strict=True))
@@ -157,6 +156,7 @@ def test_what_two_processes_save_one_restores_bit_for_bit(cache, tmp_path):
         np.testing.assert_array_equal(tree["kernel"], known)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_ends_all_with_one_checkpoint(cache, tmp_path):
     workdir = tmp_path / "run"
     command = words("main", f"--config={TINY}", f"--workdir={workdir}", **VALUES | {"total_steps": 10_000})

@@ -21,7 +21,10 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+    """One for all of these tests and for nobody else: here it is counted what is compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("JAX_COMPILATION_CACHE_DIR")
+        yield tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +98,7 @@ def test_the_second_start_compiles_nothing(whole, cache, tmp_path):
     assert "waiting for data" in printed and "of the tokens padding" in printed
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_to_the_same_bits(whole, cache, tmp_path, number):
     workdir = tmp_path / "run"
     flags = (f"--config={TINY}", f"--workdir={workdir}")
@@ -141,6 +144,7 @@ def test_another_config_is_refused_with_the_difference(whole, cache, monkeypatch
         train.resumable(other, workdir)
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_that_gets_no_better_and_more_of_it_goes_on(cache, tmp_path):
     workdir = tmp_path / "run"
     values = {
@@ -160,7 +164,7 @@ SLOW = pytest.mark.slow
 OBJECTIVES = [
     pytest.param({"objective__name": "sequence"}, id="sequence", marks=SLOW),
     pytest.param({"objective__name": "dalm", "objective__contrastive_weight": 0.5}, id="dalm"),
-    pytest.param({"objective__name": "none", "generator__path": None}, id="retriever only"),
+    pytest.param({"objective__name": "none", "generator__path": None}, id="retriever only", marks=SLOW),
     pytest.param({"objective__name": "none"}, id="generator unused", marks=SLOW),
     pytest.param({"generator__path": "random:llama", "retriever__path": "random:qwen3"}, id="llama", marks=SLOW),
     pytest.param(
@@ -183,6 +187,7 @@ def test_every_objective_trains(cache, tmp_path, changes):
     assert ("\ngenerator " in printed) == ("generator__path" not in changes or changes["generator__path"] is not None)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(whole, cache, tmp_path):
     workdir = tmp_path / "run"
     flags = (f"--config={TINY}", f"--workdir={workdir}")
@@ -299,6 +304,31 @@ def test_a_full_and_a_read_only_disk_end_it_in_one_line_and_cost_no_checkpoint(w
         assert records(disk / "run") == records(whole[0])
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_locale_umask_time_zone_and_names_do_not_matter(whole, cache, tmp_path):
+    folder = tmp_path / "ein 'Lauf' ü#%20 文"
+    folder.mkdir()
+    rows, workdir, out = folder / "Fragen & Antworten ß\udcff.csv", folder / "läuft $HOME", folder / "-out {x}"
+    shutil.copy(ROOT / "tests" / "data" / "rows.csv", rows)
+    odd = {"LC_ALL": "C", "TZ": "Asia/Kathmandu"}
+
+    def command(*flags, **values):
+        ended = subprocess.run(
+            words(*flags, **values), cwd=ROOT, env=environment(cache) | odd, umask=0o077, capture_output=True
+        )
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
+
+    values = {"total_steps": STEPS, "eval__every_steps": 3, "data__train": rows, "data__eval": rows}
+    command("main", f"--config={TINY}", f"--workdir={workdir}", **values)
+    assert records(workdir) == records(whole[0]) and records(workdir, "eval/") == records(whole[0], "eval/")
+    command("export", f"--workdir={workdir}", f"--out={out}")
+    evaluated = command("evaluate", f"--config={TINY}", f"--models={out}", "--json", data__eval=rows)
+    there = json.loads((workdir / "eval" / f"step_{STEPS}.json").read_text(encoding="utf-8"))
+    assert json.loads(evaluated.splitlines()[-1]) | {"step": STEPS} == there
+    assert not [path for path in folder.rglob("*") if path != rows and path.stat().st_mode & 0o077]
 
 
 def test_signals_are_noted_once_then_as_before():
