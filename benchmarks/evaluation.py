@@ -1,0 +1,119 @@
+"""Evaluation of held-out rows, ours beside a straightforward PyTorch script: retrieval and answer NLL over K passages.
+
+    python -m benchmarks.evaluation --rows=HELD_OUT.csv --models=quickstart/models [--queries=160] [--candidates=4]
+
+The other side embeds all passages and queries with `transformers` in batches of similar length, takes the K nearest of
+each query, and runs one full sequence for each pair of query and passage, as many at a time as ours has streams. Ours
+does more: it also reads each row's own passage and no passage. Both must find the same metrics.
+"""
+
+import argparse
+import pathlib
+import time
+
+import numpy as np
+
+from rag_jax import cli  # isort: skip (first: it quiets the others)
+import torch
+import transformers
+
+from rag_jax import config, evaluate, run
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def main() -> None:
+    cli.quiet()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", required=True, help="a CSV with Question, Abstract, Answer")
+    parser.add_argument("--models", type=pathlib.Path, required=True, help="a folder with minilm and smollm2-135m")
+    parser.add_argument("--queries", type=int, default=160, help="how many are evaluated; 0: all")
+    parser.add_argument("--candidates", type=int, default=4)
+    args = parser.parse_args()
+    values = {
+        "data.eval": args.rows,
+        "data.query_len": 64,
+        "data.passage_len": 256,
+        "data.prompt_passage_len": 256,
+        "data.prompt_query_len": 64,
+        "data.answer_len": 64,
+        "eval.rows": args.queries,
+        "eval.answers": 0,
+        "eval.batch_size": 16,
+        "group_size": 8,
+        "batch_size": 8,
+        "objective.candidates": args.candidates,
+        "retriever.path": str(args.models / "minilm"),
+        "generator.path": str(args.models / "smollm2-135m"),
+    }
+    opened = run.open_run(config.load(ROOT / "configs" / "quickstart.py", values))
+    rows, _ = evaluate.load_rows(opened.config, opened.retriever_text, opened.prompt)
+    params = run.pretrained_params(opened)
+    found, seconds = {}, {}
+    sides = {
+        "ours, first (compiles)": lambda: evaluate.evaluate(opened.model, params, rows).metrics,
+        "PyTorch": lambda: by_torch(opened, rows),
+        "ours, again": lambda: evaluate.evaluate(opened.model, params, rows).metrics,
+    }
+    for name, side in sides.items():
+        began = time.perf_counter()
+        found[name] = side()
+        seconds[name] = time.perf_counter() - began
+    metrics = ("eval/recall@1", "eval/recall@10", "eval/mrr@10", "eval/answer_nll")
+    print(f"{len(rows.sample):,} queries, {len(rows.passages):,} passages, K = {args.candidates}")
+    print(f"{'':<26}{'seconds':>10}{'times as fast':>15}" + "".join(f"{m.removeprefix('eval/'):>13}" for m in metrics))
+    for name in sides:
+        values = "".join(f"{found[name][metric]:>13.5f}" for metric in metrics)
+        print(f"{name:<26}{seconds[name]:>10.1f}{seconds['PyTorch'] / seconds[name]:>15.2f}{values}")
+
+
+@torch.inference_mode()
+def by_torch(opened, rows) -> dict[str, float]:
+    folders = {role: source.folder for role, source in opened.sources.items()}
+    encoder = transformers.AutoModel.from_pretrained(folders["retriever"], dtype=torch.float32).eval()
+    generator = transformers.AutoModelForCausalLM.from_pretrained(folders["generator"], dtype=torch.float32).eval()
+    examples, objective, batch_size = rows.examples, opened.config.objective, rows.batch_size
+
+    def embed(texts) -> torch.Tensor:
+        order = np.argsort(-texts.lengths, kind="stable")
+        found = []
+        for start in range(0, len(order), batch_size):
+            ids, mask = padded([texts[i] for i in order[start : start + batch_size]])
+            hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+            mean = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+            found.append(torch.nn.functional.normalize(mean, dim=-1))
+        return torch.cat(found)[np.argsort(order)]
+
+    keys = examples.query_key[rows.sample]
+    cosine = embed(examples.retriever_queries.take(keys)) @ embed(rows.retriever_passages).T
+    score, retrieved = cosine.topk(10, dim=1)
+    hit = retrieved.numpy() == rows.gold[:, None]
+    metrics = {"eval/recall@1": hit[:, 0].mean(), "eval/recall@10": hit.any(axis=1).mean()}
+    metrics["eval/mrr@10"] = np.where(hit.any(axis=1), 1 / (1 + hit.argmax(axis=1)), 0.0).mean()
+    K, nll, tokens = objective.candidates, 0.0, 0
+    for start in range(0, len(keys), batch_size):
+        batch = range(start, min(start + batch_size, len(keys)))
+        answers = [examples.answers[rows.sample[i]] for i in batch]
+        heads = [[*rows.prefixes[p], *examples.prompt_queries[keys[i]]] for i in batch for p in retrieved[i, :K]]
+        strings = [[*head, *answers[n // K]] for n, head in enumerate(heads)]
+        ids, mask = padded(strings)
+        log_probs = torch.log_softmax(generator(input_ids=ids, attention_mask=mask).logits, dim=-1)
+        prior = torch.log_softmax(score[start : start + len(batch), :K] / objective.marginal_temperature, dim=1)
+        for n, answer in enumerate(answers):
+            of_each = [
+                log_probs[s, len(heads[s]) - 1 : len(strings[s]) - 1].gather(1, torch.tensor(answer)[:, None].long())
+                for s in range(n * K, (n + 1) * K)
+            ]
+            nll -= float(torch.logsumexp(prior[n][:, None] + torch.stack(of_each)[:, :, 0], dim=0).sum())
+            tokens += len(answer)
+    return metrics | {"eval/answer_nll": nll / tokens}
+
+
+def padded(rows) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(np.asarray(row)).long() for row in rows], batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+
+
+if __name__ == "__main__":
+    main()
