@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterable
 
@@ -51,9 +52,9 @@ def main() -> None:
 
 
 def quickstart(out: pathlib.Path, overrides: dict[str, str]) -> None:
-    """Make models and rows, evaluate, train, evaluate and export under `out`; print the table."""
+    """Make models and rows, train between two evaluations and export under `out`; print what has become better."""
     start = time.monotonic()
-    say(f"1/4  models and rows in {out}")
+    say(f"1/3  models and rows in {out}")
     models, rows = make_models(out / "models"), make_rows(out / "rows")
     run = out / "run"
     values = {
@@ -65,16 +66,17 @@ def quickstart(out: pathlib.Path, overrides: dict[str, str]) -> None:
     }
     values = {key: str(value) for key, value in values.items()} | overrides
     total_steps = config.load(CONFIG, values).total_steps
-    flags = [f"--config={CONFIG}", *(f"--config.{key}={value}" for key, value in values.items())]
-    say("2/4  the untrained pair on held-out rows, against all passages")
-    untrained = evaluated(out / "untrained.json", *flags)
-    say("3/4  training both models end to end")
-    command("rag_jax.main", *flags, f"--workdir={run}")
-    say("4/4  the trained pair on the same rows, and the export")
-    trained = evaluated(run / "eval" / f"step_{total_steps}.json", f"--workdir={run}")
+    values["eval.every_steps"] = str(total_steps)  # before the first step and after the last
+    say("2/3  training both models end to end, with held-out rows answered before and after, against all passages")
+    overridden = (f"--config.{key}={value}" for key, value in values.items())
+    command("rag_jax.main", f"--config={CONFIG}", f"--workdir={run}", *overridden)
+    say("3/3  the export")
     if not (out / "export").exists():
         command("rag_jax.export", f"--workdir={run}", f"--out={out / 'export'}")
+    steps = [run / "eval" / f"step_{step}.json" for step in (0, total_steps)]
+    untrained, trained = (json.loads(path.read_text(encoding="utf-8")) for path in steps)
     say(table(untrained, trained))
+    say(asked(*(path.with_suffix(".rows.jsonl") for path in steps)))
     say(next_steps(out, time.monotonic() - start))
 
 
@@ -82,21 +84,11 @@ def say(text: str) -> None:
     print(f"\n{text}", flush=True)
 
 
-def command(module: str, *flags: str, capture: bool = False) -> str:
+def command(module: str, *flags: str) -> None:
     """Run one of our commands in a process of its own; its failure, already explained by it, is ours."""
-    output = subprocess.PIPE if capture else None
-    result = subprocess.run([sys.executable, "-m", module, *flags], stdout=output, text=True)
+    result = subprocess.run([sys.executable, "-m", module, *flags])
     if result.returncode:
         sys.exit(result.returncode)
-    return result.stdout
-
-
-def evaluated(file: pathlib.Path, *flags: str) -> dict[str, float]:
-    """What `rag_jax.evaluate --json` says; kept in `file` and not asked again."""
-    if not file.exists():
-        last_line = command("rag_jax.evaluate", *flags, "--json", capture=True).strip().splitlines()[-1]
-        file.write_text(json.dumps(json.loads(last_line), indent=2) + "\n")
-    return json.loads(file.read_text())
 
 
 def table(untrained: dict[str, float], trained: dict[str, float]) -> str:
@@ -108,6 +100,17 @@ def table(untrained: dict[str, float], trained: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
+def asked(untrained: pathlib.Path, trained: pathlib.Path) -> str:
+    """The first question that was answered, with its answers; from two evaluations' files of rows."""
+    before, after = (json.loads(path.read_text(encoding="utf-8").split("\n", 1)[0]) for path in (untrained, trained))
+    texts = {"question": before["query"], "answer": before["answer"]}
+    texts |= {"untrained": before["generated"], "trained": after["generated"]}
+    return "\n".join(
+        textwrap.fill(text or "(nothing)", 119, initial_indent=f"{name:<11}", subsequent_indent=" " * 11)
+        for name, text in texts.items()
+    )
+
+
 def next_steps(out: pathlib.Path, seconds: float) -> str:
     return f"""Done in {seconds / 60:.1f} minutes. Written to {out}:
   models/    the pretrained pair               rows/      train.csv, eval.csv, passages.csv
@@ -115,6 +118,7 @@ def next_steps(out: pathlib.Path, seconds: float) -> str:
 
 Next:
 {activate()}  tensorboard --logdir {out / "run"}
+  python -m rag_jax.ask --workdir={out / "run"} --compare 'why does the linter say "unused import"?'
   python -m rag_jax.main --config=configs/minilm_smollm2.py --workdir=my_run --config.data.train=my_rows.csv \\
       --config.data.columns.query=Question --config.data.columns.passage=Abstract --config.data.columns.answer=Answer"""
 

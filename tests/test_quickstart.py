@@ -184,6 +184,15 @@ def test_table_shows_both_and_the_change():
     assert len(lines) == 7
 
 
+def test_the_first_question_is_shown_with_its_answers(tmp_path):
+    for name, answer in (("untrained", ""), ("trained", "A long answer. " * 12)):
+        lines = [{"query": "why?", "answer": "so", "generated": answer}, {"query": "who?", "answer": "me"}]
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = quickstart.asked(tmp_path / "untrained", tmp_path / "trained").splitlines()
+    assert lines[:3] == ["question   why?", "answer     so", "untrained  (nothing)"]
+    assert lines[3].startswith("trained    A long") and len(lines) == 5 and lines[4].startswith(" " * 11 + "long")
+
+
 def test_a_failed_command_ends_the_quick_start_with_its_code():
     with pytest.raises(SystemExit) as stopped:
         quickstart.command("rag_jax.quickstart", "--no-such-flag")
