@@ -186,6 +186,14 @@ def steps_written(workdir: pathlib.Path) -> int:
         return 0
 
 
+def written_at(workdir: pathlib.Path) -> int:
+    """When metrics.jsonl was written last."""
+    try:
+        return (workdir / "metrics.jsonl").stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
 def steps_saved(workdir: pathlib.Path) -> int:
     """The newest committed checkpoint's step, 0 without one."""
     return max((int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdecimal()), default=0)
@@ -201,13 +209,18 @@ class Interruption:
     codes: list[int]
     at_step: int
     saved: int
+    said: str
     problem: str = ""
 
 
-def interrupt(place: Place, kind: str, job: Job, until: int, rng: random.Random) -> Interruption:
-    """Let the job come to step `until`, stop it, and see that it left what it must."""
-    workdir, problem = place.workdir, ""
-    wait_for(job, lambda: steps_written(workdir) >= until)
+def interrupt(place: Place, kind: str, words: list[str], until: int, rng: random.Random) -> Interruption:
+    """Start the job, let it come to step `until`, stop it, and see that it left what it must."""
+    workdir, problem, before = place.workdir, "", written_at(place.workdir)
+    job = Job(place, words)
+    # Not before it writes itself: what the one before it wrote may lie beyond `until`.
+    wait_for(job, lambda: written_at(workdir) != before and steps_written(workdir) >= until)
+    if kind == "export":
+        wait_for(job, lambda: steps_saved(workdir) > 0)
     time.sleep(rng.uniform(0, 0.1))
     filler = place.folder / "filler"
     if kind == "disk":
@@ -237,7 +250,7 @@ def interrupt(place: Place, kind: str, job: Job, until: int, rng: random.Random)
         problem = "SIGTERM did not save and end all with 143"
     if "Traceback" in said:
         problem = "a traceback"
-    return Interruption(kind, codes, at_step, saved, problem)
+    return Interruption(kind, codes, at_step, saved, said, problem)
 
 
 def wait_for(job: Job, ready: Any) -> None:
@@ -356,8 +369,7 @@ def soak(processes: int, kinds: list[str], folder: pathlib.Path, rng: random.Ran
             kind, started = kinds.pop(), steps_saved(place.workdir)
             room = (total_steps - started - 2 * EVERY) / (len(kinds) + 1)
             until = started + rng.randint(1, max(1, min(2 * EVERY, int(room))))
-            job = Job(place, place.training(rows))
-            seen = interrupt(place, kind, job, until, rng)
+            seen = interrupt(place, kind, place.training(rows), until, rng)
             done.append(seen.kind)
             if seen.kind != kind:
                 kinds.insert(rng.randrange(len(kinds) + 1), kind)  # again, till it is hit
@@ -367,7 +379,7 @@ def soak(processes: int, kinds: list[str], folder: pathlib.Path, rng: random.Ran
             line = f"{seen.kind:<7} {started:>5} {seen.at_step:>5} {seen.saved:>5} {lost:>4}  {seen.codes}"
             print(f"{len(done):>3}  {line} {seen.problem}", flush=True)
             if seen.problem:
-                print(job.said()[-3000:], flush=True)
+                print(seen.said[-3000:], flush=True)
             if 0 in seen.codes:
                 print("it came to its end; the rest of the interruptions is left out", flush=True)
                 break
@@ -387,7 +399,7 @@ def control(name: str, folder: pathlib.Path, rng: random.Random) -> bool:
     expected = uninterrupted(Place(folder, 1, 3 * EVERY), rows)
     place = Place(folder / "wrong", 1, 3 * EVERY)
     place.folder.mkdir()
-    interrupt(place, "term", Job(place, place.training(rows)), EVERY, rng)
+    interrupt(place, "term", place.training(rows), EVERY, rng)
     job = Job(place, place.training(rows), mistake=name)
     codes = job.end()
     different = differences(result(place), expected) if not any(codes) else []
