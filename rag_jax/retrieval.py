@@ -95,14 +95,21 @@ def _encoder(model: rag.Rag, structure: Any, places: tuple[Any, ...]) -> tuple[A
 
 
 def top_k(
-    query_emb: Float[np.ndarray, "R E"], corpus: Any, k: int, *, recall_target: float = 1.0
+    query_emb: Float[np.ndarray, "R E"],
+    corpus: Any,
+    k: int,
+    *,
+    recall_target: float = 1.0,
+    at_most: Float[np.ndarray, " R"] | None = None,
 ) -> tuple[Float[np.ndarray, "R K"], Int[np.ndarray, "R K"]]:
     """Scores and indices of each query's k nearest passages, nearest first; of equals the lower index first.
 
     Exact: every passage is scored, in blocks that all devices of all processes share; every process must call. The
     corpus is an array (M, E), or anything with a length and `block(start, stop)` that gives rows (m, E) of any number
     type and what to multiply the scores of each with (m,): a corpus on disk is read once for 4,096 queries. k is cut
-    to the number of passages. `recall_target` below 1: TPUs may miss that many, for speed (`jax.lax.approx_max_k`).
+    to the number of passages. `at_most`: what scores above it is passed over, and where fewer than k are left the last
+    scores are -inf, and their indices mean nothing. `recall_target` below 1: TPUs may miss that many, for speed
+    (`jax.lax.approx_max_k`).
     """
     corpus = Held(corpus) if isinstance(corpus, np.ndarray) else corpus
     num_passages = len(corpus)
@@ -116,13 +123,14 @@ def top_k(
     found = []
     for batch, real in full_batches(np.arange(len(query_emb)), batch_size):
         queries = _put(mesh, query_emb[batch], P())
+        ceiling = None if at_most is None else _put(mesh, np.asarray(at_most[batch], np.float32), P())
         best = _nothing(mesh, batch_size, k)
         for start in range(0, num_passages, rows):
             values, scale = corpus.block(start, min(start + rows, num_passages))
             missing = rows - len(values)
             block = (np.pad(values, ((0, missing), (0, 0))), np.pad(scale, (0, missing)))
             block = jax.tree.map(lambda a: _put(mesh, a, P("all")), block)
-            best = _advance(mesh, recall_target, queries, *block, *best, start, num_passages)
+            best = _advance(mesh, recall_target, queries, *block, *best, start, num_passages, ceiling)
         found.append(tuple(sharding.to_host(part)[:real] for part in _merge(mesh, *best)))
     score, index = zip(*found, strict=True)
     return np.concatenate(score), np.concatenate(index)
@@ -164,16 +172,21 @@ def _advance(
     index: Int[Array, "R Dk"],
     start: Int[Array, ""] | int,
     num_passages: Int[Array, ""] | int,
+    ceiling: Float[Array, " R"] | None,
 ) -> tuple[Float[Array, "R Dk"], Int[Array, "R Dk"]]:
     """Each device's k best so far and of its share of the block that begins with passage `start`."""
 
-    def own(query_emb: Any, passages: Any, scale: Any, score: Any, index: Any, start: Any, num_passages: Any) -> Any:
+    def own(
+        query_emb: Any, passages: Any, scale: Any, score: Any, index: Any, start: Any, num_passages: Any, ceiling: Any
+    ) -> Any:
         (m, _), k = passages.shape, score.shape[1]
         first = start + jax.lax.axis_index("all") * m
         # The default precision of a product on TPU and GPU is lower than float32 and would change ranks.
         product = functools.partial(jnp.einsum, "RE,mE->Rm", precision=jax.lax.Precision.HIGHEST)
         scores = product(query_emb, passages.astype(jnp.float32)) * scale
         scores = jnp.where(first + jnp.arange(m) < num_passages, scores, -jnp.inf)
+        if ceiling is not None:
+            scores = jnp.where(scores > ceiling[:, None], -jnp.inf, scores)
         block_score, place = best_of_rows(scores, min(k, m), recall_target)
         # What was found before stands in front: of equals it wins, and its indices are lower.
         joined = jnp.concatenate([score, block_score], axis=1)
@@ -181,9 +194,9 @@ def _advance(
         return score, jnp.take_along_axis(jnp.concatenate([index, first + place], axis=1), chosen, axis=1)
 
     best = P(None, "all")
-    specs = (P(), P("all"), P("all"), best, best, P(), P())
+    specs = (P(), P("all"), P("all"), best, best, P(), P(), P())
     split = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=(best, best), check_vma=False)
-    return split(query_emb, passages, scale, score, index, jnp.int32(start), jnp.int32(num_passages))
+    return split(query_emb, passages, scale, score, index, jnp.int32(start), jnp.int32(num_passages), ceiling)
 
 
 def best_of_rows(
