@@ -116,7 +116,7 @@ def row_terms(model: Any, params: Any, batch: Any, key: Any) -> dict[str, Any]:
 
     from rag_jax import losses, rag
 
-    B, terms, embs = len(batch.row), {}, None
+    B, terms, embs = len(batch.query_key), {}, None
     keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
     if model.objective.uses_retriever:
         query_emb, passage_emb, negative_emb = embs = rag.embed(model, params, batch, keys)
