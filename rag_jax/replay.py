@@ -134,7 +134,7 @@ def row_terms(model: Any, params: Any, batch: Any, key: Any) -> dict[str, Any]:
         generator, size = model.model("generator", params), model.group_size
         generator_keys = rag.named_keys(keys, "generator")
 
-        def one(place: int, group: Any, group_embs: Any, group_keys: Any) -> Any:
+        def one(place: Any, group: Any, group_embs: Any, group_keys: Any) -> Any:
             """The group's marginal, of the answer in one place alone."""
             only = group._replace(answer_mask=group.answer_mask & (jnp.arange(size) == place)[:, None])
             return rag.group_nll(generator, model.objective, only, group_embs, group_keys)
