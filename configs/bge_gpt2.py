@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     data.train = None
     data.eval = None
     data.passages = None
-    data.columns = ConfigDict({"query": "Question", "passage": "Abstract", "answer": "Answer"})
+    data.columns = ConfigDict({"query": "Question", "passage": "Abstract", "answer": "Answer", "negative": None})
     data.query_len = 50
     data.passage_len = 128
     data.prompt_passage_len = 160
@@ -54,6 +54,7 @@ def get_config() -> ConfigDict:
     config.objective = objective = ConfigDict()
     objective.name = "token"
     objective.candidates = 4
+    objective.negatives = 0
     objective.temperature = 0.01
     objective.marginal_temperature = 0.05
     objective.contrastive_weight = 1.0

@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     data.train = "quickstart/rows/train.csv"
     data.eval = "quickstart/rows/eval.csv"
     data.passages = "quickstart/rows/passages.csv"
-    data.columns = ConfigDict({"query": "Question", "passage": "Abstract", "answer": "Answer"})
+    data.columns = ConfigDict({"query": "Question", "passage": "Abstract", "answer": "Answer", "negative": None})
     data.query_len = 40
     data.passage_len = 128
     data.prompt_passage_len = 128
@@ -51,6 +51,7 @@ def get_config() -> ConfigDict:
     config.objective = objective = ConfigDict()
     objective.name = "token"
     objective.candidates = 2
+    objective.negatives = 0
     objective.temperature = 0.05
     objective.marginal_temperature = 0.1
     objective.contrastive_weight = 1.0

@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     data.train = "tests/data/rows.csv"
     data.eval = "tests/data/rows.csv"
     data.passages = None
-    data.columns = ConfigDict({"query": "Question", "passage": "Abstract", "answer": "Answer"})
+    data.columns = ConfigDict({"query": "Question", "passage": "Abstract", "answer": "Answer", "negative": None})
     data.query_len = 32
     data.passage_len = 64
     data.prompt_passage_len = 64
@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
     config.objective = objective = ConfigDict()
     objective.name = "token"
     objective.candidates = 3
+    objective.negatives = 0
     objective.temperature = 0.05
     objective.marginal_temperature = 0.2
     objective.contrastive_weight = 1.0

@@ -107,6 +107,9 @@ KEYS: dict[str, Key] = {
     "data.columns.query": Key(str, not_empty, "column of the query"),
     "data.columns.passage": Key(str, not_empty, "column of the passage"),
     "data.columns.answer": Key(str, not_empty, "column of the answer"),
+    "data.columns.negative": Key(
+        str | None, not_empty, "column of given hard negatives, a text or a list of texts a row; None: none are given"
+    ),
     "data.query_len": Key(int, at_least(3), "retriever tokens of a query"),
     "data.passage_len": Key(int, at_least(3), "retriever tokens of a passage"),
     "data.prompt_passage_len": Key(int, at_least(2), "generator tokens of the passage segment"),
@@ -125,7 +128,12 @@ KEYS: dict[str, Key] = {
     "generator.path": Key(str | None, not_empty, "Hugging Face folder, hub name, or random:gpt2|llama|qwen3"),
     "generator.remat": Key(str, one_of(*REMAT), REMAT_MEANING),
     "objective.name": Key(str, one_of(*OBJECTIVES), "how the generator's loss is put together; none: retriever only"),
-    "objective.candidates": Key(int, at_least(1), "K, passages the generator reads for a query; at most group_size"),
+    "objective.candidates": Key(
+        int, at_least(1), "K, passages the generator reads for a query; at most all of its group's"
+    ),
+    "objective.negatives": Key(
+        int, at_least(0), "H, further passages that each query brings, of data.columns.negative or mined; 0: none"
+    ),
     "objective.temperature": Key(float, positive, "divides the cosine in the contrastive loss"),
     "objective.marginal_temperature": Key(float, positive, "divides the cosine in the marginal"),
     "objective.contrastive_weight": Key(float, at_least(0), "of the contrastive loss in the total"),
@@ -405,9 +413,9 @@ _JOINT_CHECKS: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
         "the group does not divide the batch; choose one that does",
     ),
     (
-        ("objective.candidates", "group_size"),
-        lambda k, g: k > g,
-        "a query's candidates come from its group; lower the first or raise the second",
+        ("objective.candidates", "group_size", "objective.negatives"),
+        lambda k, g, h: k > g * (1 + h),
+        "a query's candidates come from its group; lower the first or raise one of the others",
     ),
     (
         ("objective.name", *_WEIGHTS),
@@ -415,14 +423,39 @@ _JOINT_CHECKS: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
         "nothing to train; raise a weight",
     ),
     (
-        ("batch_size", "objective.name", _WEIGHTS[1]),
-        lambda b, name, m: b == 1 and (m == 0 or name == "none"),
+        ("objective.negatives", "batch_size", "objective.name", _WEIGHTS[1]),
+        lambda h, b, name, m: b == 1 and h == 0 and (m == 0 or name == "none"),
         "a batch of one has no negatives to learn from; raise batch_size",
     ),
     (
         ("data.columns.query", "data.columns.passage"),
         lambda query, passage: query == passage,
         "every query would be its own passage; name two columns",
+    ),
+    (
+        ("data.columns.negative", "data.columns.passage"),
+        lambda negative, passage: negative == passage,
+        "every passage would be its own negative; name two columns",
+    ),
+    (
+        ("objective.negatives", "data.columns.negative", "mining.every_steps"),
+        lambda h, column, every: h > 0 and column is None and every == 0,
+        "nothing says which passages a query brings; name the column of given ones, or mine them",
+    ),
+    (
+        ("objective.negatives", "data.columns.negative"),
+        lambda h, column: h == 0 and column is not None,
+        "no query brings a negative; raise the first, or leave the column out (None)",
+    ),
+    (
+        ("objective.negatives", "objective.name"),
+        lambda h, name: h > 0 and name == "dalm",
+        "this objective has no negatives but the batch's; set the first to 0",
+    ),
+    (
+        ("objective.negatives", "objective.candidates", _WEIGHTS[0]),
+        lambda h, k, c: h > 0 and k == 1 and c == 0,
+        "nothing reads what a query brings; raise the second or the third, or set the first to 0",
     ),
     (
         ("generator.path", "objective.name", _WEIGHTS[1]),
@@ -455,8 +488,10 @@ _JOINT_CHECKS: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
         "nothing is evaluated during the run; raise the second",
     ),
     (
-        ("mining.every_steps", "group_size", "retriever.path"),
-        lambda every, size, path: every > 0 and (size == 1 or path is None),
+        ("mining.every_steps", "group_size", "retriever.path", "objective.negatives", "data.columns.negative"),
+        lambda every, size, path, h, column: (
+            every > 0 and (path is None or (size == 1 and (h == 0 or column is not None)))
+        ),
         "mining fills groups with what a retriever takes for near; give its path and groups of several rows",
     ),
     (

@@ -39,16 +39,19 @@ def shared_prefix(config: ModelConfig, prefixes: tuple[int, int], suffixes: tupl
     )
 
 
-def training_step(configs: dict[str, ModelConfig], batch_size: int, candidates: int, lengths: Any) -> float:
+def training_step(
+    configs: dict[str, ModelConfig], batch_size: int, candidates: int, lengths: Any, negatives: int = 0
+) -> float:
     """FLOPs of one update of the models that are used; `lengths` as in `data.Lengths`, 0 for what is not read."""
-    forward = 0.0
+    forward, passages = 0.0, batch_size * (1 + negatives)
     if "retriever" in configs:
-        forward += sum(encoding(configs["retriever"], batch_size, n) for n in (lengths.query, lengths.passage))
+        texts = ((batch_size, lengths.query), (passages, lengths.passage))
+        forward += sum(encoding(configs["retriever"], rows, length) for rows, length in texts)
     if "generator" in configs and lengths.string:
         tokens, config = batch_size * lengths.string, configs["generator"]
         forward += layer_stack(config, tokens, lengths.string / 2) + 2.0 * tokens * config.width * config.vocab_size
     elif "generator" in configs:
         pairs = batch_size * candidates
-        prefixes, suffixes = (batch_size, lengths.prefix), (pairs, lengths.suffix)
+        prefixes, suffixes = (passages, lengths.prefix), (pairs, lengths.suffix)
         forward += shared_prefix(configs["generator"], prefixes, suffixes, pairs * lengths.answer)
     return 3 * forward

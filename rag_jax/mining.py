@@ -1,9 +1,9 @@
-"""Mining inside training: rows in groups whose passages the retriever of the moment takes for near.
+"""Mining inside training: what the retriever of the moment takes for near, as groups of rows and as negatives.
 
 The plan of the coming steps is all that mining leaves behind. It is kept in the workdir, `mining/step_N.npz`: a run
 that goes on from a later checkpoint has other parameters by then and could not make it again.
 
-**n** rows, **R** distinct queries, **M** distinct passages, **E** embedding width.
+**n** rows, **R** distinct queries, **M** distinct passages, **H** negatives of a row, **E** embedding width.
 """
 
 import dataclasses
@@ -32,6 +32,12 @@ class Plan:
 
     rows: np.ndarray  # (steps, batch_size) int32 of the steps that follow
     met: np.ndarray  # (n,) int32, how often each row was met before them
+    negatives: np.ndarray | None = None  # (steps, batch_size, H) int32 passages that the rows bring, -1: none
+
+    def after(self, steps: int) -> "Plan":
+        """Without the first steps."""
+        later = None if self.negatives is None else self.negatives[steps:]
+        return dataclasses.replace(self, rows=self.rows[steps:], negatives=later)
 
     def met_after(self) -> np.ndarray:
         return self.met + np.bincount(self.rows.ravel(), minlength=len(self.met)).astype(np.int32)
@@ -44,33 +50,51 @@ def mine(
 
     Metrics of the plan's groups beside random groups of all rows; see `groups.hardness` and `groups.masked_shares`.
     """
-    near = neighbourhood(model, params, examples, config)
+    query_emb, passage_emb = embeddings(model, params, examples, config.eval.batch_size)
+    near = neighbourhood(query_emb, passage_emb, examples, config.mining.margin)
     rng = np.random.default_rng([config.seed, step])
     shape = (config.mining.every_steps, config.batch_size)
     rows, size = np.zeros(shape, np.int32), config.group_size
     if jax.process_index() == 0:
         rows = groups.plan(near, met, group_size=size, batch_size=shape[1], num_steps=shape[0], rng=rng)
     # One says, lest processes whose products differ in the last bit train on different rows.
-    plan = Plan(np.asarray(multihost_utils.broadcast_one_to_all(rows)), met)
+    plan, brought = Plan(np.asarray(multihost_utils.broadcast_one_to_all(rows)), met), {}
+    if config.objective.negatives and config.data.columns.negative is None:
+        found, scores = negatives(near, passage_emb, plan.rows.reshape(-1, size), config.objective.negatives)
+        found = np.asarray(multihost_utils.broadcast_one_to_all(found)).reshape(*shape, -1)
+        plan, there = dataclasses.replace(plan, negatives=found), scores > -np.inf
+        brought = {
+            "mining/negatives_similarity": float(scores[there].mean()) if there.any() else 0.0,
+            "mining/negatives_missing": float(1 - there.mean()),
+        }
     random = rng.permutation(len(examples))[: len(examples) // size * size].reshape(-1, size)
     mined, by_chance = (groups.hardness(near, each) for each in (plan.rows.reshape(-1, size), random))
     values = {f"mining/{name}": value for name, value in mined.items()}
-    values |= {f"mining/random_{name}": value for name, value in by_chance.items()}
+    values |= {f"mining/random_{name}": value for name, value in by_chance.items()} | brought
     return plan, values | {f"mining/masked_{name}": value for name, value in groups.masked_shares(near).items()}
 
 
-def neighbourhood(model: rag.Rag, params: dict, examples: data.Examples, config: Any) -> groups.Near:
-    """All rows as the retriever sees them now, with their nearest other rows."""
+def embeddings(
+    model: rag.Rag, params: dict, examples: data.Examples, batch_size: int
+) -> tuple[Float[np.ndarray, "R E"], Float[np.ndarray, "M E"]]:
+    """All distinct queries and passages as the retriever sees them now."""
     queries, passages = examples.retriever_queries, examples.retriever_passages
     assert queries is not None and passages is not None
-    size = config.eval.batch_size
-    query_emb = retrieval.embed(model, params, queries, batch_size=size, label="mining: queries")[examples.query_key]
-    passage_emb = retrieval.embed(model, params, passages, batch_size=size, label="mining: passages")
-    passage_emb = passage_emb[examples.passage_key]
+    query_emb = retrieval.embed(model, params, queries, batch_size=batch_size, label="mining: queries")
+    return query_emb, retrieval.embed(model, params, passages, batch_size=batch_size, label="mining: passages")
+
+
+def neighbourhood(
+    query_emb: Float[np.ndarray, "R E"],
+    passage_emb: Float[np.ndarray, "M E"],
+    examples: data.Examples,
+    margin: float | None,
+) -> groups.Near:
+    """All rows with their nearest other rows."""
+    query_key, passage_key = examples.query_key, examples.passage_key
+    query_emb, passage_emb = query_emb[query_key], passage_emb[passage_key]
     neighbours = nearest_rows(query_emb, passage_emb, NEIGHBOURS)
-    return groups.Near(
-        query_emb, passage_emb, examples.query_key, examples.passage_key, neighbours, config.mining.margin
-    )
+    return groups.Near(query_emb, passage_emb, query_key, passage_key, neighbours, margin)
 
 
 def nearest_rows(
@@ -84,12 +108,23 @@ def nearest_rows(
     return np.take_along_axis(found, np.argsort(itself, axis=1, kind="stable"), axis=1)[:, :-1]
 
 
+def negatives(
+    near: groups.Near, passage_emb: Float[np.ndarray, "M E"], rows_Gg: Int[np.ndarray, "G g"], num: int
+) -> tuple[Int[np.ndarray, "G g H"], Float[np.ndarray, "G g H"]]:
+    """`groups.negatives` among as many of each row's nearest passages as its group can hold, and `NEIGHBOURS` more."""
+    at_most = None if near.margin is None else near.positive + near.margin
+    many = rows_Gg.shape[1] * (1 + num) + NEIGHBOURS
+    scores, passages = retrieval.top_k(near.query_emb, passage_emb, many, at_most=at_most)
+    return groups.negatives(near, rows_Gg, passages, scores, num)
+
+
 def path_of(workdir: pathlib.Path, step: int) -> pathlib.Path:
     return workdir / "mining" / f"step_{step}.npz"
 
 
 def save(workdir: pathlib.Path, step: int, plan: Plan) -> None:
-    cache.write(path_of(workdir, step), {"rows": plan.rows, "met": plan.met})
+    arrays = {name: array for name, array in vars(plan).items() if array is not None}
+    cache.write(path_of(workdir, step), arrays)
 
 
 def load(workdir: pathlib.Path, step: int) -> Plan | None:
@@ -106,11 +141,11 @@ def load(workdir: pathlib.Path, step: int) -> Plan | None:
         ) from None
 
 
-def kept(workdir: pathlib.Path, start_step: int, every: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(step, rows of the steps after it), plan by plan as a run left them behind, from `start_step` on."""
+def kept(workdir: pathlib.Path, start_step: int, every: int) -> Iterator[tuple[int, Plan]]:
+    """(step, plan of the steps after it), plan by plan as a run left them behind, from `start_step` on."""
     step = start_step
     while plan := load(workdir, since := step - step % every):
-        yield step, plan.rows[step - since :]
+        yield step, plan.after(step - since)
         step = since + every
 
 

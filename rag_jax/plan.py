@@ -111,17 +111,18 @@ def compile_step(loaded: Any, topology: hardware.Topology) -> dict[str, Any]:
     rows = jax.sharding.NamedSharding(mesh, sharding.BATCH)
     batch = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(*a, sharding=rows),
-        data.shape_of(lengths, loaded.batch_size),
+        data.shape_of(lengths, loaded.batch_size, loaded.objective.negatives),
         is_leaf=lambda a: isinstance(a, tuple) and not hasattr(a, "_fields"),
     )
     used = {role: sources[role].model_config for role in train.used_roles(opened)}
-    needed = flops.training_step(used, loaded.batch_size, loaded.objective.candidates, lengths) / topology.devices
+    K, H = loaded.objective.candidates, loaded.objective.negatives
+    needed = flops.training_step(used, loaded.batch_size, K, lengths, H) / topology.devices
     facts = {
         "topology": topology.text,
         "devices": topology.devices,
         "mesh": dict(mesh.shape),
         "batch_per_device": loaded.batch_size // sharding.batch_shards(mesh),
-        "candidates": loaded.objective.candidates,
+        "candidates": K,
         "batch_size": loaded.batch_size,
         "parameter_bytes": local_bytes((state.params, state.frozen)),
         "optimizer_bytes": local_bytes(state.opt_state),
@@ -235,6 +236,8 @@ def advice(result: Mapping[str, Any], loaded: Any) -> list[str]:
                 tips.append(f"{role}.remat=full")
         if result["batch_per_device"] > loaded.group_size:
             tips.append(f"batch_size={result['batch_size'] * loaded.group_size // result['batch_per_device']}")
+        if loaded.objective.negatives:
+            tips.append(f"objective.negatives={loaded.objective.negatives // 2}")
         if loaded.group_size > loaded.objective.candidates:
             tips.append(f"group_size={loaded.objective.candidates}")
         elif loaded.objective.candidates > 2:

@@ -1,7 +1,8 @@
 """The composite of both models: encode, choose candidates, answer log-probabilities, marginal, total loss.
 
 **B** queries of the whole batch, **P** passages, **b** rows of one device or of a group, **K** candidates, **T** answer
-tokens, **L** sequence (**Lp** prefix, **Ls** suffix), **E** embedding width, **D** model width, **V** vocabulary.
+tokens, **L** sequence (**Lp** prefix, **Ls** suffix), **E** embedding width, **D** model width, **V** vocabulary,
+**H** negatives that each query brings besides its own passage: the passages of b rows are p = b (1 + H), see `joined`.
 
 `loss` runs on each device's own rows. Embeddings are all that it fetches of the others' (`Rag.from_all`): candidates,
 and with them the generator's keys and values, are of a group, and a group lies on one device.
@@ -19,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from rag_jax import losses
 from rag_jax.models.decoder import Decoder
-from rag_jax.models.layers import named_keys
+from rag_jax.models.layers import named_keys, several_keys
 
 # Tokens whose (tokens, V) logits exist at one time in `gold_log_probs`.
 HEAD_CHUNK = 512
@@ -28,8 +29,8 @@ SCORES_AT_A_TIME = 2**22
 
 # (path of the parameters, the parameters or one layer of them, compute dtype) -> whole ones in that dtype.
 Gather = Callable[[tuple[str, ...], Any, Any], Any]
-# Of the same rows' queries and passages.
-Embs = tuple[Float[Array, "b E"], Float[Array, "b E"]]
+# Of the same rows' queries, passages and negatives; no negatives: None.
+Embs = tuple[Float[Array, "b E"], Float[Array, "b E"], Float[Array, "b H E"] | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Objective:
     marginal_temperature: float
     contrastive_weight: float
     marginal_weight: float
+    negatives: int = 0  # H
 
     @property
     def uses_generator(self) -> bool:
@@ -117,18 +119,30 @@ def encode(
     return emb_BE / jnp.maximum(jnp.linalg.norm(emb_BE, axis=-1, keepdims=True), 1e-12)
 
 
+def joined(own_b: Shaped[Array, "b ..."], negatives_bH: Shaped[Array, "b H ..."] | None) -> Shaped[Array, "p ..."]:
+    """What the passages of some rows have: their own ones', then that of each row's negatives in turn."""
+    if negatives_bH is None:
+        return own_b
+    return jnp.concatenate([own_b, negatives_bH.reshape(-1, *own_b.shape[1:])])
+
+
+def passage_keys(batch: Any) -> Int[Array, " p"]:
+    """Of all passages of the rows; -1 where a row brings no passage."""
+    return joined(batch.passage_key, None if batch.negatives is None else batch.negatives.passage_key)
+
+
 def choose_candidates(
-    cosine_bb: Float[Array, "b b"], passage_key_b: Int[Array, " b"], num_candidates: int
+    cosine_bp: Float[Array, "b p"], passage_key_p: Int[Array, " p"], num_candidates: int
 ) -> Int[Array, "b K"]:
     """Each row's positive, then the group's highest-scoring others; further copies of a passage come last."""
-    b = cosine_bb.shape[0]
-    same_bb = passage_key_b[:, None] == passage_key_b[None, :]
-    positive_bb = jnp.eye(b, dtype=bool)
-    first_copy_b = jnp.argmax(same_bb, axis=1) == jnp.arange(b)
-    again_bb = same_bb | ~first_copy_b[None, :]
+    b, p = cosine_bp.shape
+    same_pp = passage_key_p[:, None] == passage_key_p[None, :]
+    positive_bp = jnp.eye(b, p, dtype=bool)
+    first_copy_p = jnp.argmax(same_pp, axis=1) == jnp.arange(p)
+    again_bp = same_pp[:b] | ~first_copy_p[None, :]
     # Cosines lie within [-1, 1]: 4 sets the three ranks apart without touching the order inside one.
-    order_bb = cosine_bb + jnp.where(positive_bb, 4.0, jnp.where(again_bb, -4.0, 0.0))
-    return jax.lax.top_k(jax.lax.stop_gradient(order_bb), num_candidates)[1].astype(jnp.int32)
+    order_bp = cosine_bp + jnp.where(positive_bp, 4.0, jnp.where(again_bp, -4.0, 0.0))
+    return jax.lax.top_k(jax.lax.stop_gradient(order_bp), num_candidates)[1].astype(jnp.int32)
 
 
 def gold_log_probs(
@@ -174,18 +188,23 @@ def answer_log_probs(
 
 
 def group_nll(
-    generator: Decoder, objective: Objective, group: Any, cosine_bb: Float[Array, "b b"] | None, keys: Any
+    generator: Decoder, objective: Objective, group: Any, group_embs: Embs | None, keys: Any
 ) -> Float[Array, ""]:
     """Summed negative log marginal of one group's answers, each read with K passages of the group."""
-    b = group.suffix_ids.shape[0]
-    if cosine_bb is None:
+    b, negatives = group.suffix_ids.shape[0], group.negatives
+    prefix = (group.prefix_ids, group.prefix_mask)
+    if group_embs is None:
         candidates_bK, scores_bK = jnp.arange(b, dtype=jnp.int32)[:, None], jnp.zeros((b, 1))
     else:
-        candidates_bK = choose_candidates(cosine_bb, group.passage_key, objective.candidates)
-        scores_bK = jnp.take_along_axis(cosine_bb, candidates_bK, axis=1) / objective.marginal_temperature
-    hidden_bKLD = generator.prefix_suffix(
-        (group.prefix_ids, group.prefix_mask), (group.suffix_ids, group.suffix_mask), candidates_bK, keys
-    )
+        query_emb, passage_emb, negative_emb = group_embs
+        cosine_bp, key_p = cosines(query_emb, joined(passage_emb, negative_emb)), passage_keys(group)
+        if negatives is not None:
+            # What is not there comes last, and where it is read all the same, its probability is zero.
+            cosine_bp = jnp.where(key_p >= 0, cosine_bp, -jnp.inf)
+            prefix = (joined(prefix[0], negatives.prefix_ids), joined(prefix[1], negatives.prefix_mask))
+        candidates_bK = choose_candidates(cosine_bp, key_p, objective.candidates)
+        scores_bK = jnp.take_along_axis(cosine_bp, candidates_bK, axis=1) / objective.marginal_temperature
+    hidden_bKLD = generator.prefix_suffix(prefix, (group.suffix_ids, group.suffix_mask), candidates_bK, keys)
     token_log_probs_bKT = answer_log_probs(
         generator, hidden_bKLD, group.suffix_ids, group.answer_start, group.answer_mask.shape[1]
     )
@@ -235,26 +254,59 @@ def cosines(query_emb_BE: Float[Array, "B E"], passage_emb_PE: Float[Array, "P E
     return jnp.matmul(query_emb_BE, passage_emb_PE.T, precision=jax.lax.Precision.HIGHEST)
 
 
+def embed(rag: Rag, params: dict, batch: Any, keys: Key[Array, " b"] | None) -> Embs:
+    """What the retriever makes of the rows' texts."""
+    retriever, negatives = rag.model("retriever", params), batch.negatives
+    encode = functools.partial(encode_in_chunks, rag, retriever)
+    query_emb_bE = encode(batch.query_ids, batch.query_mask, named_keys(keys, "query"))
+    passage_emb_bE = encode(batch.passage_ids, batch.passage_mask, named_keys(keys, "passage"))
+    if negatives is None:
+        return query_emb_bE, passage_emb_bE, None
+    b, H, L = negatives.passage_ids.shape
+    ids, mask = (a.reshape(b * H, L) for a in (negatives.passage_ids, negatives.passage_mask))
+    return (
+        query_emb_bE,
+        passage_emb_bE,
+        encode(ids, mask, several_keys(named_keys(keys, "negative"), H)).reshape(b, H, -1),
+    )
+
+
+def no_columns(negative_key_bH: Int[Array, "b H"], all_passage_keys: Int[Array, " B"]) -> Bool[Array, "b H"]:
+    """Which negatives are no column of the contrastive loss: none is there, or the batch has it as a row's own passage.
+
+    That one is a column already, and the keys of its rows say whose negative it is and whose not.
+    """
+    return (negative_key_bH < 0) | jnp.isin(negative_key_bH, all_passage_keys)
+
+
 def contrastive_share(rag: Rag, batch: Any, embs: Embs) -> Float[Array, ""]:
     """This device's rows' part of the symmetric InfoNCE over the whole batch: rows, and columns as rows of their own.
 
-    Scores are (b, P) of a device, in blocks of rows where they are many; (P, P) never exists.
+    Every query's negatives are further columns of all rows, P = B (1 + H) in all. Scores are (b, P) of a device, in
+    blocks of rows where they are many; (P, P) never exists.
     """
-    (query_emb_bE, passage_emb_bE), b = embs, len(batch.query_key)
+    (query_emb_bE, passage_emb_bE, negative_emb_bHE), b = embs, len(batch.query_key)
     all_queries_BE, all_passages_PE = rag.from_all(query_emb_bE), rag.from_all(passage_emb_bE)
     all_query_keys, all_passage_keys = rag.from_all(batch.query_key), rag.from_all(batch.passage_key)
+    excluded_further = None
+    if negative_emb_bHE is not None:
+        all_passages_PE = joined(all_passages_PE, rag.from_all(negative_emb_bHE))
+        excluded_further = rag.from_all(no_columns(batch.negatives.passage_key, all_passage_keys)).ravel()
 
     def nll(rows: Any) -> Array:
         query_emb, passage_emb, query_key, passage_key, positive = rows
         excluded = (query_key[:, None] == all_query_keys) | (passage_key[:, None] == all_passage_keys)
         by_row = cosines(query_emb, all_passages_PE) / rag.objective.temperature
         by_column = cosines(passage_emb, all_queries_BE) / rag.objective.temperature
-        row_nll, column_nll = (losses.positive_nll(scores, positive, excluded) for scores in (by_row, by_column))
-        return jnp.sum(row_nll) + jnp.sum(column_nll)
+        column_nll = losses.positive_nll(by_column, positive, excluded)
+        if excluded_further is not None:
+            further = jnp.broadcast_to(excluded_further, (len(excluded), excluded_further.size))
+            excluded = jnp.concatenate([excluded, further], axis=1)
+        return jnp.sum(losses.positive_nll(by_row, positive, excluded)) + jnp.sum(column_nll)
 
-    B = len(all_query_keys)
-    rows = (*embs, batch.query_key, batch.passage_key, rag.place_of(b))
-    return 0.5 * jnp.sum(map_blocks(nll, rows, even_size(b, SCORES_AT_A_TIME // B))) / B
+    B, P = len(all_query_keys), len(all_passages_PE)
+    rows = (query_emb_bE, passage_emb_bE, batch.query_key, batch.passage_key, rag.place_of(b))
+    return 0.5 * jnp.sum(map_blocks(nll, rows, even_size(b, SCORES_AT_A_TIME // P))) / B
 
 
 def marginal_share(
@@ -265,8 +317,7 @@ def marginal_share(
 
     def nll(rows: Any) -> Array:
         group, group_embs, keys = rows
-        cosine_bb = None if group_embs is None else cosines(*group_embs)
-        return group_nll(generator, rag.objective, group, cosine_bb, keys)
+        return group_nll(generator, rag.objective, group, group_embs, keys)
 
     nll_G = map_blocks(nll, (batch, embs, dropout_keys), rag.group_size)
     return jnp.sum(nll_G) / jnp.maximum(rag.sum_of_all(jnp.sum(batch.answer_mask)), 1)
@@ -277,7 +328,7 @@ def dalm_share(
 ) -> Float[Array, ""]:
     """This device's rows' part of the predecessor's objective on its own strings; see `losses.dalm_nll`."""
     generator = rag.model("generator", params)
-    (query_emb_bE, passage_emb_bE), b = embs, len(batch.query_key)
+    (query_emb_bE, passage_emb_bE, _), b = embs, len(batch.query_key)
     cosine_bP = cosines(query_emb_bE, rag.from_all(passage_emb_bE))
 
     def string_log_probs(rows: Any) -> Array:
@@ -307,14 +358,7 @@ def loss(
     if key is not None:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rag.place_of(len(batch.query_key)))
     parts: dict[str, Float[Array, ""]] = {}
-    embs = None
-    if objective.uses_retriever:
-        retriever = rag.model("retriever", params)
-        query_keys, passage_keys = named_keys(keys, "query"), named_keys(keys, "passage")
-        embs = (
-            encode_in_chunks(rag, retriever, batch.query_ids, batch.query_mask, query_keys),
-            encode_in_chunks(rag, retriever, batch.passage_ids, batch.passage_mask, passage_keys),
-        )
+    embs = embed(rag, params, batch, keys) if objective.uses_retriever else None
     if embs is not None and objective.contrastive_weight != 0:
         parts["loss/contrastive"] = contrastive_share(rag, batch, embs)
     if objective.uses_generator and objective.name == "dalm":

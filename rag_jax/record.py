@@ -58,7 +58,10 @@ class Record:
         loss, config = numbers["loss/total"], self.config
         if note := self.nonfinite.check(step, numbers):
             self.progress.print(note)
-        model_flops = flops.training_step(self.used, config.batch_size, config.objective.candidates, facts.lengths)
+        objective = config.objective
+        model_flops = flops.training_step(
+            self.used, config.batch_size, objective.candidates, facts.lengths, objective.negatives
+        )
         self.steps += 1
         self.flops += model_flops
         self.padding += facts.padding_share

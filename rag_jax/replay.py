@@ -13,7 +13,7 @@ from typing import Any
 from rag_jax import cli, config
 from rag_jax.errors import UserError
 
-TERMS = ("|query|", "|passage|", "contrastive", "marginal")
+TERMS = ("|query|", "|passage|", "|negatives|", "contrastive", "marginal")
 
 
 def main() -> None:
@@ -58,7 +58,8 @@ def replay(loaded: Any, workdir: pathlib.Path, step: int) -> None:
     )
     for line in taken_apart(training, state, batch, dropout_seed):
         print(line)
-    host = data.collate(training.examples, train.rows_of(training, step), training.shapes)
+    rows, mined = train.batch_of(training, step)
+    host = data.collate(training.examples, rows, training.shapes, mined=mined)
     for line in row_lines(training, params, host, dropout_seed, step - 1):
         print(line)
 
@@ -106,42 +107,37 @@ def row_lines(training: Any, params: Any, batch: Any, dropout_seed: int | None, 
 def row_terms(model: Any, params: Any, batch: Any, key: Any) -> dict[str, Any]:
     """What each row brings to the loss, (B,) each, the batch on one device as the loss has it.
 
-    |query| and |passage| are lengths of embeddings, 1 where all is well; `contrastive` is half the sum of the row's and
-    the column's cross-entropy, `marginal` the negative log marginal of the answer, nats. One row that is not finite
-    makes the contrastive term of all others so, and the marginal of its group.
+    |query|, |passage| and |negatives| (their mean) are lengths of embeddings, 1 where all is well; `contrastive` is
+    half the sum of the row's and the column's cross-entropy, `marginal` the negative log marginal of the answer, nats.
+    One row that is not finite makes the contrastive term of all others so, and the marginal of its group.
     """
     import jax
     import jax.numpy as jnp
 
     from rag_jax import losses, rag
 
-    B, terms, embs = len(batch.row), {}, None
+    B, terms, embs = len(batch.query_key), {}, None
     keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
     if model.objective.uses_retriever:
-        retriever = model.model("retriever", params)
-        embs = tuple(
-            rag.encode_in_chunks(model, retriever, ids, mask, rag.named_keys(keys, name))
-            for name, ids, mask in (
-                ("query", batch.query_ids, batch.query_mask),
-                ("passage", batch.passage_ids, batch.passage_mask),
-            )
-        )
-        terms |= {
-            f"|{name}|": jnp.linalg.norm(emb, axis=-1) for name, emb in zip(("query", "passage"), embs, strict=True)
-        }
-        scores = rag.cosines(*embs) / model.objective.temperature
+        query_emb, passage_emb, negative_emb = embs = rag.embed(model, params, batch, keys)
+        for name, emb in (("query", query_emb), ("passage", passage_emb), ("negatives", negative_emb)):
+            if emb is not None:
+                terms[f"|{name}|"] = jnp.linalg.norm(emb, axis=-1).reshape(B, -1).mean(axis=1)
+        scores = rag.cosines(query_emb, rag.joined(passage_emb, negative_emb)) / model.objective.temperature
         excluded = (batch.query_key[:, None] == batch.query_key) | (batch.passage_key[:, None] == batch.passage_key)
-        nll = [losses.positive_nll(s, jnp.arange(B), excluded) for s in (scores, scores.T)]
-        terms["contrastive"] = 0.5 * (nll[0] + nll[1])
+        by_column = losses.positive_nll(scores[:, :B].T, jnp.arange(B), excluded)
+        if batch.negatives is not None:
+            further = rag.no_columns(batch.negatives.passage_key, batch.passage_key).ravel()
+            excluded = jnp.concatenate([excluded, jnp.tile(further, (B, 1))], axis=1)
+        terms["contrastive"] = 0.5 * (losses.positive_nll(scores, jnp.arange(B), excluded) + by_column)
     if model.objective.uses_generator and model.objective.name != "dalm":
         generator, size = model.model("generator", params), model.group_size
         generator_keys = rag.named_keys(keys, "generator")
 
-        def one(place: int, group: Any, group_embs: Any, group_keys: Any) -> Any:
+        def one(place: Any, group: Any, group_embs: Any, group_keys: Any) -> Any:
             """The group's marginal, of the answer in one place alone."""
             only = group._replace(answer_mask=group.answer_mask & (jnp.arange(size) == place)[:, None])
-            cosine = None if group_embs is None else rag.cosines(*group_embs)
-            return rag.group_nll(generator, model.objective, only, cosine, group_keys)
+            return rag.group_nll(generator, model.objective, only, group_embs, group_keys)
 
         def split(tree: Any) -> Any:
             return jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), tree)

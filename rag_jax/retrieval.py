@@ -96,15 +96,21 @@ def _encoder(model: rag.Rag, structure: Any, places: tuple[Any, ...]) -> tuple[A
 
 
 def top_k(
-    query_emb: Float[np.ndarray, "R E"], corpus: Any, k: int, *, recall_target: float = 1.0
+    query_emb: Float[np.ndarray, "R E"],
+    corpus: Any,
+    k: int,
+    *,
+    recall_target: float = 1.0,
+    at_most: Float[np.ndarray, " R"] | None = None,
 ) -> tuple[Float[np.ndarray, "R K"], Int[np.ndarray, "R K"]]:
     """Scores and indices of each query's k nearest passages, nearest first; of equals the lower index first.
 
     Exact: every passage is scored, in blocks that all devices of all processes share; every process must call. The
     corpus is an array (M, E), or anything with a length and `block(start, stop)` that gives rows (m, E) of any number
     type and what to multiply the scores of each with, (m,) or None: a corpus on disk is read once for 4,096 queries. k
-    is cut to the number of passages. `recall_target` below 1: TPUs may miss that many, for speed
-    (`jax.lax.approx_max_k`).
+    is cut to the number of passages. `at_most`: what scores above it is passed over, and where fewer than k are left
+    the last scores are -inf, and their indices mean nothing. `recall_target` below 1: TPUs may miss that many, for
+    speed (`jax.lax.approx_max_k`).
     """
     corpus = Held(corpus) if isinstance(corpus, np.ndarray) else corpus
     if not len(corpus):
@@ -113,10 +119,12 @@ def top_k(
     batch_size = min(len(query_emb), QUERIES_AT_A_TIME)
     found = []
     for batch, real in full_batches(np.arange(len(query_emb)), batch_size):
+        ceiling = None if at_most is None else np.asarray(at_most[batch], np.float32)
         if len(devices) == 1 and devices[0].platform == "cpu":
-            best = _on_host(query_emb[batch], corpus, k)
+            best = _on_host(query_emb[batch], corpus, k, ceiling)
         else:
-            best = _on_devices(Mesh(np.array(devices), ("all",)), query_emb[batch], corpus, k, recall_target)
+            mesh = Mesh(np.array(devices), ("all",))
+            best = _on_devices(mesh, query_emb[batch], corpus, k, ceiling, recall_target)
         found.append(tuple(part[:real] for part in best))
     score, index = zip(*found, strict=True)
     return np.concatenate(score), np.concatenate(index)
@@ -136,7 +144,7 @@ class Held:
 
 
 def _on_host(
-    query_emb: Float[np.ndarray, "R E"], corpus: Any, k: int
+    query_emb: Float[np.ndarray, "R E"], corpus: Any, k: int, ceiling: Float[np.ndarray, " R"] | None
 ) -> tuple[Float[np.ndarray, "R K"], Int[np.ndarray, "R K"]]:
     """`top_k` on one CPU, where numpy's products are faster than XLA's.
 
@@ -150,6 +158,8 @@ def _on_host(
         scores = query_emb @ values.astype(np.float32, copy=False).T
         if scale is not None:
             scores *= scale
+        if ceiling is not None:
+            scores[scores > ceiling[:, None]] = -np.inf
         if not start:
             better = scores >= np.partition(scores, -k, axis=1)[:, -k, None]
         else:
@@ -167,13 +177,19 @@ def _on_host(
 
 
 def _on_devices(
-    mesh: Mesh, query_emb: Float[np.ndarray, "R E"], corpus: Any, k: int, recall_target: float
+    mesh: Mesh,
+    query_emb: Float[np.ndarray, "R E"],
+    corpus: Any,
+    k: int,
+    ceiling: Float[np.ndarray, " R"] | None,
+    recall_target: float,
 ) -> tuple[Float[np.ndarray, "R K"], Int[np.ndarray, "R K"]]:
     """`top_k` of which each device scores a share of every block."""
     num_passages = len(corpus)
     rows = min(max(SCORES_AT_A_TIME // len(query_emb), 1) * mesh.size, num_passages)
     rows = -(-rows // mesh.size) * mesh.size
     queries, best = _put(mesh, query_emb, P()), _nothing(mesh, len(query_emb), k)
+    limit = None if ceiling is None else _put(mesh, ceiling, P())
     for start in range(0, num_passages, rows):
         values, scale = corpus.block(start, min(start + rows, num_passages))
         scale = np.ones(len(values), np.float32) if scale is None else scale
@@ -181,7 +197,7 @@ def _on_devices(
             values, scale = np.pad(values, ((0, missing), (0, 0))), np.pad(scale, (0, missing))
         block = [_put(mesh, array, P("all")) for array in (values, scale)]
         jax.block_until_ready(best)  # one block waits while another is scored; more would only take memory
-        best = _advance(mesh, recall_target, queries, *block, *best, start, num_passages)
+        best = _advance(mesh, recall_target, queries, *block, *best, start, num_passages, limit)
     score, index = _merge(mesh, *best)
     return sharding.to_host(score), sharding.to_host(index)
 
@@ -209,16 +225,21 @@ def _advance(
     index: Int[Array, "R Dk"],
     start: Int[Array, ""] | int,
     num_passages: Int[Array, ""] | int,
+    ceiling: Float[Array, " R"] | None,
 ) -> tuple[Float[Array, "R Dk"], Int[Array, "R Dk"]]:
     """Each device's k best so far and of its share of the block that begins with passage `start`."""
 
-    def own(query_emb: Any, passages: Any, scale: Any, score: Any, index: Any, start: Any, num_passages: Any) -> Any:
+    def own(
+        query_emb: Any, passages: Any, scale: Any, score: Any, index: Any, start: Any, num_passages: Any, ceiling: Any
+    ) -> Any:
         (m, _), k = passages.shape, score.shape[1]
         first = start + jax.lax.axis_index("all") * m
         # The default precision of a product on TPU and GPU is lower than float32 and would change ranks.
         product = functools.partial(jnp.einsum, "RE,mE->Rm", precision=jax.lax.Precision.HIGHEST)
         scores = product(query_emb, passages.astype(jnp.float32)) * scale
         scores = jnp.where(first + jnp.arange(m) < num_passages, scores, -jnp.inf)
+        if ceiling is not None:
+            scores = jnp.where(scores > ceiling[:, None], -jnp.inf, scores)
         block_score, place = best_of_rows(scores, min(k, m), recall_target)
         # What was found before stands in front: of equals it wins, and its indices are lower.
         joined = jnp.concatenate([score, block_score], axis=1)
@@ -226,9 +247,9 @@ def _advance(
         return score, jnp.take_along_axis(jnp.concatenate([index, first + place], axis=1), chosen, axis=1)
 
     best = P(None, "all")
-    specs = (P(), P("all"), P("all"), best, best, P(), P())
+    specs = (P(), P("all"), P("all"), best, best, P(), P(), P())
     split = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=(best, best), check_vma=False)
-    return split(query_emb, passages, scale, score, index, jnp.int32(start), jnp.int32(num_passages))
+    return split(query_emb, passages, scale, score, index, jnp.int32(start), jnp.int32(num_passages), ceiling)
 
 
 def best_of_rows(

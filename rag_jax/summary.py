@@ -34,6 +34,10 @@ def summary(training: Any, report: data.Report, eval_report: data.Report | None,
         f"{config.batch_size} queries in {groups} group{'s' if groups > 1 else ''} of {config.group_size}, "
         f"{config.batch_size - 1} in-batch negatives a query"
     )
+    if number := objective.negatives:
+        column = config.data.columns.negative
+        of = "those mined for it" if column is None else f"those given in column {column!r}"
+        lines["negatives"] = f"{number} more that each query brings, of {of}"
     if every := config.mining.every_steps:
         margin = config.mining.margin
         lines["mining"] = f"groups of near passages, anew every {every} steps" + (

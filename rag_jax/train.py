@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import os
 import pathlib
 import shutil
@@ -148,12 +147,13 @@ def build(config: Any, workdir: pathlib.Path, mesh: Mesh, start_step: int) -> Tr
         prompt=prompt if "generator" in used else None,
         whole_string=opened.whole_string if "generator" in used else None,
         min_rows=config.batch_size,
+        negatives=config.objective.negatives if config.data.columns.negative else 0,
     )
     eval_rows = eval_report = None
     if config.data.eval is not None and config.eval.every_steps:
         eval_rows, eval_report = evaluate.load_rows(config, opened.retriever_text, opened.prompt)
     rules, optimizer, state, step = make_step(opened, mesh)
-    shapes = data.buckets(examples, config.batch_size, config.objective.candidates)
+    shapes = data.buckets(examples, config.batch_size, config.objective.candidates, config.objective.negatives)
     training = Training(
         config, workdir, opened, mesh, examples, shapes, eval_rows, rules, optimizer, state, step, is_main
     )
@@ -312,18 +312,18 @@ def nonfinite(training: Training, state: Any, start_step: int) -> guards.NonFini
         training.workdir,
         config.guard.skip_nonfinite,
         skipped,
-        functools.partial(rows_of, training),
+        lambda step: batch_of(training, step)[0],
         training.is_main,
     )
 
 
-def rows_of(training: Training, step: int) -> np.ndarray:
-    """Which rows a step that was begun reads, (batch_size,)."""
+def batch_of(training: Training, step: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Which rows a step that was begun reads, (batch_size,), and the negatives (batch_size, H) that were mined."""
     config = training.config
     if config.mining.every_steps:
-        _, rows = next(mining.kept(training.workdir, step - 1, config.mining.every_steps))
-        return rows[0]
-    return np.asarray(data.order(len(training.examples), config.batch_size, config.seed)[step - 1])
+        _, plan = next(mining.kept(training.workdir, step - 1, config.mining.every_steps))
+        return plan.rows[0], None if plan.negatives is None else plan.negatives[0]
+    return np.asarray(data.order(len(training.examples), config.batch_size, config.seed)[step - 1]), None
 
 
 def write(record: Record, step: int, values: dict[str, Any], facts: Facts) -> int:
@@ -335,8 +335,8 @@ def write(record: Record, step: int, values: dict[str, Any], facts: Facts) -> in
 
 def planned(
     training: Training, state: Callable[[], Any], start_step: int, record: Record
-) -> Iterator[tuple[int, np.ndarray | None]]:
-    """(step, rows of the steps after it) from one mining to the next; without mining (start_step, None)."""
+) -> Iterator[tuple[int, mining.Plan | None]]:
+    """(step, plan of the steps after it) from one mining to the next; without mining (start_step, None)."""
     config, every, step = training.config, training.config.mining.every_steps, start_step
     if not every:
         yield start_step, None
@@ -347,7 +347,7 @@ def planned(
     while step < config.total_steps:
         if plan is None:
             plan = mined(training, state(), met, step, record)
-        yield step, plan.rows[step - since :]
+        yield step, plan.after(step - since)
         step = since = since + every
         plan, met = None, plan.met_after()
 
@@ -365,11 +365,12 @@ def mined(training: Training, state: Any, met: Any, step: int, record: Record) -
 
 
 def batches(
-    training: Training, spans: Iterator[tuple[int, np.ndarray | None]], wishes: Wishes
+    training: Training, spans: Iterator[tuple[int, mining.Plan | None]], wishes: Wishes
 ) -> Iterator[tuple[data.Batch, Facts]]:
     """Batches on the mesh, span after span; the other processes learn of `wishes` with them."""
     config = training.config
-    for first, rows in spans:
+    for first, plan in spans:
+        left = config.total_steps - first
         source = data.iterate(
             training.examples,
             batch_size=config.batch_size,
@@ -378,7 +379,8 @@ def batches(
             total_steps=config.total_steps,
             shapes=training.shapes,
             own=sharding.own_rows(training.mesh, config.batch_size),
-            planned=None if rows is None else rows[: config.total_steps - first],
+            planned=None if plan is None else plan.rows[:left],
+            mined=None if plan is None else plan.negatives,
         )
         while True:
             began = time.perf_counter()

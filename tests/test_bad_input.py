@@ -91,7 +91,7 @@ VALUES = {
     ),
     "more candidates than the group has": (
         {"objective__candidates": 5},
-        ["objective.candidates=5, group_size=4: a query's candidates come from its group; lower the first or raise"],
+        ["group_size=4, objective.negatives=0: a query's candidates come from its group; lower the first or raise"],
     ),
     "group and batch": (
         {"group_size": 3},

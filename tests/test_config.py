@@ -13,6 +13,8 @@ from rag_jax.errors import UserError
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs").glob("*.py"))
 TINY = ROOT / "configs" / "tiny.py"
+GIVEN = {"objective.negatives": "2", "data.columns.negative": "Negatives"}
+ALONE = {"group_size": "1"}
 
 
 def keys_of(tree, prefix=""):
@@ -111,11 +113,34 @@ def test_overrides_take_the_kind_of_their_key():
         ({"optimizer.rate_rules": "('a', 1)"}, "must be pairs such as"),
         ({"optimizer.rate_rules": "(('(', 1),)"}, "'(' is not a regular expression"),
         ({"optimizer.decay_rules": "(('a', -1),)"}, "the multiplier of 'a' must be at least 0"),
-        ({"objective.candidates": "5"}, "objective.candidates=5, group_size=4: a query's candidates come from"),
+        (
+            {"objective.candidates": "5"},
+            "objective.candidates=5, group_size=4, objective.negatives=0: a query's candidates",
+        ),
         ({"group_size": "3"}, "group_size=3, batch_size=8: the group does not divide the batch"),
         ({"generator.path": "None"}, "generator.path=None, objective.name='token'"),
         ({"retriever.path": "None"}, "this objective needs a retriever"),
         ({"objective.name": "none", "objective.contrastive_weight": "0"}, "nothing to train"),
+        ({"objective.negatives": "-1"}, "objective.negatives=-1: must be at least 0"),
+        (
+            {"objective.negatives": "2"},
+            "objective.negatives=2, data.columns.negative=None, mining.every_steps=0: nothing says which passages",
+        ),
+        (
+            {"data.columns.negative": "N"},
+            "objective.negatives=0, data.columns.negative='N': no query brings a negative",
+        ),
+        ({"data.columns.negative": "Abstract"}, "every passage would be its own negative; name two columns"),
+        (GIVEN | {"objective.name": "dalm"}, "objective.negatives=2, objective.name='dalm': this objective has no"),
+        (
+            GIVEN | {"objective.candidates": "13"},
+            "objective.candidates=13, group_size=4, objective.negatives=2: a query's candidates come from its group",
+        ),
+        (
+            GIVEN | {"objective.candidates": "1", "objective.contrastive_weight": "0"},
+            "objective.negatives=2, objective.candidates=1, objective.contrastive_weight=0.0: nothing reads what",
+        ),
+        (GIVEN | ALONE | {"mining.every_steps": "5"}, "mining fills groups with what a retriever takes for near"),
     ],
 )
 def test_a_bad_override_is_named_with_its_fix(overrides, message):
@@ -127,6 +152,14 @@ def test_all_problems_are_shown_at_once():
     for part in ("total_steps=x", "lerning_rate", "group_size=3", "objective.name='rag'"):
         assert part in text
     assert text.count("; ") >= 3
+
+
+def test_negatives_come_from_a_column_or_from_mining():
+    assert config.load(TINY, GIVEN | {"objective.candidates": "12"}).objective.candidates == 12
+    mined = {"objective.negatives": "1", "mining.every_steps": "5", "objective.candidates": "8"}
+    assert config.load(TINY, mined).objective.negatives == 1
+    assert config.load(TINY, mined | ALONE | {"objective.candidates": "2"}).group_size == 1
+    assert config.load(TINY, GIVEN | {"batch_size": "1"} | ALONE | {"objective.name": "none"}).batch_size == 1
 
 
 def test_one_model_alone_is_a_config():

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -173,6 +174,101 @@ def test_the_cache_knows_texts_settings_and_tokenizers(tmp_path, change):
     shapes = [data.longest(fresh)]
     for left, right in zip(*(data.collate(e, range(4), shapes) for e in (fresh, kept)), strict=True):
         np.testing.assert_array_equal(left, right)
+
+
+# With row 0: its own passage, the other passage of row 1's query, a passage of no row.
+GIVEN = [["the dog barks", "who", "cat", "who"], ["the cat", "barks"], [], ["cat"], ["the dog barks", "who", "why"]]
+
+
+def load_given(tmp_path, given=GIVEN, rows=ROWS, **changes):
+    lines = [dict(zip(COLUMNS.values(), row, strict=True)) | {"N": n} for row, n in zip(rows, given, strict=True)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    options = dict(key="data.train", columns=COLUMNS | {"negative": "N"}, bad_rows="drop", retriever=RETRIEVER)
+    return data.load_examples(str(tmp_path / "rows.jsonl"), **options | dict(prompt=PROMPT, negatives=2) | changes)
+
+
+def test_given_negatives_in_a_batch(tmp_path):
+    """Never a passage of the same query, the first two that are left; one token where there is none."""
+    examples, report = load_given(tmp_path)
+    expected = [["who", "cat"], ["barks"], [], [], ["the dog barks", "who"]]
+    assert str(report).endswith(
+        "; given negatives: 2 a row, 3 rows bring fewer, 3 left out as passages of their own query"
+    )
+    assert report.cut["negatives (retriever)"] == report.cut["negatives (generator)"] == 1
+    assert [[examples.passages[key] for key in row if key >= 0] for row in examples.negative_key] == expected
+    assert examples.passages[:4] == load(tmp_path)[0].passages and len(examples.passages) == 6
+    assert load_given(tmp_path, negatives=3)[0].negative_key.shape == (5, 3)
+    order = [3, 0, 4]
+    batch = data.collate(examples, order, [data.longest(examples)])
+    plain = data.collate(load(tmp_path)[0], order, [data.longest(examples)])
+    for name in plain._fields:
+        if name != "negatives":
+            np.testing.assert_array_equal(getattr(batch, name), getattr(plain, name), err_msg=name)
+    found = batch.negatives
+    np.testing.assert_array_equal(found.passage_key, examples.negative_key[order])
+    passages = real(found.passage_ids.reshape(6, -1), found.passage_mask.reshape(6, -1))
+    prefixes = real(found.prefix_ids.reshape(6, -1), found.prefix_mask.reshape(6, -1))
+    texts = ["", "", *expected[0], *expected[4]]
+    for text, passage, prefix in zip(texts, passages, prefixes, strict=True):
+        if text:
+            assert passage == WORDS("P: " + text, truncation=True, max_length=5)["input_ids"]
+            assert prefix == [BOS, *text.encode()[:12]]
+        else:
+            assert len(passage) == len(prefix) == 1
+    half = data.collate(examples, order, [data.longest(examples)], own=np.array([2]))
+    np.testing.assert_array_equal(half.negatives.prefix_ids, found.prefix_ids[2:])
+    expected = data.shape_of(data.lengths(batch), 3, 2).negatives
+    assert [(a.shape, a.dtype) for a in found] == list(expected)
+
+
+def test_rows_that_are_dropped_leave_the_negatives_of_others(tmp_path):
+    """A passage that only a dropped row had, and another row brings; what only a dropped row brought is gone."""
+    rows = [("x", "new", "an answer too long"), *ROWS]
+    examples, _ = load_given(tmp_path, [["gone"], *GIVEN[:4], ["new", "who"]], rows)
+    assert "gone" not in examples.passages and len(examples) == 5
+    named = [[examples.passages[key] for key in row if key >= 0] for row in examples.negative_key]
+    assert named == [["who", "cat"], ["barks"], [], [], ["new", "who"]]
+    assert [examples.passages[key] for key in examples.passage_key] == [passage for _, passage, _ in ROWS]
+    for i, text in enumerate(examples.passages):
+        assert examples.prefixes[i].tolist() == [BOS, *text.encode()[:12]]
+
+
+def test_what_is_given_changes_cache_and_fingerprint(tmp_path):
+    first, _ = load_given(tmp_path)
+    again, report = load_given(tmp_path)
+    assert report.from_cache and data.fingerprint(first) == data.fingerprint(again)
+    for change in ({"given": [["who"], *GIVEN[1:]]}, {"negatives": 1}):
+        other, report = load_given(tmp_path, **change)
+        assert data.fingerprint(other) != data.fingerprint(first), change
+    assert not load_given(tmp_path, given=[["new"], *GIVEN[1:]])[1].from_cache
+
+
+def test_shapes_hold_the_negatives(tmp_path):
+    """Given ones count with the row that brings them; of mined ones a batch draws as many passages more."""
+    rows = [(f"why {i}", f"the cat {i} " + "dog " * (20 * (i % 40 == 0)), "so") for i in range(400)]
+    wide = dict(prompt=dataclasses.replace(PROMPT, passage_len=300), retriever=None)
+    examples, _ = load(tmp_path, rows, **wide)
+    assert len(data.buckets(examples, 2, 1)) == 2 and len(data.buckets(examples, 2, 1, negatives=30)) == 1
+    small, large = data.buckets(examples, 2, 1)
+    mined = np.array([[-1, 1], [2, -1]])
+    assert data.lengths(data.collate(examples, [1, 2], (small, large), mined=mined)) == small
+    batch = data.collate(examples, [1, 2], (small, large), mined=np.array([[-1, 1], [0, -1]]))
+    assert data.lengths(batch) == large
+    long = int(batch.negatives.prefix_mask[1, 0].sum())
+    assert long == examples.prefixes.lengths[0] > small.prefix
+    read = [batch.prefix_mask.sum(), batch.suffix_mask.sum(), batch.negatives.prefix_mask.sum() - 2]
+    assert data.padding_share(batch, 1) == pytest.approx(1 - sum(read) / (2 * (3 * large.prefix + large.suffix)))
+    given, _ = load_given(tmp_path, [[rows[0][1]] if i % 2 else [] for i in range(400)], rows, **wide)
+    assert len(data.buckets(given, 2, 1, negatives=2)) == 1
+
+
+def test_iteration_brings_what_was_mined(tmp_path):
+    examples, _ = load(tmp_path)
+    planned, mined = np.array([[0, 3], [4, 1]]), np.array([[[1, 3], [-1, 0]], [[2, 0], [3, 0]]], np.int32)
+    settings = dict(batch_size=2, seed=0, start_step=5, total_steps=7, shapes=[data.longest(examples)])
+    found = list(data.iterate(examples, planned=planned, mined=mined, **settings))
+    assert [batch.row.tolist() for batch in found] == planned.tolist()
+    assert [batch.negatives.passage_key.tolist() for batch in found] == mined.tolist()
 
 
 def test_epochs_are_different_shuffles_of_all_rows():

@@ -1,5 +1,6 @@
 """Reading rows: every kind of source gives the same rows, every mistake one clear line."""
 
+import csv
 import json
 import pathlib
 
@@ -81,6 +82,56 @@ def test_the_answer_column_may_be_absent_where_nobody_asks_for_it(tmp_path):
     (tmp_path / "r.csv").write_text("Question,Abstract\nq,p\n")
     rows = row_files.read_rows(str(tmp_path / "r.csv"), "data.train", COLUMNS, with_answers=False)
     assert rows == row_files.Rows(["q"], ["p"], [""])
+
+
+# Of one row each: what stands in the column, and what is read.
+NEGATIVES = {
+    "r.jsonl": ([["b", " ", "c"], "d", None, []], [["b", "c"], ["d"], [], []]),
+    "r.parquet": ([["b", None, "c"], [""], None, ["d"]], [["b", "c"], [], [], ["d"]]),
+    "r.arrow": (["b", "", None, "c\nd"], [["b"], [], [], ["c\nd"]]),
+    "r.csv": (["b", "", " ", '["c", "d"]'], [["b"], [], [], ['["c", "d"]']]),
+}
+
+
+@pytest.mark.parametrize("name", NEGATIVES)
+def test_given_negatives_are_a_text_or_a_list_of_texts(tmp_path, name):
+    values, expected = NEGATIVES[name]
+    path, table = tmp_path / name, {part: list("wxyz") for part in COLUMNS.values()} | {"Wrong": values}
+    if path.suffix == ".jsonl":
+        lines = (dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True))
+        path.write_text("\n".join(map(json.dumps, lines)))
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([list(table), *zip(*table.values(), strict=True)])
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table(table), path)
+    else:
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(file, pyarrow.table(table).schema) as writer:
+            writer.write_table(pyarrow.table(table))
+    rows = row_files.read_rows(str(path), "data.train", COLUMNS | {"negative": "Wrong"}, with_negatives=True)
+    assert rows.queries == list("wxyz") and rows.negatives == expected
+    assert rows.take([3, 0]).negatives == [expected[3], expected[0]]
+    assert row_files.read_rows(str(path), "data.train", COLUMNS).negatives is None
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"a": 1}, "column 'Wrong' holds a dict in row 2: make it one text per row"),
+        (["b", ["c"]], "column 'Wrong' holds a list in row 2"),
+        (["b", "a\0"], "column 'Wrong' holds a NUL character in row 2"),
+    ],
+)
+def test_given_negatives_that_are_no_texts(tmp_path, value, message):
+    (tmp_path / "r.jsonl").write_text(
+        "\n".join(json.dumps(dict.fromkeys("qpa", "x") | {"Wrong": v}) for v in ("y", value))
+    )
+    columns = {"query": "q", "passage": "p", "answer": "a", "negative": "Wrong"}
+    with pytest.raises(UserError, match=message):
+        row_files.read_rows(str(tmp_path / "r.jsonl"), "data.train", columns, with_negatives=True)
+    with pytest.raises(UserError, match=r"no column 'Other' \(data.columns.negative\); it has: q, p, a, Wrong"):
+        columns["negative"] = "Other"
+        row_files.read_rows(str(tmp_path / "r.jsonl"), "data.train", columns, with_negatives=True)
 
 
 def test_numbers_are_texts_and_nothing_is_empty(tmp_path):

@@ -228,7 +228,7 @@ def check_rows(rows):
     if rows is not None:
         columns = (rows.queries, rows.passages, rows.answers)
         assert len({len(column) for column in columns}) == 1 and len(rows) > 0
-        for text in (text for column in columns for text in column):
+        for text in (text for column in (*columns, *(rows.negatives or [])) for text in column):
             assert isinstance(text, str) and "\0" not in text
             text.encode()
 
@@ -275,6 +275,9 @@ def test_records_of_any_json(folder, records, lines):
     text = "\n".join(map(json.dumps, records)) if whole else json.dumps(records)
     (folder / "records.jsonl").write_text(text)
     check_rows(attempt(row_files.read_rows, str(folder / "records.jsonl"), "data.train", COLUMNS))
+    with_negatives = functools.partial(row_files.read_rows, with_answers=False, with_negatives=True)
+    columns = COLUMNS | {"negative": COLUMNS["answer"]}
+    check_rows(attempt(with_negatives, str(folder / "records.jsonl"), "data.train", columns))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Numbers that are none end a run or are skipped, losses that leap are noted, and a step can be taken apart again."""
 
 import dataclasses
+import functools
 import json
 import math
 import statistics
@@ -16,7 +17,7 @@ from command import ROOT, TINY, environment, run, words
 from test_mesh import ALL, mesh_of
 from test_rag import make, make_rows
 
-from rag_jax import guards, optim, sharding, train_step
+from rag_jax import guards, optim, rag, replay, sharding, train_step
 from rag_jax.errors import UserError
 from rag_jax.hf import tiny
 
@@ -102,6 +103,18 @@ def test_a_skipped_update_changes_nothing_but_the_step():
         jax.device_put(dataclasses.replace(before, step=np.int32(1)), places), sharding.put_batch(mesh, good, 32)
     )
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), jax.device_get(again.params))
+
+
+def test_what_rows_bring_to_the_loss_adds_up():
+    """With negatives, some of them a row's own passage and some not there."""
+    model, params = make("gpt2", name="sequence", candidates=6, negatives=2)
+    batch = make_rows(8, negatives=np.random.default_rng(0).integers(-1, 14, (8, 2)))
+    terms = jax.jit(functools.partial(replay.row_terms, model))(params, batch, None)
+    _, parts = jax.jit(functools.partial(rag.loss, model))(params, batch, None)
+    np.testing.assert_allclose(terms["contrastive"].mean(), parts["loss/contrastive"], rtol=1e-5)
+    np.testing.assert_allclose(terms["marginal"].sum() / batch.answer_mask.sum(), parts["loss/marginal"], rtol=1e-5)
+    for name in ("|query|", "|passage|", "|negatives|"):
+        np.testing.assert_allclose(terms[name], np.ones(8), rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -65,6 +65,18 @@ def test_tied_head_and_dropout(shape, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
+def test_negatives_that_queries_bring(shape):
+    """Of all devices' rows; some bring none, some the own passage of a row elsewhere; dropout and chunks."""
+    model, params = make("gpt2", candidates=6, negatives=2)
+    model = dataclasses.replace(with_dropout(model), chunk_size=3)
+    negatives = np.random.default_rng(0).integers(-1, 60, (32, 2))
+    assert (negatives < 0).any() and ((0 <= negatives) & (negatives < 31)).any()
+    rows = make_rows(32, passages=[0, 1, 0, *range(2, 31)], negatives=negatives)
+    assert_same_on(shape, model, params, rows, dropout_seed=3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 2, 4), (1, 8, 1)])
 def test_rematerialisation(shape):
     model, params = make("gpt2")

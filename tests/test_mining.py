@@ -1,4 +1,4 @@
-"""Mining in the loop: what it leaves in the workdir, going on from it to the same bits, and that steps get harder."""
+"""Mining in the loop: what it finds and leaves in the workdir, going on from it to the same bits, and harder steps."""
 
 import json
 import subprocess
@@ -10,14 +10,15 @@ from command import ROOT, TINY, environment, run, words
 from test_processes import run_together
 from test_train import records, state_of
 
-from rag_jax import config, mining
+from rag_jax import config, data, mining
+from rag_jax.data import groups
 from rag_jax.errors import UserError
 
 STEPS = 8
 ROWS = 30  # mined in the middle of the first epoch and of the second.
 VALUES = {
     "total_steps": STEPS, "mining__every_steps": 3, "eval__every_steps": 0, "checkpoint__every_steps": 2,
-    "checkpoint__keep": 9, "objective__name": "none", "generator__path": None,
+    "checkpoint__keep": 9, "objective__name": "none", "generator__path": None, "objective__negatives": 2,
 }  # fmt: skip
 
 
@@ -42,6 +43,10 @@ def plans(workdir, steps=(0, 3, 6)):
 
 def test_the_plans_and_their_metrics(whole):
     workdir, printed = whole
+    rows, _ = data.load_examples(
+        str(ROOT / "tests/data/rows.csv"), key="data.train", bad_rows="drop", retriever=None, prompt=None,
+        columns={"query": "Question", "passage": "Abstract", "answer": "Answer"},
+    )  # fmt: skip
     assert sorted(path.name for path in (workdir / "mining").iterdir()) == [f"step_{m}.npz" for m in (0, 3, 6)]
     met = np.zeros(ROWS, int)
     for plan in plans(workdir):
@@ -49,6 +54,10 @@ def test_the_plans_and_their_metrics(whole):
         np.testing.assert_array_equal(plan.met, met)
         met += np.bincount(plan.rows.ravel(), minlength=ROWS)
         assert met.max() - met.min() <= 1
+        assert plan.negatives.shape == (3, 8, 2)
+        for group, brought in zip(plan.rows.reshape(-1, 4), plan.negatives.reshape(-1, 4 * 2), strict=True):
+            there = brought[brought >= 0]
+            assert len(set(there)) == len(there) and not set(there) & set(rows.passage_key[group])
     assert met.sum() == 9 * 8
     lines = records(workdir, "mining/")
     assert [line["step"] for line in lines] == [0, 3, 6]
@@ -56,10 +65,13 @@ def test_the_plans_and_their_metrics(whole):
         assert line["mining/similarity"] > line["mining/random_similarity"]
         assert 0 < line["mining/masked_identity"] < 1 and 0 <= line["mining/masked_margin"] < 1
         assert 0 < line["mining/random_not_first"] <= 1
+        assert line["mining/negatives_similarity"] > line["mining/random_similarity"]
+        assert 0 <= line["mining/negatives_missing"] < 0.5
     first = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])
     assert first["step"] == 0 and first["time/mining_share"] == 1  # nothing trained yet
     assert "mining     groups of near passages, anew every 3 steps; kept apart: " in printed
     assert "of training)" in printed
+    assert "negatives  2 more that each query brings, of those mined for it" in printed
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(whole, cache, tmp_path):
@@ -78,6 +90,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(whole, cache, tmp_path):
     for ours, theirs in zip(plans(workdir), plans(whole[0]), strict=True):
         np.testing.assert_array_equal(ours.rows, theirs.rows)
         np.testing.assert_array_equal(ours.met, theirs.met)
+        np.testing.assert_array_equal(ours.negatives, theirs.negatives)
     ours, theirs = state_of(workdir, STEPS, cache), state_of(whole[0], STEPS, cache)
     for path in ours:
         np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)
@@ -89,6 +102,10 @@ def test_what_is_due_now_is_mined_and_what_is_lost_is_named(whole, tmp_path):
     since, plan, met = mining.resume(workdir, 4, 3)
     assert (since, met) == (3, None)
     np.testing.assert_array_equal(plan.rows, second.rows)
+    ((step, later), (_, last)) = mining.kept(workdir, 4, 3)
+    assert step == 4 and len(last.rows) == 3
+    np.testing.assert_array_equal(later.rows, second.rows[1:])
+    np.testing.assert_array_equal(later.negatives, second.negatives[1:])
     mining.save(tmp_path, 0, first)
     since, plan, met = mining.resume(tmp_path, 3, 3)  # killed between checkpoint and mining
     assert (since, plan) == (3, None)
@@ -99,6 +116,53 @@ def test_what_is_due_now_is_mined_and_what_is_lost_is_named(whole, tmp_path):
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(UserError, match=r"step_0.npz cannot be read"):
         mining.resume(tmp_path, 1, 3)
+
+
+@pytest.mark.parametrize("margin", [None, 0.1, -0.2])
+def test_negatives_are_the_nearest_that_may_be(margin):
+    """Against loops over a full sort; queries of several rows, passages of several rows, a group with a row twice."""
+    rng = np.random.default_rng(0)
+    query_key, passage_key = rng.integers(0, 30, 40), np.concatenate([np.arange(25), rng.integers(0, 25, 15)])
+    query_emb, passage_emb = (rng.normal(size=(n, 6)).astype(np.float32) for n in (30, 25))
+    query_emb, passage_emb = (a / np.linalg.norm(a, axis=1, keepdims=True) for a in (query_emb, passage_emb))
+    sides = (query_emb[query_key], passage_emb[passage_key], query_key, passage_key)
+    near = groups.Near(*sides, np.zeros((40, 0), np.int64), margin)
+    chosen = rng.integers(0, 40, (20, 3))
+    found, scores = mining.negatives(near, passage_emb, chosen, 2)
+    assert found.shape == scores.shape == (20, 3, 2) and found.dtype == np.int32
+    cosine, missing = query_emb @ passage_emb.T, 0
+    for group, brought, of in zip(chosen, found, scores, strict=True):
+        held = {passage_key[i] for i in range(40) if query_key[i] in query_key[group]}
+        for row, got, score in zip(group, brought, of, strict=True):
+            own = cosine[query_key[row]]
+            limit = np.inf if margin is None else own[passage_key[row]] + margin
+            expected = [p for p in np.argsort(-own, kind="stable") if p not in held and own[p] <= limit][:2]
+            held |= set(expected)
+            missing += 2 - len(expected)
+            assert got.tolist() == expected + [-1] * (2 - len(expected))
+            np.testing.assert_allclose(score[: len(expected)], own[expected], atol=1e-6)
+    assert (missing > 0) == (margin is not None)
+
+
+def test_a_run_with_given_negatives(cache, tmp_path):
+    rows = [line.split("|") for line in ("q {0}|p {0}|a {0}", "r {0}|p {0}|b", "s {0}|o {0}|c")]
+    lines = [
+        dict(zip(("Question", "Abstract", "Answer"), (text.format(n) for text in row), strict=True))
+        | {"Wrong": [f"no {n}", f"p {n}", "nowhere"][: n % 4]}
+        for n in range(6)
+        for row in rows
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    values = dict(
+        data__train=tmp_path / "rows.jsonl", data__eval=None, data__columns__negative="Wrong", objective__negatives=2,
+        objective__candidates=9, total_steps=2, checkpoint__every_steps=0, eval__every_steps=0,
+    )  # fmt: skip
+    printed = run(cache, "main", f"--config={TINY}", f"--workdir={tmp_path / 'run'}", **values)
+    # "p n" is a passage of query "q n" and of "r n", and none of "s n".
+    assert "given negatives: 2 a row, 14 rows bring fewer, 4 left out as passages of their own query" in printed
+    assert "negatives  2 more that each query brings, of those given in column 'Wrong'" in printed
+    losses = [line["loss/total"] for line in records(tmp_path / "run")]
+    assert len(losses) == 2 and np.isfinite(losses).all()
 
 
 @pytest.mark.slow
@@ -123,7 +187,8 @@ def test_processes_train_on_one_plan(whole, cache, tmp_path):
     workdir = tmp_path / "run"
     ended = run_together(2, 1, cache, f"--config={TINY}", f"--workdir={workdir}", **VALUES)
     assert [code for code, _, _ in ended] == [0, 0], ended
-    np.testing.assert_array_equal(plans(workdir)[0].rows, plans(whole[0])[0].rows)
+    for name in ("rows", "negatives"):
+        np.testing.assert_array_equal(*(getattr(plans(place)[0], name) for place in (workdir, whole[0])))
     ours, theirs = records(workdir), records(whole[0])
     np.testing.assert_allclose(
         [line["loss/total"] for line in ours[:3]], [line["loss/total"] for line in theirs[:3]], rtol=1e-4

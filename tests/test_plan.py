@@ -162,6 +162,8 @@ def test_advice_names_keys():
     tips = plan.advice(facts | {"hbm_limit_bytes": 10}, loaded)
     assert "objective.candidates=4 and group_size with it" in tips
     assert tips[-1] == "more devices: parameters and moments are shared by all"
+    given = config.load(LARGE, {"objective.negatives": "4", "data.columns.negative": "N"})
+    assert "objective.negatives=2" in plan.advice(facts | {"hbm_limit_bytes": 10}, given)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from rag_jax import losses, models, rag, sharding
+from rag_jax import data, models, rag, sharding
 from rag_jax.models import BertConfig, Gpt2Config, LlamaConfig
 
 BERT = BertConfig(61, 2, 2, 16, 32, 64, 2, 1e-12, "gelu", 0.0, 0.0)
@@ -40,11 +40,12 @@ class Rows(NamedTuple):
     suffix_mask: jax.Array
     answer_start: jax.Array
     answer_mask: jax.Array
+    negatives: data.Negatives | None = None
     stop: None = None
 
 
-def make_rows(num_rows, seed=0, passages=None, prefix_room=0, suffix_room=0):
-    """Ragged rows; `passages` says which passage each row carries (rows may share one)."""
+def make_rows(num_rows, seed=0, passages=None, prefix_room=0, suffix_room=0, negatives=None):
+    """Ragged rows; `passages` says which passage each row carries (rows may share one), `negatives` which it brings."""
     rng = np.random.default_rng(seed)
     passages = np.arange(num_rows) if passages is None else np.asarray(passages)
 
@@ -54,12 +55,17 @@ def make_rows(num_rows, seed=0, passages=None, prefix_room=0, suffix_room=0):
         ids = np.pad(ids, ((0, 0), (0, room)))
         return jnp.asarray(np.where(mask, ids, 0), jnp.int32), jnp.asarray(mask)
 
-    distinct = passages.max() + 1
+    distinct = passages.max() + 1 if negatives is None else max(passages.max(), np.max(negatives)) + 1
     passage = padded(rng.integers(3, 9, distinct), rng.integers(1, 61, (distinct, 8)))
     prefix = padded(rng.integers(4, LP + 1, distinct), rng.integers(1, 67, (distinct, LP)), prefix_room)
     query_lengths, answer_lengths = rng.integers(2, LQ + 1, num_rows), rng.integers(1, T + 1, num_rows)
     suffix = padded(query_lengths + answer_lengths, rng.integers(1, 67, (num_rows, LQ + T)), suffix_room)
     query = padded(rng.integers(2, 7, num_rows), rng.integers(1, 61, (num_rows, 6)))
+    if negatives is not None:
+        key = np.asarray(negatives, np.int32)
+        there = key[:, :, None] >= 0
+        further = (jnp.where(there, a[key], (jnp.arange(a.shape[1]) == 0).astype(a.dtype)) for a in (*passage, *prefix))
+        negatives = data.Negatives(jnp.asarray(key), *further)
     return Rows(
         jnp.arange(num_rows),
         jnp.asarray(passages),
@@ -69,6 +75,7 @@ def make_rows(num_rows, seed=0, passages=None, prefix_room=0, suffix_room=0):
         *suffix,
         jnp.asarray(query_lengths, jnp.int32),
         jnp.asarray(np.arange(T) < answer_lengths[:, None]),
+        negatives,
     )
 
 
@@ -98,11 +105,12 @@ def make(generator="llama", **objective):
     return model, {"retriever": retriever_params, "generator": params}
 
 
-def candidates_by_hand(cosine, keys, group_size, num_candidates):
-    """The positive first, then other passages of the group by falling score, none twice."""
+def candidates_by_hand(cosine, keys, owners, group_size, num_candidates):
+    """The positive first, then other passages that rows of the group hold by falling score, none twice."""
     chosen = []
-    for i in range(len(keys)):
-        group, seen, row = range(i // group_size * group_size, (i // group_size + 1) * group_size), {keys[i]}, [i]
+    for i in range(len(cosine)):
+        group = [j for j, owner in enumerate(owners) if owner // group_size == i // group_size and keys[j] >= 0]
+        seen, row = {keys[i]}, [i]
         for j in sorted(group, key=lambda j: -float(cosine[i, j])):
             if keys[j] not in seen:
                 seen.add(keys[j])
@@ -111,10 +119,28 @@ def candidates_by_hand(cosine, keys, group_size, num_candidates):
     return chosen
 
 
+def contrastive_by_hand(scores, keys):
+    """Sums of exponentials: no negative of its passage's rows, and what a row brings counts if no row has it."""
+    B, P = scores.shape
+    allowed = np.ones((B, P), bool)
+    for i in range(B):
+        for j in range(P):
+            allowed[i, j] = i == j or (keys[i] != keys[j] if j < B else keys[j] >= 0 and keys[j] not in keys[:B])
+    weights, positive = jnp.exp(scores) * allowed, jnp.exp(jnp.diagonal(scores))
+    by_row, by_column = (positive / weights[:, :n].sum(axis) for n, axis in ((P, 1), (B, 0)))
+    return -0.5 * (jnp.log(by_row).mean() + jnp.log(by_column).mean())
+
+
 def reference(model, params, rows):
     """Loss and gradients with one full [passage][query][answer] sequence a pair, and all logits."""
-    objective, keys = model.objective, np.asarray(rows.passage_key)
-    same = jnp.asarray(keys[:, None] == keys[None, :])
+    objective, num_rows = model.objective, len(rows.query_key)
+    held = (rows.passage_key, rows.passage_ids, rows.passage_mask, rows.prefix_ids, rows.prefix_mask)
+    owners = np.arange(num_rows)
+    if rows.negatives is not None:
+        owners = np.concatenate([owners, np.repeat(owners, rows.negatives.passage_key.shape[1])])
+        flat = [a.reshape(-1, *a.shape[2:]) for a in rows.negatives]
+        held = [jnp.concatenate(pair) for pair in zip(held, flat, strict=True)]
+    keys, passage_ids, passage_mask, prefix_ids, prefix_mask = (np.asarray(a) for a in held)
 
     def cosine_of(params):
         retriever = nnx.merge(model.retriever, params["retriever"])
@@ -123,13 +149,14 @@ def reference(model, params, rows):
             sums = (retriever(ids, mask) * mask[:, :, None]).sum(axis=1)
             return sums / jnp.sqrt((sums**2).sum(axis=1, keepdims=True))
 
-        return embed(rows.query_ids, rows.query_mask) @ embed(rows.passage_ids, rows.passage_mask).T
+        return embed(rows.query_ids, rows.query_mask) @ embed(jnp.asarray(passage_ids), jnp.asarray(passage_mask)).T
 
-    chosen = candidates_by_hand(np.asarray(jax.jit(cosine_of)(params)), keys, model.group_size, objective.candidates)
+    cosine = np.asarray(jax.jit(cosine_of)(params))
+    chosen = candidates_by_hand(cosine, keys, owners, model.group_size, objective.candidates)
     sequences, targets = [], []
     for i, row in enumerate(chosen):
         for j in row:
-            prefix = np.asarray(rows.prefix_ids[j])[: int(rows.prefix_mask[j].sum())]
+            prefix = prefix_ids[j][: prefix_mask[j].sum()]
             start, length = int(rows.answer_start[i]), int(rows.answer_mask[i].sum())
             sequences.append(np.concatenate([prefix, np.asarray(rows.suffix_ids[i])[: start + length]]))
             targets.append([len(prefix) + start + min(t, length - 1) for t in range(T)])
@@ -141,7 +168,7 @@ def reference(model, params, rows):
 
     def loss(params):
         cosine = cosine_of(params)
-        contrastive = losses.contrastive_loss(cosine / objective.temperature, same)
+        contrastive = contrastive_by_hand(cosine / objective.temperature, keys)
         generator = nnx.merge(model.generator, params["generator"])
         log_probs = jax.nn.log_softmax(generator.logits(generator(jnp.asarray(ids), mask)))
         gold = log_probs[pair, target - 1, ids[pair, target]].reshape(len(chosen), -1, T)
@@ -201,6 +228,45 @@ def test_duplicate_passages_are_read_last_and_never_negatives(generator):
     loss, gradients = value_and_grad(model, params, rows)
     expected, expected_gradients = reference(model, params, rows)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert_trees_close(gradients, expected_gradients, 1e-5)
+
+
+# Row 1 brings row 3's passage, row 3 what row 2 brings too, row 5 one passage, rows 0 and 4 none; 6 brings of group 0.
+NEGATIVES = [[-1, -1], [3, 9], [10, 11], [11, 12], [-1, -1], [13, -1], [14, 0], [9, 15]]
+
+
+@pytest.mark.parametrize(
+    ("generator", "name", "candidates", "group_size", "passages"),
+    [
+        ("gpt2", "token", 6, 4, [0, 1, 0, 3, 4, 4, 4, 5]),
+        pytest.param("llama", "sequence", 3, 4, range(8), marks=pytest.mark.slow),
+        pytest.param("llama", "token", 9, 8, range(8), marks=pytest.mark.slow),
+    ],
+)
+def test_negatives_that_queries_bring(generator, name, candidates, group_size, passages):
+    model, params = make(generator, name=name, candidates=candidates, negatives=2)
+    model = dataclasses.replace(model, group_size=group_size, chunk_size=3)
+    rows = make_rows(8, passages=list(passages), negatives=NEGATIVES)
+    loss, gradients = value_and_grad(model, params, rows)
+    expected, expected_gradients = reference(model, params, rows)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert_trees_close(gradients, expected_gradients, 1e-5)
+
+
+def test_each_negative_counts_in_both_losses_and_none_that_is_not_there():
+    """The controls: other passages change either loss; where nothing is brought, all is as if nothing could be."""
+    (model, params), (wide, _) = make(candidates=4), make(candidates=12, negatives=2)
+    all_parts = jax.jit(lambda rows: rag.loss(wide, params, rows, None)[1])
+    some = [[15, 14], [14, 13], [13, 12], [12, 11], [11, 10], [10, 9], [9, 8], [8, 15]]
+    one, other = (all_parts(make_rows(8, negatives=negatives)) for negatives in (some, [*some[:-1], [8, -1]]))
+    for name in ("loss/contrastive", "loss/marginal"):
+        assert abs(float(one[name] - other[name])) > 1e-4, name
+    # More candidates than passages: what is read in an empty place has no weight.
+    rows = make_rows(8, negatives=[[-1, 15]] + [[-1, -1]] * 7)
+    empty = rows._replace(negatives=rows.negatives._replace(passage_key=jnp.full((8, 2), -1)))
+    loss, gradients = value_and_grad(wide, params, empty)
+    expected, expected_gradients = value_and_grad(model, params, rows._replace(negatives=None))
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
     assert_trees_close(gradients, expected_gradients, 1e-5)
 
 

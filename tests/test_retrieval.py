@@ -66,6 +66,21 @@ def test_top_k_is_exact_in_blocks_and_ties_go_to_the_lower_index(monkeypatch, nu
             np.testing.assert_array_equal(index, expected[1])
 
 
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_what_scores_above_a_ceiling_is_passed_over(monkeypatch, num_devices):
+    monkeypatch.setattr(retrieval, "SCORES_AT_A_TIME", 120)
+    some = jax.devices()[:num_devices]
+    monkeypatch.setattr(jax, "devices", lambda: some)
+    queries, passages = whole_numbers(1, 10, 4), whole_numbers(2, 61, 4)
+    at_most = np.linspace(-8, 4, 10)
+    score, index = retrieval.top_k(queries, passages, 20, at_most=at_most)
+    scores = queries @ passages.T
+    for row in range(10):
+        kept = [p for p in np.argsort(-scores[row], kind="stable") if scores[row, p] <= at_most[row]][:20]
+        assert index[row, : len(kept)].tolist() == kept and np.isneginf(score[row, len(kept) :]).all()
+    assert np.isneginf(score).any() and not np.isneginf(score).all()
+
+
 @pytest.mark.parametrize("k", [1, 3, 40])
 def test_the_best_of_long_rows_are_those_of_a_sort(k):
     scores = whole_numbers(k, 5, 12345) + whole_numbers(k + 1, 5, 12345) / 8

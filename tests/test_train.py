@@ -353,3 +353,5 @@ def test_flops_of_a_step_by_hand():
     head = 7 * 2 * 3 * 2 * 8 * 100
     got = flops.training_step({"retriever": bert, "generator": gpt2}, 7, 2, lengths)
     assert got == 3 * (retriever + prefixes + suffixes + head)
+    further = 2 * 7 * (6 * encoder + 2 * 4 * 8 * 6 * 6) + 2 * prefixes  # two more passages a row for both models
+    assert flops.training_step({"retriever": bert, "generator": gpt2}, 7, 2, lengths, 2) == got + 3 * further

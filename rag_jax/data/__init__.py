@@ -3,6 +3,7 @@
 from rag_jax.data.batches import (
     Batch,
     Lengths,
+    Negatives,
     buckets,
     collate,
     iterate,
@@ -29,6 +30,7 @@ __all__ = [
     "Batch",
     "Examples",
     "Lengths",
+    "Negatives",
     "Prompt",
     "Ragged",
     "Report",

@@ -16,6 +16,16 @@ PREFETCH_THREADS = 2
 PREFETCH_BATCHES = 8
 
 
+class Negatives(NamedTuple):
+    """Passages that each row of a batch brings besides its own; where it brings none, a text of one token."""
+
+    passage_key: np.ndarray  # (B, H) as in `Batch`; -1: none
+    passage_ids: np.ndarray | None  # (B, H, Lr)
+    passage_mask: np.ndarray | None  # (B, H, Lr)
+    prefix_ids: np.ndarray | None  # (B, H, Lp)
+    prefix_mask: np.ndarray | None  # (B, H, Lp)
+
+
 class Batch(NamedTuple):
     """One batch: ids and indices int32, masks bool, padding on the right. Fields of an unused model are None."""
 
@@ -35,6 +45,7 @@ class Batch(NamedTuple):
     string_ids: np.ndarray | None  # (B, Ld) objective "dalm"
     string_mask: np.ndarray | None  # (B, Ld)
     string_answer_start: np.ndarray | None  # (B,) first position that predicts an answer token
+    negatives: Negatives | None = None
     # (B,) what a process asks of all, as a number (see `train`): through the step they learn of it at the same time.
     # None: alone.
     stop: np.ndarray | None = None
@@ -52,18 +63,20 @@ class Lengths:
     string: int = 0  # Ld
 
 
-def row_lengths(examples: Examples, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """How many tokens each of the rows needs of every length, (rows,) each."""
+def row_lengths(examples: Examples, rows: np.ndarray, negatives: np.ndarray | None) -> dict[str, np.ndarray]:
+    """How many tokens each of the rows needs of every length, (rows,) each, with the negatives (rows, H) it brings."""
 
     def of(ragged: Ragged | None, index: np.ndarray) -> np.ndarray:
-        return np.zeros(len(rows), np.int64) if ragged is None else ragged.lengths[index]
+        return np.zeros(index.shape, np.int64) if ragged is None else ragged.lengths[index]
 
-    query, passage = examples.query_key[rows], examples.passage_key[rows]
+    query, passage = examples.query_key[rows], examples.passage_key[rows][:, None]
+    if negatives is not None:  # where there is none, the row's own passage
+        passage = np.concatenate([passage, np.where(negatives < 0, passage, negatives)], axis=1)
     answer = of(examples.answers, rows)
     return {
         "query": of(examples.retriever_queries, query),
-        "passage": of(examples.retriever_passages, passage),
-        "prefix": of(examples.prefixes, passage),
+        "passage": of(examples.retriever_passages, passage).max(axis=1),
+        "prefix": of(examples.prefixes, passage).max(axis=1),
         "suffix": of(examples.prompt_queries, query) + answer,
         "answer": answer,
         "string": of(examples.strings, rows),
@@ -72,29 +85,33 @@ def row_lengths(examples: Examples, rows: np.ndarray) -> dict[str, np.ndarray]:
 
 def longest(examples: Examples) -> Lengths:
     """The one shape that every batch fits, rounded up to a multiple of 8."""
-    needed = row_lengths(examples, np.arange(len(examples)))
+    needed = row_lengths(examples, np.arange(len(examples)), examples.negative_key)
     return _padded({name: int(values.max(initial=0)) for name, values in needed.items()})
 
 
-def buckets(examples: Examples, batch_size: int, candidates: int) -> tuple[Lengths, ...]:
+def buckets(examples: Examples, batch_size: int, candidates: int, negatives: int = 0) -> tuple[Lengths, ...]:
     """The shapes that batches take, at most three, smallest first: the last one is what all batches fit.
 
     A length that a share q of the rows keeps within holds a whole batch with probability q**batch_size; the smaller
     shapes make this 50 and 95 %. A shape is worth its compilation if both models read a tenth less than in the next.
+    Of `negatives` that are mined nobody knows yet which: a batch holds that many more passages, as long as the rows'.
     """
-    needed = row_lengths(examples, np.arange(len(examples)))
+    needed = row_lengths(examples, np.arange(len(examples)), examples.negative_key)
+    mined = 0 if examples.negative_key is not None else negatives
+    drawn = dict.fromkeys(needed, batch_size) | dict.fromkeys(("passage", "prefix"), batch_size * (1 + mined))
     shapes = [longest(examples)]
     for held in (0.95, 0.5):
-        share = held ** (1 / batch_size)
-        most = _padded({name: int(np.quantile(values, share, method="higher")) for name, values in needed.items()})
-        if _tokens(most, candidates) <= 0.9 * _tokens(shapes[0], candidates):
+        share = {name: held ** (1 / times) for name, times in drawn.items()}
+        most = _padded({name: int(np.quantile(of, share[name], method="higher")) for name, of in needed.items()})
+        if _tokens(most, candidates, negatives) <= 0.9 * _tokens(shapes[0], candidates, negatives):
             shapes.insert(0, most)
     return tuple(shapes)
 
 
-def _tokens(shape: Lengths, candidates: int) -> int:
-    """What both models read for one row; a suffix is read once a candidate."""
-    return shape.query + shape.passage + shape.prefix + candidates * shape.suffix + shape.string
+def _tokens(shape: Lengths, candidates: int, negatives: int) -> int:
+    """What both models read for one row and the negatives it brings; a suffix is read once a candidate."""
+    passages = (1 + negatives) * (shape.passage + shape.prefix)
+    return shape.query + passages + candidates * shape.suffix + shape.string
 
 
 def _padded(needed: dict[str, int]) -> Lengths:
@@ -102,21 +119,29 @@ def _padded(needed: dict[str, int]) -> Lengths:
 
 
 def collate(
-    examples: Examples, rows: Sequence[int] | np.ndarray, shapes: Sequence[Lengths], own: np.ndarray | None = None
+    examples: Examples,
+    rows: Sequence[int] | np.ndarray,
+    shapes: Sequence[Lengths],
+    own: np.ndarray | None = None,
+    mined: np.ndarray | None = None,
 ) -> Batch:
     """The batch of these rows in the first of the shapes (see `buckets`) that all of them fit.
 
     `own`: which of the rows to make, by their places in the batch, where other processes make the others; None: all.
+    `mined` (rows, H): passages that the rows bring as negatives, -1: none; None: those that are given, if any are.
     """
     rows = np.asarray(rows, np.int32)
-    needed = row_lengths(examples, rows)
+    if mined is None and examples.negative_key is not None:
+        mined = examples.negative_key[rows]
+    needed = row_lengths(examples, rows, mined)
     fits = (s for s in shapes if all(values.max() <= getattr(s, name) for name, values in needed.items()))
     lengths = next(fits, None)
     if lengths is None:
         raise ValueError(
             f"no shape of {shapes} holds rows of { ({k: int(v.max()) for k, v in needed.items()}) } tokens"
         )
-    rows = rows if own is None else rows[own]
+    if own is not None:
+        rows, mined = rows[own], None if mined is None else mined[own]
     query, passage = examples.query_key[rows], examples.passage_key[rows]
     query_ids, query_mask = _pad(examples.retriever_queries, query, lengths.query)
     passage_ids, passage_mask = _pad(examples.retriever_passages, passage, lengths.passage)
@@ -146,7 +171,22 @@ def collate(
         string_ids=string_ids,
         string_mask=string_mask,
         string_answer_start=string_answer_start,
+        negatives=None if mined is None else _negatives(examples, passage, mined, lengths),
     )
+
+
+def _negatives(examples: Examples, own: np.ndarray, key: np.ndarray, lengths: Lengths) -> Negatives:
+    """Of these passages (B, H). Where there is none stands the first token of the own (B,): no model reads nothing."""
+    there, texts = key.reshape(-1, 1) >= 0, np.where(key < 0, own[:, None], key).ravel()
+
+    def of(ragged: Ragged | None, length: int) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+        if ragged is None:
+            return None, None
+        ids, mask = pad(ragged, texts, length)
+        mask &= there | (np.arange(length) == 0)
+        return np.where(mask, ids, 0).reshape(*key.shape, length), mask.reshape(*key.shape, length)
+
+    return Negatives(key, *of(examples.retriever_passages, lengths.passage), *of(examples.prefixes, lengths.prefix))
 
 
 def lengths(batch: Batch) -> Lengths:
@@ -154,11 +194,11 @@ def lengths(batch: Batch) -> Lengths:
     return Lengths(**{name: mask.shape[1] for name, mask in _masks(batch).items()})
 
 
-def shape_of(lengths: Lengths, batch_size: int) -> Batch:
+def shape_of(lengths: Lengths, batch_size: int, negatives: int = 0) -> Batch:
     """The (shape, dtype) of every array of a batch of these lengths, None where there is none."""
 
-    def of(width: int, dtype: str) -> Any:
-        return ((batch_size, width), np.dtype(dtype)) if width else None
+    def of(width: int, dtype: str, *each: int) -> Any:
+        return ((batch_size, *each, width), np.dtype(dtype)) if width else None
 
     def rows(needed: bool = True) -> Any:
         return ((batch_size,), np.dtype("int32")) if needed else None
@@ -169,6 +209,7 @@ def shape_of(lengths: Lengths, batch_size: int) -> Batch:
         if name != "answer"
         for part, dtype in (("ids", "int32"), ("mask", "bool"))
     }
+    further = [of(n, dtype, negatives) for n in (lengths.passage, lengths.prefix) for dtype in ("int32", "bool")]
     return Batch(
         row=rows(),
         query_key=rows(),
@@ -176,14 +217,21 @@ def shape_of(lengths: Lengths, batch_size: int) -> Batch:
         answer_start=rows(bool(lengths.answer)),
         answer_mask=of(lengths.answer, "bool"),
         string_answer_start=rows(bool(lengths.string)),
+        negatives=Negatives(of(negatives, "int32"), *further) if negatives else None,
         **both,
     )
 
 
 def padding_share(batch: Batch, candidates: int) -> float:
     """How many of the tokens that both models read are padding, 0 to 1; a suffix is read once a candidate."""
-    real = Lengths(**{name: int(np.count_nonzero(mask)) for name, mask in _masks(batch).items()})
-    return 1.0 - _tokens(real, candidates) / (len(batch.row) * _tokens(lengths(batch), candidates))
+    real = {name: int(np.count_nonzero(mask)) for name, mask in _masks(batch).items()}
+    further = batch.negatives
+    if further is not None:
+        for name, mask in (("passage", further.passage_mask), ("prefix", further.prefix_mask)):
+            real |= {} if mask is None else {name: real[name] + int(np.count_nonzero(mask[further.passage_key >= 0]))}
+    num = 0 if further is None else further.passage_key.shape[1]
+    read = len(batch.row) * _tokens(lengths(batch), candidates, num)
+    return 1.0 - _tokens(Lengths(**real), candidates, 0) / read
 
 
 def _masks(batch: Batch) -> dict[str, np.ndarray]:
@@ -216,14 +264,19 @@ def iterate(
     shapes: Sequence[Lengths],
     own: np.ndarray | None = None,
     planned: np.ndarray | None = None,
+    mined: np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """The batches of steps start_step .. total_steps - 1 (from 0), made ahead of time by threads; `own` as above.
 
-    `planned` (steps, batch_size): the rows of these very steps, where they are not those of `order`.
+    `planned` (steps, batch_size): the rows of these very steps, where they are not those of `order`, and `mined`
+    (steps, batch_size, H) their negatives, where they are not the given ones.
     """
     if planned is None:
         rows = order(len(examples), batch_size, seed)[start_step:total_steps]
+        made = rows.map(lambda batch: collate(examples, batch, shapes, own))
     else:
-        rows = grain.MapDataset.source(list(planned))
+        negatives = [None] * len(planned) if mined is None else mined
+        steps = grain.MapDataset.range(len(planned))
+        made = steps.map(lambda step: collate(examples, planned[step], shapes, own, negatives[step]))
     ahead = grain.ReadOptions(num_threads=PREFETCH_THREADS, prefetch_buffer_size=PREFETCH_BATCHES)
-    return iter(rows.map(lambda batch: collate(examples, batch, shapes, own)).to_iter_dataset(ahead))
+    return iter(made.to_iter_dataset(ahead))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,10 @@ from rag_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Tokenised rows. Each distinct query and passage stands once; parts of a model that is not used are None."""
+    """Tokenised rows. Each distinct query and passage stands once; parts of a model that is not used are None.
+
+    Passages are those of the rows, and after them those that are given as negatives alone.
+    """
 
     rows: Rows  # the texts
     queries: tuple[str, ...]  # distinct
@@ -30,6 +34,7 @@ class Examples:
     answers: Ragged | None = None  # generator's answer segment, end-of-sequence last: one a row
     strings: Ragged | None = None  # objective "dalm": one a row
     string_answer_start: np.ndarray | None = None  # (rows,) int32
+    negative_key: np.ndarray | None = None  # (rows, H) int32 into passages, -1: none; where negatives are given
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -59,6 +64,7 @@ class Report:
     passages: int  # distinct
     cut: dict[str, int]  # which text -> rows in which it lost its end
     from_cache: bool
+    negatives: str = ""  # what became of those that are given
 
     def __str__(self) -> str:
         def counts(numbers: Mapping[str, int], word: str) -> str:
@@ -69,6 +75,8 @@ class Report:
             parts.append(f"dropped of {self.rows_read:,}: {counts(self.dropped, 'with ')}")
         if any(self.cut.values()):
             parts.append(f"too long and cut: {counts(self.cut, '')}")
+        if self.negatives:
+            parts.append(self.negatives)
         return "; ".join(parts)
 
 
@@ -82,27 +90,35 @@ def load_examples(
     prompt: Prompt | None,
     whole_string: WholeString | None = None,
     min_rows: int = 1,
+    negatives: int = 0,
 ) -> tuple[Examples, Report]:
     """Tokenised rows of `source` for the models that are used, and what became of the rows.
 
     `key` is the config key of `source`, `columns` the column of "query", "passage" and "answer" (which is not asked for
-    when only the retriever is used). A row with an empty field, or an answer longer than `prompt.answer_len` tokens, is
-    dropped or refused (`bad_rows`); too long a query or passage is cut. Raises UserError for an unreadable source, for
-    fewer usable rows than `min_rows` (a batch to train on), and where a retriever has no two passages to tell apart.
+    when only the retriever is used), and of "negative" where so many `negatives` of each row's given ones are wanted.
+    A row with an empty field, or an answer longer than `prompt.answer_len` tokens, is dropped or refused (`bad_rows`);
+    too long a query or passage is cut. Raises UserError for an unreadable source, for fewer usable rows than `min_rows`
+    (a batch to train on), and where a retriever has no two passages to tell apart.
     """
     with_answers = prompt is not None or whole_string is not None
-    read = row_files.read_rows(source, key, columns, with_answers=with_answers)
+    read = row_files.read_rows(source, key, columns, with_answers=with_answers, with_negatives=negatives > 0)
     kept, dropped = row_files.empty_fields(read, with_answers=with_answers)
     rows = read.take(kept) if dropped else read
+    rows, labelled = choose_negatives(rows, negatives)
 
     queries, query_key = distinct(rows.queries)
-    passages, passage_key = distinct(rows.passages)
+    passages, passage_key, negative_key = _distinct_passages(rows, negatives)
     arrays, from_cache = cache.cached(
         _content_key(rows, retriever, prompt, whole_string),
         lambda: _tokenise(rows, queries, passages, retriever, prompt, whole_string),
     )
-    examples = _examples(rows, queries, passages, query_key, passage_key, arrays)
-    row_cut = {name: arrays[array][index] for name, array, index in _cut_of(query_key, passage_key) if array in arrays}
+    examples = _examples(rows, queries, passages, query_key, passage_key, negative_key, arrays)
+    # Behind the last text stands what is none (-1) and cannot be cut.
+    row_cut = {
+        name: np.any(np.append(arrays[array], False)[index], axis=1)
+        for name, array, index in _cut_of(query_key, passage_key, negative_key)
+        if array in arrays
+    }
 
     if prompt is not None:
         fits = arrays["answers.lengths"] <= prompt.answer_len
@@ -125,6 +141,7 @@ def load_examples(
         passages=len(examples.passages),
         cut={name: int(cut.sum()) for name, cut in row_cut.items()},
         from_cache=from_cache,
+        negatives=_negatives_line(examples.negative_key, labelled),
     )
     return examples, report
 
@@ -149,6 +166,41 @@ def distinct(texts: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
     return tuple(index), np.array(keys, np.int32)
 
 
+def choose_negatives(rows: Rows, num: int) -> tuple[Rows, int]:
+    """The rows with the first `num` of their given negatives, and how many were none.
+
+    A passage of any row of the same query is right for it, whatever another row says of it. Copies count once.
+    """
+    if rows.negatives is None:
+        return rows, 0
+    right: dict[str, set[str]] = {}
+    for query, passage in zip(rows.queries, rows.passages, strict=True):
+        right.setdefault(query, set()).add(passage)
+    given = [list(dict.fromkeys(texts)) for texts in rows.negatives]
+    wrong = [[t for t in texts if t not in right[q]] for q, texts in zip(rows.queries, given, strict=True)]
+    chosen = dataclasses.replace(rows, negatives=[texts[:num] for texts in wrong])
+    return chosen, sum(map(len, given)) - sum(map(len, wrong))
+
+
+def _distinct_passages(rows: Rows, num: int) -> tuple[tuple[str, ...], np.ndarray, np.ndarray | None]:
+    """All distinct passages, those of the rows first; each row's among them (rows,), and its negatives' (rows, num)."""
+    if rows.negatives is None:
+        return *distinct(rows.passages), None
+    sizes = np.array([len(texts) for texts in rows.negatives], np.int64)
+    passages, keys = distinct([*rows.passages, *itertools.chain.from_iterable(rows.negatives)])
+    negative_key = np.full((len(rows), num), -1, np.int32)
+    negative_key[np.arange(num) < sizes[:, None]] = keys[len(rows) :]
+    return passages, keys[: len(rows)], negative_key
+
+
+def _negatives_line(negative_key: np.ndarray | None, labelled: int) -> str:
+    if negative_key is None:
+        return ""
+    short, num = int((negative_key < 0).any(axis=1).sum()), negative_key.shape[1]
+    line = f"given negatives: {num} a row, {short:,} row{'s bring' if short != 1 else ' brings'} fewer"
+    return line + (f", {labelled:,} left out as passages of their own query" if labelled else "")
+
+
 def _content_key(rows: Rows, *settings: RetrieverText | Prompt | WholeString | None) -> str:
     plain: list[Any] = []
     for record in settings:
@@ -156,7 +208,8 @@ def _content_key(rows: Rows, *settings: RetrieverText | Prompt | WholeString | N
         if fields:
             fields["tokenizer"] = cache.tokenizer_key(fields["tokenizer"])
         plain.append(fields)
-    return cache.content_key(plain, rows.queries, rows.passages, rows.answers)
+    negatives = [] if rows.negatives is None else [rows.negatives]
+    return cache.content_key(plain, rows.queries, rows.passages, rows.answers, *negatives)
 
 
 def _tokenise(
@@ -191,15 +244,21 @@ def _tokenise(
     return arrays
 
 
-def _cut_of(query_key: np.ndarray, passage_key: np.ndarray) -> list[tuple[str, str, np.ndarray]]:
-    """(what the report calls it, array, rows of that array for each row) of all that can be cut."""
-    return [
-        ("queries (retriever)", "retriever_queries.cut", query_key),
-        ("passages (retriever)", "retriever_passages.cut", passage_key),
-        ("queries (generator)", "prompt_queries.cut", query_key),
-        ("passages (generator)", "prefixes.cut", passage_key),
-        ("strings", "strings.cut", np.arange(len(query_key))),
+def _cut_of(
+    query_key: np.ndarray, passage_key: np.ndarray, negative_key: np.ndarray | None
+) -> list[tuple[str, str, np.ndarray]]:
+    """(what the report calls it, array, rows (n, m) of that array for each row) of all that can be cut."""
+    found = [
+        ("queries (retriever)", "retriever_queries.cut", query_key[:, None]),
+        ("passages (retriever)", "retriever_passages.cut", passage_key[:, None]),
+        ("queries (generator)", "prompt_queries.cut", query_key[:, None]),
+        ("passages (generator)", "prefixes.cut", passage_key[:, None]),
+        ("strings", "strings.cut", np.arange(len(query_key))[:, None]),
     ]
+    if negative_key is not None:
+        found.append(("negatives (retriever)", "retriever_passages.cut", negative_key))
+        found.append(("negatives (generator)", "prefixes.cut", negative_key))
+    return found
 
 
 def _examples(
@@ -208,6 +267,7 @@ def _examples(
     passages: tuple[str, ...],
     query_key: np.ndarray,
     passage_key: np.ndarray,
+    negative_key: np.ndarray | None,
     arrays: cache.Arrays,
 ) -> Examples:
     ragged = {}
@@ -216,13 +276,20 @@ def _examples(
             starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(arrays[f"{name}.lengths"])])
             ragged[name] = Ragged(arrays[f"{name}.tokens"], starts)
     start = arrays.get("string_answer_start")
-    return Examples(rows, queries, passages, query_key, passage_key, **ragged, string_answer_start=start)
+    return Examples(
+        rows, queries, passages, query_key, passage_key, **ragged, string_answer_start=start, negative_key=negative_key
+    )
 
 
 def take(examples: Examples, rows: np.ndarray) -> Examples:
     """Some of the rows, with the distinct texts that they use, keys counted anew."""
     used_queries, query_key = np.unique(examples.query_key[rows], return_inverse=True)
-    used_passages, passage_key = np.unique(examples.passage_key[rows], return_inverse=True)
+    negative_key = None if examples.negative_key is None else examples.negative_key[rows]
+    read = [examples.passage_key[rows], *([] if negative_key is None else [negative_key[negative_key >= 0]])]
+    used_passages = np.unique(np.concatenate(read))
+    if negative_key is not None:
+        found = np.searchsorted(used_passages, negative_key).astype(np.int32)
+        negative_key = np.where(negative_key < 0, negative_key, found)
 
     def some(ragged: Ragged | None, which: np.ndarray) -> Ragged | None:
         return None if ragged is None else ragged.take(which)
@@ -233,7 +300,7 @@ def take(examples: Examples, rows: np.ndarray) -> Examples:
         queries=tuple(examples.queries[i] for i in used_queries),
         passages=tuple(examples.passages[i] for i in used_passages),
         query_key=query_key.astype(np.int32),
-        passage_key=passage_key.astype(np.int32),
+        passage_key=np.searchsorted(used_passages, examples.passage_key[rows]).astype(np.int32),
         retriever_queries=some(examples.retriever_queries, used_queries),
         retriever_passages=some(examples.retriever_passages, used_passages),
         prefixes=some(examples.prefixes, used_passages),
@@ -241,4 +308,5 @@ def take(examples: Examples, rows: np.ndarray) -> Examples:
         answers=some(examples.answers, rows),
         strings=some(examples.strings, rows),
         string_answer_start=None if start is None else start[rows],
+        negative_key=negative_key,
     )

@@ -1,6 +1,6 @@
 """Hard groups: an order of rows in which the passages of a group are each other's near negatives.
 
-**n** rows, **g** rows of a group, **E** embedding width. Arrays of numpy in and out.
+**n** rows, **g** rows of a group, **H** negatives that a row brings, **E** embedding width. Arrays of numpy in and out.
 """
 
 import dataclasses
@@ -135,6 +135,29 @@ def nearest(near: Near, group: list[int], free: np.ndarray) -> int:
     candidates = np.flatnonzero(free)
     twice = np.isin(near.passage_key[candidates], near.passage_key[members])
     return int(candidates[np.argmax(left[candidates] @ centre - np.where(twice, 1e3, 0.0))])
+
+
+def negatives(
+    near: Near, groups: np.ndarray, passages: np.ndarray, scores: np.ndarray, num: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the rows of groups (G, g) bring besides their own passages: keys (G, g, H) int32, -1: none, and scores.
+
+    Each row in turn brings the nearest passages that its group has not yet, none of them of a row with a query of the
+    group. `passages`, `scores` (n, m): each row's nearest, those too near left out (-inf); where all m are taken, none.
+    """
+    labelled: dict[int, set[int]] = {}
+    for query, passage in zip(near.query_key.tolist(), near.passage_key.tolist(), strict=True):
+        labelled.setdefault(query, set()).add(passage)
+    found = np.full((*groups.shape, num), -1, np.int32)
+    found_scores = np.full(found.shape, -np.inf, np.float32)
+    for place, group in enumerate(groups):
+        held = set().union(*(labelled[query] for query in near.query_key[group].tolist()))
+        for member, row in enumerate(group):
+            left = [i for i, p in enumerate(passages[row].tolist()) if p not in held and scores[row, i] > -np.inf][:num]
+            found[place, member, : len(left)] = passages[row, left]
+            found_scores[place, member, : len(left)] = scores[row, left]
+            held.update(passages[row, left].tolist())
+    return found, found_scores
 
 
 def hardness(near: Near, groups: np.ndarray) -> dict[str, float]:

@@ -25,31 +25,41 @@ PRINTED = (str, int, float, decimal.Decimal, datetime.date, datetime.time, datet
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Three texts a row; `answers` are empty texts where no answer column was asked for."""
+    """Texts of each row; `answers` are empty texts and `negatives` None where no such column was asked for."""
 
     queries: list[str]
     passages: list[str]
     answers: list[str]
+    negatives: list[list[str]] | None = None  # passages given as wrong ones, none or several a row
 
     def __len__(self) -> int:
         return len(self.queries)
 
     def take(self, indices: Iterable[int]) -> "Rows":
         rows = list(indices)
-        return Rows(*([column[i] for i in rows] for column in (self.queries, self.passages, self.answers)))
+        queries, passages, answers = (
+            [column[i] for i in rows] for column in (self.queries, self.passages, self.answers)
+        )
+        return Rows(queries, passages, answers, self.negatives and [self.negatives[i] for i in rows])
 
 
-def read_rows(source: str, key: str, columns: Mapping[str, str], *, with_answers: bool = True) -> Rows:
+def read_rows(
+    source: str, key: str, columns: Mapping[str, str], *, with_answers: bool = True, with_negatives: bool = False
+) -> Rows:
     """All rows of `source` (csv, tsv, json, jsonl, parquet, arrow, a save_to_disk folder or a hub name), in file order.
 
-    `columns` gives the column of "query", "passage" and "answer"; `key` is the config key that errors name.
+    `columns` gives the column of "query", "passage" and "answer", and of "negative" `with_negatives`: a text or a list
+    of texts a row. `key` is the config key that errors name.
     Raises UserError for a source that is missing, unreadable, without such columns or without rows.
     """
-    wanted = {f"data.columns.{part}": columns[part] for part in ("query", "passage", "answer")}
-    if not with_answers:
-        del wanted["data.columns.answer"]
-    queries, passages, *answers = read_columns(source, key, wanted)
-    return Rows(queries, passages, answers[0] if answers else [""] * len(queries))
+    asked = {"query": True, "passage": True, "answer": with_answers, "negative": with_negatives}
+    wanted = [part for part, is_asked in asked.items() if is_asked]
+    values = _columns(source, key, {f"data.columns.{part}": columns[part] for part in wanted})
+    found = dict(zip(wanted, values, strict=True))
+    where = {part: f"{key}={source!r}: column {columns[part]!r}" for part in wanted}
+    queries, passages = (_texts(found[part], where[part]) for part in ("query", "passage"))
+    answers = _texts(found["answer"], where["answer"]) if with_answers else [""] * len(queries)
+    return Rows(queries, passages, answers, _lists(found["negative"], where["negative"]) if with_negatives else None)
 
 
 def read_passages(source: str, column: str, key: str) -> list[str]:
@@ -60,6 +70,12 @@ def read_passages(source: str, column: str, key: str) -> list[str]:
 
 def read_columns(source: str, key: str, wanted: Mapping[str, str]) -> list[list[str]]:
     """The wanted columns as texts, in the order of `wanted` (config key -> column name)."""
+    columns = zip(wanted.values(), _columns(source, key, wanted), strict=True)
+    return [_texts(values, f"{key}={source!r}: column {name!r}") for name, values in columns]
+
+
+def _columns(source: str, key: str, wanted: Mapping[str, str]) -> list[Sequence]:
+    """The wanted columns as they are."""
     where = f"{key}={source!r}"
     table = _read_table(source, where, list(dict.fromkeys(wanted.values())))
     if not any(table.values()):
@@ -68,22 +84,32 @@ def read_columns(source: str, key: str, wanted: Mapping[str, str]) -> list[list[
     if missing:
         present = ", ".join(table)
         raise UserError(f"{where} has no column {' nor '.join(missing)}; it has: {present}")
-    return [_texts(table[name], f"{where}: column {name!r}") for name in wanted.values()]
+    return [table[name] for name in wanted.values()]
 
 
 def _texts(values: Iterable[Any], where: str) -> list[str]:
+    """One text per row."""
+    return [_text(value, f"{where} holds", f"in row {number}") for number, value in enumerate(values, start=1)]
+
+
+def _lists(values: Iterable[Any], where: str) -> list[list[str]]:
+    """The texts of each row that are not blank: of a list, or of one text."""
+    rows = enumerate((value if isinstance(value, list) else [value] for value in values), start=1)
+    texts = ([_text(value, f"{where} holds", f"in row {number}") for value in row] for number, row in rows)
+    return [[text for text in row if text.strip()] for row in texts]
+
+
+def _text(value: Any, holds: str, at: str) -> str:
     """Numbers and dates as they print, nothing as the empty text; a list, a record or an image is no text."""
-    texts = []
-    for number, value in enumerate(values, start=1):
-        if not isinstance(value, PRINTED):
-            raise UserError(f"{where} holds a {type(value).__name__} in row {number}: make it one text per row")
-        nothing = value is None or value != value  # NaN is how tables of numbers say nothing
-        texts.append("" if nothing else str(value))
-        if not foreign.is_unicode(texts[-1]):
-            raise UserError(f"{where} holds half a character (a lone surrogate) in row {number}: mend its encoding")
-        if "\0" in texts[-1]:
-            raise UserError(f"{where} holds a NUL character in row {number}: remove it")
-    return texts
+    if not isinstance(value, PRINTED):
+        raise UserError(f"{holds} a {type(value).__name__} {at}: make it one text per row")
+    nothing = value is None or value != value  # NaN is how tables of numbers say nothing
+    text = "" if nothing else str(value)
+    if not foreign.is_unicode(text):
+        raise UserError(f"{holds} half a character (a lone surrogate) {at}: mend its encoding")
+    if "\0" in text:
+        raise UserError(f"{holds} a NUL character {at}: remove it")
+    return text
 
 
 def _read_table(source: str, where: str, names: Sequence[str]) -> Columns:

@@ -64,7 +64,8 @@ class Decoder(nnx.Module):
 
         A causal state on the prefix does not depend on the suffix, so each prefix runs once and each pair of suffix and
         candidate runs its suffix alone. Both advance through one scan: a layer's keys and values of the prefixes are
-        gathered for that layer's suffixes and then forgotten. Dropout asks for as many prefixes as suffixes (P = B).
+        gathered for that layer's suffixes and then forgotten. Dropout asks for whole numbers of prefixes a suffix: one
+        each, then all the further ones of the first suffix, of the second and so on (P = B (1 + H)).
         """
         (prefix_ids, prefix_mask), (suffix_ids, suffix_mask) = prefix, suffix
         (B, Ls), K = suffix_ids.shape, candidates.shape[1]
@@ -80,10 +81,10 @@ class Decoder(nnx.Module):
         pairs_looks = jnp.concatenate([before, self._causal_mask(pairs_mask)], axis=-1)
 
         prefix_keys = layers.named_keys(dropout_keys, "prefix")
-        pairs_keys = layers.named_keys(dropout_keys, "suffix")
-        if pairs_keys is not None:
-            fold_in = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-            pairs_keys = fold_in(pairs_keys, jnp.arange(K)).reshape(B * K)
+        further_keys = layers.several_keys(layers.named_keys(dropout_keys, "further"), len(prefix_ids) // B - 1)
+        if prefix_keys is not None and further_keys is not None and len(prefix_ids) > B:
+            prefix_keys = jnp.concatenate([prefix_keys, further_keys])
+        pairs_keys = layers.several_keys(layers.named_keys(dropout_keys, "suffix"), K)
 
         def body(layer: Any, carry: Any, _: Any, keys: Any) -> tuple[Any, None]:
             prefix_x, pairs_x = carry

@@ -74,6 +74,14 @@ def numbered_keys(keys: Key[Array, " B"] | None, number: int | Int[Array, ""]) -
     return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
+def several_keys(keys: Key[Array, " B"] | None, num: int) -> Key[Array, " BN"] | None:
+    """`num` random streams of each row, those of a row side by side."""
+    if keys is None:
+        return None
+    fold_in = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+    return fold_in(keys, jnp.arange(num)).reshape(-1)
+
+
 def positions_of(mask: Bool[Array, "B L"]) -> Int[Array, "B L"]:
     """Position of each real token among the real ones, so that left and right padding give the same result."""
     return jnp.maximum(jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, 0)
