@@ -264,11 +264,8 @@ def embed(rag: Rag, params: dict, batch: Any, keys: Key[Array, " b"] | None) -> 
         return query_emb_bE, passage_emb_bE, None
     b, H, L = negatives.passage_ids.shape
     ids, mask = (a.reshape(b * H, L) for a in (negatives.passage_ids, negatives.passage_mask))
-    return (
-        query_emb_bE,
-        passage_emb_bE,
-        encode(ids, mask, several_keys(named_keys(keys, "negative"), H)).reshape(b, H, -1),
-    )
+    negative_emb = encode(ids, mask, several_keys(named_keys(keys, "negative"), H))
+    return query_emb_bE, passage_emb_bE, negative_emb.reshape(b, H, -1)
 
 
 def no_columns(negative_key_bH: Int[Array, "b H"], all_passage_keys: Int[Array, " B"]) -> Bool[Array, "b H"]:
