@@ -388,6 +388,12 @@ def test_what_configs_may_leave_out(tmp_path):
     assert configs.read_config(tmp_path, WHERE)[1] == change(GPT2, mlp_width=64)
 
 
+def test_whole_numbers_stand_for_rates_too(tmp_path):
+    write_json(tmp_path / "config.json", configs.to_hf(GPT2, "gpt2") | {"attn_pdrop": 0, "layer_norm_epsilon": 1})
+    found = configs.read_config(tmp_path, WHERE)[1]
+    assert repr(found) == repr(change(GPT2, attention_dropout=0.0, norm_eps=1.0))
+
+
 @pytest.mark.parametrize(
     ("family", "values", "named"),
     [

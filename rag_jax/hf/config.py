@@ -195,7 +195,10 @@ def from_hf(theirs: Mapping[str, Any], problems: list[str]) -> Any:
     if family.config is Gpt2Config and ours["mlp_width"] is None and _is_size(ours["width"]):
         ours["mlp_width"] = 4 * ours["width"]
     _check_values(ours, problems)
-    return None if problems else family.config(**ours)
+    if problems:
+        return None
+    # JSON's 0 and 0.0 are one number, and must be one config.
+    return family.config(**{name: float(ours[name]) if _is_rate(name) else ours[name] for name in ours})
 
 
 def to_hf(config: ModelConfig, model_type: str) -> dict[str, Any]:
@@ -275,6 +278,10 @@ def _check_values(ours: Mapping[str, Any], problems: list[str]) -> None:
         problems.append(f"{ours['num_heads']} heads are not a multiple of {ours['num_kv_heads']} key-value heads")
     if "head_dim" in ours and ours["head_dim"] % 2:
         problems.append(f"head_dim={ours['head_dim']} (must be even: rotary positions turn pairs)")
+
+
+def _is_rate(name: str) -> bool:
+    return name == "norm_eps" or name.endswith("dropout")
 
 
 def _is_size(value: Any) -> bool:
