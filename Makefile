@@ -12,10 +12,10 @@ quickstart: .venv/.quickstart
 	@$(BIN)/python -m rag_jax.quickstart
 
 test: .venv/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 slow: .venv/.test .venv/compilers
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --durations 10
 
 lint: .venv/.test
 	$(BIN)/ruff check .

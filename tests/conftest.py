@@ -16,6 +16,14 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest  # noqa: E402 (after the environment is set)
 
+# Begun first, so that no worker is left alone with one of them at the end.
+LONGEST = ("test_train", "test_rag", "test_ask", "test_mesh", "test_processes", "test_answering", "test_evaluate")
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
 
 @pytest.fixture(scope="session")
 def real_models(tmp_path_factory):

@@ -84,8 +84,9 @@ def test_rematerialisation(shape):
     assert_same_on(shape, dataclasses.replace(model, generator=models.abstract(config)[0]), params, make_rows(32))
 
 
-@pytest.mark.parametrize("vocab_size", also_slow([50257], 30522, 49152, 32000))
-@pytest.mark.parametrize("shape", also_slow([(1, 8, 1)], (1, 1, 8)))
+@pytest.mark.slow
+@pytest.mark.parametrize("vocab_size", [50257, 30522, 49152, 32000])
+@pytest.mark.parametrize("shape", [(1, 8, 1), (1, 1, 8)])
 def test_vocabularies_that_8_divides_and_does_not(vocab_size, shape):
     config = dataclasses.replace(GENERATORS["gpt2"], vocab_size=vocab_size)
     model, params = make("gpt2")
@@ -106,6 +107,7 @@ def test_frozen_parameters():
     assert_trees_close(got, jax.device_get(optim.split_frozen(expected, rules)[0]), 1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_gradients_are_summed_in_float32():
     """Eight devices with a share of the batch each are as near to float32 as one device with all of it."""
     model, params = make("llama")
@@ -121,6 +123,7 @@ def test_bfloat16_gradients_are_summed_in_float32():
     assert not re.search(r"bf16\S* (reduce-scatter|all-reduce)\(", text)
 
 
+@pytest.mark.slow
 def test_only_weights_and_embeddings_cross_devices():
     """No collective is as large as keys, values or logits, by count: all have the size of a weight or of embeddings."""
     model, params = make("llama", candidates=4)

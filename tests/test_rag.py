@@ -204,11 +204,11 @@ def value_and_grad(model, params, rows, key=None):
 @pytest.mark.parametrize(
     ("generator", "name", "candidates", "group_size"),
     [
-        ("gpt2", "token", 4, 4),
         ("gpt2", "sequence", 2, 4),
-        ("llama", "token", 2, 4),
         ("llama", "token", 8, 8),
-        ("mistral", "sequence", 4, 4),
+        pytest.param("gpt2", "token", 4, 4, marks=pytest.mark.slow),
+        pytest.param("llama", "token", 2, 4, marks=pytest.mark.slow),
+        pytest.param("mistral", "sequence", 4, 4, marks=pytest.mark.slow),
     ],
 )
 def test_loss_and_gradients_equal_full_sequences(generator, name, candidates, group_size):
@@ -277,7 +277,7 @@ def test_the_marginal_alone_trains_the_retriever_and_dalm_does_not_couple():
     assert all(float(jnp.linalg.norm(g)) > 0 for g in jax.tree.leaves(gradients["generator"]["layers"]["mlp"]))
 
 
-@pytest.mark.parametrize("name", ["token", "sequence"])
+@pytest.mark.parametrize("name", ["token", pytest.param("sequence", marks=pytest.mark.slow)])
 def test_padding_changes_nothing(name):
     model, params = make(name=name)
     loss, gradients = value_and_grad(model, params, make_rows(8))
@@ -403,6 +403,7 @@ def test_dropout_of_a_row_is_its_own():
     assert noisy_moved != pytest.approx(noisy, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_memory_of_a_large_batch_is_that_of_a_chunk_and_a_group():
     """Eight times the queries may only add embeddings, scores and tokens."""
 

@@ -163,7 +163,7 @@ def test_patience_ends_a_run_that_gets_no_better_and_more_of_it_goes_on(cache, t
 SLOW = pytest.mark.slow
 OBJECTIVES = [
     pytest.param({"objective__name": "sequence"}, id="sequence", marks=SLOW),
-    pytest.param({"objective__name": "dalm", "objective__contrastive_weight": 0.5}, id="dalm"),
+    pytest.param({"objective__name": "dalm", "objective__contrastive_weight": 0.5}, id="dalm", marks=SLOW),
     pytest.param({"objective__name": "none", "generator__path": None}, id="retriever only", marks=SLOW),
     pytest.param({"objective__name": "none"}, id="generator unused", marks=SLOW),
     pytest.param({"generator__path": "random:llama", "retriever__path": "random:qwen3"}, id="llama", marks=SLOW),
