@@ -198,7 +198,8 @@ def from_hf(theirs: Mapping[str, Any], problems: list[str]) -> Any:
     if problems:
         return None
     # JSON's 0 and 0.0 are one number, and must be one config.
-    return family.config(**{name: float(ours[name]) if _is_rate(name) else ours[name] for name in ours})
+    ours |= {name: float(value) for name, value in ours.items() if _is_rate(name)}
+    return family.config(**ours)
 
 
 def to_hf(config: ModelConfig, model_type: str) -> dict[str, Any]:
