@@ -150,12 +150,14 @@ def _on_host(
 
     Once k passages are known few others score above the last of them, and only those are sorted.
     """
-    num_passages, rows = len(corpus), max(SCORES_AT_A_TIME // len(query_emb), k)
-    score = np.zeros((len(query_emb), 0), np.float32)
-    index = np.zeros((len(query_emb), 0), np.int32)
+    R, num_passages = len(query_emb), len(corpus)
+    rows = min(max(SCORES_AT_A_TIME // R, k), num_passages)
+    score, index = np.zeros((R, 0), np.float32), np.zeros((R, 0), np.int32)
+    room = np.empty(R * rows, np.float32)  # new memory for every block would cost as much as a fifth of its products
     for start in range(0, num_passages, rows):
         values, scale = corpus.block(start, min(start + rows, num_passages))
-        scores = query_emb @ values.astype(np.float32, copy=False).T
+        scores = room[: R * len(values)].reshape(R, -1)
+        np.matmul(query_emb, values.astype(np.float32, copy=False).T, out=scores)
         if scale is not None:
             scores *= scale
         if ceiling is not None:
@@ -164,10 +166,10 @@ def _on_host(
             better = scores >= np.partition(scores, -k, axis=1)[:, -k, None]
         else:
             better = scores > score[:, -1:]  # of equals the one found before stays
-        row, place = np.nonzero(better)
-        number = np.bincount(row, minlength=len(score))
+        row, place = np.divmod(np.flatnonzero(better), len(values))
+        number = np.bincount(row, minlength=R)
         column = np.arange(len(row)) - np.repeat(number.cumsum() - number, number)
-        more = np.full((len(score), number.max()), -np.inf, np.float32)
+        more = np.full((R, number.max()), -np.inf, np.float32)
         more_index = np.zeros(more.shape, np.int32)
         more[row, column], more_index[row, column] = scores[row, place], start + place
         score, index = (np.concatenate(both, axis=1) for both in ((score, more), (index, more_index)))
