@@ -31,7 +31,9 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=4)
     args = parser.parse_args()
     values = {
+        "data.train": None,
         "data.eval": args.rows,
+        "data.passages": None,
         "data.query_len": 64,
         "data.passage_len": 256,
         "data.prompt_passage_len": 256,
