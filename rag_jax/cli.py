@@ -146,9 +146,8 @@ def quiet() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
     # What goes wrong in Orbax is raised as well, and then told in one line.
     logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
-    logging.getLogger("asyncio").addFilter(
-        lambda record: "never retrieved" not in record.msg
-    )  # its other arrays' errors
+    # Of a save that has failed, an event loop tells once more for every array.
+    logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in str(record.msg))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
