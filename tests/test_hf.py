@@ -388,10 +388,16 @@ def test_what_configs_may_leave_out(tmp_path):
     assert configs.read_config(tmp_path, WHERE)[1] == change(GPT2, mlp_width=64)
 
 
-def test_whole_numbers_stand_for_rates_too(tmp_path):
-    write_json(tmp_path / "config.json", configs.to_hf(GPT2, "gpt2") | {"attn_pdrop": 0, "layer_norm_epsilon": 1})
+def test_dropouts_may_be_written_as_whole_numbers(tmp_path):
+    """JSON's 0 is read as 0.0, where `transformers` takes it; of an epsilon it does not."""
+    theirs = configs.to_hf(GPT2, "gpt2")
+    write_json(tmp_path / "config.json", theirs | {"attn_pdrop": 0, "resid_pdrop": 0, "embd_pdrop": 0})
     found = configs.read_config(tmp_path, WHERE)[1]
-    assert repr(found) == repr(change(GPT2, attention_dropout=0.0, norm_eps=1.0))
+    rates = {name: value for name, value in vars(found).items() if name.endswith("dropout")}
+    assert len(rates) == 3 and all(type(rate) is float and rate == 0 for rate in rates.values())
+    write_json(tmp_path / "config.json", theirs | {"layer_norm_epsilon": 1})
+    with pytest.raises(UserError, match="layer_norm_epsilon"):
+        configs.read_config(tmp_path, WHERE)
 
 
 @pytest.mark.parametrize(
