@@ -198,7 +198,7 @@ def from_hf(theirs: Mapping[str, Any], problems: list[str]) -> Any:
     if problems:
         return None
     # JSON's 0 and 0.0 are one number, and must be one config.
-    ours |= {name: float(value) for name, value in ours.items() if _is_rate(name)}
+    ours |= {name: float(value) for name, value in ours.items() if name.endswith("dropout")}
     return family.config(**ours)
 
 
@@ -279,10 +279,6 @@ def _check_values(ours: Mapping[str, Any], problems: list[str]) -> None:
         problems.append(f"{ours['num_heads']} heads are not a multiple of {ours['num_kv_heads']} key-value heads")
     if "head_dim" in ours and ours["head_dim"] % 2:
         problems.append(f"head_dim={ours['head_dim']} (must be even: rotary positions turn pairs)")
-
-
-def _is_rate(name: str) -> bool:
-    return name == "norm_eps" or name.endswith("dropout")
 
 
 def _is_size(value: Any) -> bool:
