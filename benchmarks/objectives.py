@@ -3,12 +3,14 @@
     python -m benchmarks.objectives --rows=TRAIN.csv --held-out=EVAL.csv --models=quickstart/models --out=RUNS
 
 Every objective, with random and with mined groups, and every seed is a run of `rag_jax.main` in a folder of its own
-below --out; what is finished stays, so the command can be stopped and typed again. `--config.KEY=VALUE` goes to all.
+below --out, then one of `rag_jax.evaluate`; what is finished stays, so the command can be stopped and typed again.
+`--config.KEY=VALUE` goes to all.
 """
 
 import argparse
 import json
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -54,43 +56,57 @@ def main() -> None:
     for seed in range(args.seeds):
         for point in points:
             results[point].append(run(args, more, *point, seed))
-    print(table(args, results))
+    untrained = evaluate(args, [f"--config={args.config}", *words(args), *more], args.out / "untrained.json")
+    print(table(args, untrained, results))
+
+
+def words(args: argparse.Namespace, values: dict | None = None) -> list[str]:
+    """What all runs have in common, and `values`, as words of a command."""
+    given = {"data.train": args.rows, "data.eval": args.held_out}
+    if args.models:
+        given |= {"retriever.path": args.models / "minilm", "generator.path": args.models / "smollm2-135m"}
+    return [f"--config.{key}={value}" for key, value in (given | (values or {})).items() if value is not None]
 
 
 def run(args: argparse.Namespace, more: list[str], name: str, mined: bool, seed: int) -> dict:
-    """Metrics of the last step, and under "untrained" those of step 0, of a run that is made unless it is there."""
+    """What is measured after the last step of a run, which is made unless it is there."""
     workdir = args.out / f"{name.replace(', ', ' ').replace(' ', '_')}{'_mined' if mined else ''}_{seed}"
     values = {
         "total_steps": args.steps,
         "seed": seed,
-        "eval.every_steps": args.steps,
-        "checkpoint.every_steps": args.steps,
+        "eval.every_steps": 0,
+        "checkpoint.every_steps": 25,
         "checkpoint.keep": 1,
         "mining.every_steps": -(-args.steps // 3) if mined else 0,
     } | OBJECTIVES[name]
-    given = {"data.train": args.rows, "data.eval": args.held_out}
-    if args.models:
-        given |= {"retriever.path": args.models / "minilm", "generator.path": args.models / "smollm2-135m"}
-    values |= {key: value for key, value in given.items() if value}
-    words = [f"--config.{key}={value}" for key, value in values.items()]
-    record = workdir / "eval" / f"step_{args.steps}.json"
+    record = workdir / "measured.json"
     if not record.is_file():
-        print(f"{workdir.name}", file=sys.stderr, flush=True)
+        print(workdir.name, file=sys.stderr, flush=True)
         command = [sys.executable, "-m", "rag_jax.main", f"--config={args.config}", f"--workdir={workdir}"]
-        subprocess.run([*command, *words, *more], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    untrained = json.loads((workdir / "eval" / "step_0.json").read_text(encoding="utf-8"))
-    return json.loads(record.read_text(encoding="utf-8")) | {"untrained": untrained}
+        subprocess.run([*command, *words(args, values), *more], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    measured = evaluate(args, [f"--workdir={workdir}"], record)
+    shutil.rmtree(workdir / "checkpoints", ignore_errors=True)  # gigabytes a run
+    return measured
 
 
-def table(args: argparse.Namespace, results: dict[tuple[str, bool], list[dict]]) -> str:
-    counts = next(iter(results.values()))[0]["counts"]
+def evaluate(args: argparse.Namespace, which: list[str], record: pathlib.Path) -> dict:
+    """What `rag_jax.evaluate` prints, kept in `record`."""
+    if not record.is_file():
+        command = [sys.executable, "-m", "rag_jax.evaluate", "--json", *which]
+        printed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(printed.splitlines()[-1] + "\n", encoding="utf-8")
+    return json.loads(record.read_text(encoding="utf-8"))
+
+
+def table(args: argparse.Namespace, untrained: dict, results: dict[tuple[str, bool], list[dict]]) -> str:
+    counts = untrained["counts"]
     lines = [
         f"{args.steps} steps, {args.seeds} seeds (mean, and ± half of the spread), "
         f"{counts['queries']:,} held-out queries, {counts['passages']:,} passages",
         f"{'':<32}" + "".join(f"{column:>16}" for column in COLUMNS),
     ]
-    starts = [found["untrained"] for found in results.get(("token", False), next(iter(results.values())))]
-    lines.append(row("untrained", starts))
+    lines.append(row("untrained", [untrained]))
     lines += [row(name + (", mined groups" if mined else ""), found) for (name, mined), found in results.items()]
     return "\n".join(lines)
 
