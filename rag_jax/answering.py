@@ -213,15 +213,12 @@ def _weigh(
     name: str, doc_log_probs: Float[Array, "B K"], token_log_probs: Float[Array, "B K T"], mask: Bool[Array, "B T"]
 ) -> tuple[Float[Array, " B"], Float[Array, "B K"]]:
     """log p(y | q) and the passages' evidence."""
-    if name == "sequence":
-        log_probs = losses.sequence_marginal(doc_log_probs, token_log_probs, mask)
-    else:
-        log_probs = jnp.sum(jnp.where(mask, losses.token_marginal(doc_log_probs, token_log_probs), 0.0), axis=-1)
+    log_probs = losses.log_marginal(name, doc_log_probs, token_log_probs, mask)
     return log_probs, generate.evidence(name, doc_log_probs, token_log_probs, mask)
 
 
 def of_each_passage(
-    generator: Decoder, reading: Reading, *, num_beams: int, length_penalty: float, **sizes: int
+    generator: Decoder, reading: Reading, *, num_beams: int, length_penalty: float, **sizes: Any
 ) -> Int[Array, "B H T"]:
     """The answers that each passage alone gives, H = K W; one of them stands for those that beams did not find."""
     B, K, D = reading.hidden.shape
@@ -236,7 +233,7 @@ def of_each_passage(
 
 
 def drawn(
-    generator: Decoder, reading: Reading, doc_log_probs: Float[Array, "B K"], noise: Noise, **sizes: int
+    generator: Decoder, reading: Reading, doc_log_probs: Float[Array, "B K"], noise: Noise, **sizes: Any
 ) -> Int[Array, "B 1 T"]:
     """An answer from a passage drawn from p(k | q); the nucleus is of tokens alone."""
     B, K, _ = reading.hidden.shape

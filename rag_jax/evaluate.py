@@ -17,11 +17,25 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from rag_jax import checkpoint, cli, config, data, generate, index, losses, rag, retrieval, scoring, sharding
+from rag_jax import (
+    checkpoint,
+    cli,
+    config,
+    data,
+    generate,
+    index,
+    likelihood,
+    losses,
+    rag,
+    retrieval,
+    scoring,
+    sharding,
+)
 from rag_jax.data import segments
+from rag_jax.inference import Places
 
 # The sample of rows is the same for every run on the same file, whatever the run's own seed.
 SAMPLE_SEED = 0
@@ -206,51 +220,41 @@ def sharing_batches(candidates: Int[np.ndarray, "R K"], batch_size: int) -> list
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """One batch for the generator, of fixed shapes: the batch's distinct passages, and which of them each row reads."""
+    """A batch of fixed shapes for the generator: B rows, of D devices in turn, and P passages for each device."""
 
-    rows: np.ndarray  # (B,) positions in the sample; the last ones may be filling
-    real: int  # how many are not
-    prefix: tuple[np.ndarray, np.ndarray]  # ids, mask (P, Lp)
-    candidates: np.ndarray  # (B, K) into the prefixes
+    rows: np.ndarray  # (B,) positions in the sample
+    real: np.ndarray  # (B,) bool; the others are filling
+    prefix: tuple[np.ndarray, np.ndarray]  # ids, mask (D P, Lp)
+    candidates: np.ndarray  # (B, K) into the device's prefixes
 
 
-def prompt_batches(rows: EvalRows, candidates: Int[np.ndarray, "R K"], label: str) -> Iterator[Prompts]:
+def prompt_batches(
+    rows: EvalRows, candidates: Int[np.ndarray, "R K"], num_devices: int, label: str
+) -> Iterator[Prompts]:
     """The generator's batches over `candidates`, one row for each sampled row from the first on."""
     prefixes = rows.prefixes
     assert prefixes is not None
     (num_rows, K), lengths = candidates.shape, prefixes.lengths
-    batch_size = min(rows.batch_size, num_rows)
+    size = -(-min(rows.batch_size, num_rows) // num_devices)
     longest = segments.padded_length(lengths[candidates], int(lengths.max()))
     # Rows that share nothing meet rows of like length, so that short batches are padded to less.
     order = np.argsort(-lengths[candidates].max(axis=1), kind="stable")
-    for batch in tqdm(
-        sharing_batches(candidates[order], batch_size), desc=label, leave=False, mininterval=1.0, disable=None
-    ):
-        filled = order[np.concatenate([batch, np.repeat(batch[:1], batch_size - len(batch))])]
-        distinct, local = np.unique(candidates[filled], return_inverse=True)
-        num_prefixes = retrieval.size_for(len(distinct), batch_size * K, steps=2)
-        which = np.concatenate([distinct, np.repeat(distinct[:1], num_prefixes - len(distinct))])
-        prefix = segments.pad(prefixes, which, retrieval.size_for(int(lengths[distinct].max()), longest, steps=2))
-        yield Prompts(filled, len(batch), prefix, local.reshape(batch_size, K).astype(np.int32))
+    parts = [order[part] for part in sharing_batches(candidates[order], size)]
+    for start in tqdm(range(0, len(parts), num_devices), desc=label, **retrieval.BAR):
+        own = parts[start : start + num_devices]
+        filled = np.full((num_devices, size), own[0][0])
+        real = np.zeros(filled.shape, bool)
+        for device, part in enumerate(own):
+            filled[device, : len(part)], real[device, : len(part)] = part, True
+        distinct = [np.unique(candidates[part], return_inverse=True) for part in filled]
+        most = retrieval.size_for(max(len(passages) for passages, _ in distinct), size * K, steps=2)
+        which = np.concatenate([passages[np.arange(most) % len(passages)] for passages, _ in distinct])
+        local = np.concatenate([place.reshape(size, K) for _, place in distinct]).astype(np.int32)
+        prefix = segments.pad(prefixes, which, retrieval.size_for(int(lengths[which].max()), longest, steps=2))
+        yield Prompts(filled.ravel(), real.ravel(), prefix, local)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _batch_nll(
-    model: rag.Rag, params: dict, prompts: Any, suffix: Any, answer: Any, cosine: Float[Array, "B K"]
-) -> tuple[Float[Array, " B"], Float[Array, "B C"]]:
-    """Negative log marginal of each answer over the first K of its C candidates, and the NLL with each of them."""
-    (prefix, candidates), (answer_start, answer_mask) = prompts, answer
-    generator, K = model.model("generator", params), cosine.shape[1]
-    hidden = generator.prefix_suffix(prefix, suffix, candidates)
-    token_log_probs = rag.answer_log_probs(generator, hidden, suffix[0], answer_start, answer_mask.shape[1])
-    doc_log_probs = losses.doc_log_probs(cosine / model.objective.marginal_temperature)
-    if model.objective.name == "sequence":
-        marginal = losses.sequence_marginal(doc_log_probs, token_log_probs[:, :K], answer_mask)
-    else:
-        by_token = losses.token_marginal(doc_log_probs, token_log_probs[:, :K])
-        marginal = jax.numpy.sum(jax.numpy.where(answer_mask, by_token, 0.0), axis=-1)
-    each = jax.numpy.sum(jax.numpy.where(answer_mask[:, None], token_log_probs, 0.0), axis=-1)
-    return -marginal, -each
+_log_marginal = jax.jit(losses.log_marginal, static_argnums=0)
 
 
 def answer_nll(
@@ -262,36 +266,33 @@ def answer_nll(
     *,
     with_gold: bool,
 ) -> dict[str, scoring.Column]:
-    """NLL of the sampled rows' answers, nats and answer tokens of each: marginal over the candidates and apart.
+    """NLL of the sampled rows' answers, nats and answer tokens of each: marginal and with single passages.
 
-    The marginal is RAG-Sequence for the objective "sequence" and RAG-Token for every other. One pass reads, besides the
-    candidates, no passage and (`with_gold`) the own one.
+    The marginal is over the candidates. Besides them are read no passage and (`with_gold`) the own one, where it is not
+    among them.
     """
-    examples = rows.examples
+    examples, sample = rows.examples, rows.sample
     queries, answers = examples.prompt_queries, examples.answers
     assert queries is not None and answers is not None and rows.prefixes is not None and rows.empty_prefix is not None
-    answer_lengths = answers.lengths[rows.sample]
-    suffix_lengths = queries.lengths[examples.query_key[rows.sample]] + answer_lengths
-    suffix_len, num_tokens = (segments.round_up(int(a.max())) for a in (suffix_lengths, answer_lengths))
+    prefixes, K = _joined(rows.prefixes, rows.empty_prefix), candidates.shape[1]
     none = np.full(len(candidates), len(rows.prefixes))
     read = np.stack([*candidates.T, none, *([rows.gold] if with_gold else [])], axis=1)
-    with_none = dataclasses.replace(rows, prefixes=_joined(rows.prefixes, rows.empty_prefix))
-    marginal, each = np.zeros(len(read)), np.zeros(read.shape)
-    for batch in prompt_batches(with_none, read, "answer likelihood"):
-        row = rows.sample[batch.rows]
-        query = examples.query_key[row]
-        suffix = segments.join_padded((queries, answers), (query, row), suffix_len)
-        answer_mask = np.arange(num_tokens) < answers.lengths[row][:, None]
-        answer = (queries.lengths[query].astype(np.int32), answer_mask)
-        found = _batch_nll(model, params, (batch.prefix, batch.candidates), suffix, answer, cosine[batch.rows])
-        for nll, values in zip((marginal, each), found, strict=True):
-            nll[batch.rows[: batch.real]] = sharding.to_host(values)[: batch.real]
-    K = candidates.shape[1]
+    row = np.arange(len(read))[:, None]
+    distinct, pair = np.unique(row * len(prefixes) + read, return_inverse=True)
+    reader, prefix = np.divmod(distinct, len(prefixes))
+    pairs = likelihood.Pairs(prefixes, queries, answers, prefix, examples.query_key[sample[reader]], sample[reader])
+    token_log_probs = likelihood.answer_log_probs(
+        model, params, pairs, at_a_time=rows.batch_size * K, label="answer likelihood"
+    )[pair.reshape(read.shape)]
+    lengths = answers.lengths[sample]
+    mask = np.arange(token_log_probs.shape[2]) < lengths[:, None]
+    doc_log_probs = losses.doc_log_probs(jax.numpy.asarray(cosine) / model.objective.marginal_temperature)
+    marginal = -np.asarray(_log_marginal(model.objective.name, doc_log_probs, token_log_probs[:, :K], mask), np.float64)
+    each = -token_log_probs.sum(axis=2, dtype=np.float64)
     nlls = {"answer_nll": marginal, "answer_nll_none": each[:, K], "retrieval_utility": marginal - each[:, K]}
     if with_gold:
         nlls |= {"answer_nll_gold": each[:, K + 1], "answer_nll_top1": each[:, 0]}
-    tokens = answer_lengths.astype(np.float64)
-    return {name: (nll, tokens) for name, nll in nlls.items()}
+    return {name: (nll, lengths.astype(np.float64)) for name, nll in nlls.items()}
 
 
 def greedy_answers(
@@ -307,23 +308,16 @@ def greedy_answers(
     assert queries is not None
     shape = data.longest(examples)
     query_len = segments.padded_length(queries.lengths, shape.suffix)
-    texts = [""] * num_answers
-    for batch in prompt_batches(rows, candidates[:num_answers], "answers"):
+    texts, places = [""] * num_answers, Places.of(params, "generator")
+    weights = losses.doc_log_probs(jax.numpy.asarray(cosine) / model.objective.marginal_temperature)
+    eos_id = segments.eos_id(rows.tokenizer)
+    for batch in prompt_batches(rows, candidates[:num_answers], places.shards, "answers"):
         query = segments.pad(queries, examples.query_key[rows.sample[batch.rows]], query_len)
-        doc_log_probs = losses.doc_log_probs(
-            jax.numpy.asarray(cosine[batch.rows]) / model.objective.marginal_temperature
-        )
         ids = generate.answer_ids(
-            model,
-            params,
-            batch.prefix,
-            query,
-            batch.candidates,
-            doc_log_probs,
-            num_tokens=shape.answer,
-            eos_id=segments.eos_id(rows.tokenizer),
-        )
-        for row, answer in zip(batch.rows[: batch.real], sharding.to_host(ids), strict=False):
+            model, params, batch.prefix, query, batch.candidates, np.asarray(weights)[batch.rows],
+            num_tokens=shape.answer, eos_id=eos_id,
+        )  # fmt: skip
+        for row, answer in zip(batch.rows[batch.real], sharding.to_host(ids)[batch.real], strict=True):
             texts[row] = generate.text(rows.tokenizer, answer)
     return texts
 

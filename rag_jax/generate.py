@@ -10,14 +10,16 @@ of a query, **T** tokens of an answer, **Lp** prefix (passage segment), **Lq** q
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from rag_jax import rag
+from rag_jax.inference import ROWS, Places
 from rag_jax.models.decoder import Cache, Decoder
 
 Tokens = tuple[Any, Any]  # ids (n, L) int32 and mask (n, L) bool, right-padded
@@ -67,16 +69,23 @@ def streams(cache: Cache, rows: Int[Array, " S"]) -> Cache:
     return Cache(cache.key[:, rows], cache.value[:, rows], cache.length[rows])
 
 
-def next_log_probs(generator: Decoder, hidden: Float[Array, "B K D"]) -> Float[Array, "B K V"]:
-    """log p(v | k, query, y_<t), float32."""
+def next_logits(generator: Decoder, hidden: Float[Array, "B K D"]) -> tuple[Float[Array, "B K V"], Float[Array, "B K"]]:
+    """Of the next token, float32, and their logsumexp_V: log p(v | k, query, y_<t) is the difference.
+
+    They stay apart, since a difference for every v would be as much work as a softmax.
+    """
     flat = hidden.reshape(-1, hidden.shape[-1])
     logits = jnp.einsum("SD,VD->SV", flat, generator.head_kernel(), preferred_element_type=jnp.float32)
-    return jax.nn.log_softmax(logits, axis=-1).reshape(*hidden.shape[:2], -1)
+    logits = logits.reshape(*hidden.shape[:2], -1)
+    return logits, jax.nn.logsumexp(logits, axis=-1)
 
 
-def mixture(doc_log_probs: Float[Array, "B K"], log_probs: Float[Array, "B K V"]) -> Float[Array, "B V"]:
+def mixture(
+    doc_log_probs: Float[Array, "B K"], logits: Float[Array, "B K V"], log_norms: Float[Array, "B K"]
+) -> Float[Array, "B V"]:
     """log sum_k p(k | query) p(v | k, query, y_<t)."""
-    return jax.nn.logsumexp(doc_log_probs[:, :, None] + log_probs, axis=1)
+    weighed = logits + (doc_log_probs - log_norms)[:, :, None]
+    return weighed[:, 0] if weighed.shape[1] == 1 else jax.nn.logsumexp(weighed, axis=1)
 
 
 def nucleus(scores: Float[Array, "B V"], top_p: Any) -> Bool[Array, "B V"]:
@@ -112,23 +121,26 @@ def one_by_one(
     *,
     num_tokens: int,
     eos_id: int,
+    axes: tuple[str, ...] = (),
 ) -> Decoded:
     """RAG-Token: every token the likeliest of the mixture, or drawn from it, up to end-of-sequence; then `eos_id`.
 
-    One token goes on in all K streams of a query; with K = 1 this is plain decoding. Stops when every answer has ended.
+    One token goes on in all K streams of a query; with K = 1 this is plain decoding. Stops when every answer has ended,
+    also those on the other devices along `axes`: they compute together.
     """
     B, K = doc_log_probs.shape
 
     def write(t: Any, hidden: Float[Array, "B K D"], ended: Bool[Array, " B"], decoded: Decoded) -> Any:
-        log_probs = next_log_probs(generator, hidden)
-        token = jnp.where(ended, eos_id, choose(mixture(doc_log_probs, log_probs), noise, t))
-        each = jnp.take_along_axis(log_probs, token[:, None, None], axis=-1)[..., 0]
+        logits, log_norms = next_logits(generator, hidden)
+        token = jnp.where(ended, eos_id, choose(mixture(doc_log_probs, logits, log_norms), noise, t))
+        each = jnp.take_along_axis(logits, token[:, None, None], axis=-1)[..., 0] - log_norms
         decoded = Decoded(decoded.ids.at[:, t].set(token), decoded.token_log_probs.at[:, :, t].set(each))
         return ended | (token == eos_id), decoded
 
     def unfinished(carry: Any) -> Array:
         t, ended, _, _ = carry
-        return (t < num_tokens) & ~jnp.all(ended)
+        going_on = jnp.any(~ended)
+        return (t < num_tokens) & (jax.lax.psum(going_on, axes) > 0 if axes else going_on)
 
     def step(carry: Any) -> Any:
         t, ended, decoded, cache = carry
@@ -172,7 +184,7 @@ def beam(
 
     def advance(t: Any, hidden: Float[Array, "BW K D"], beams: _Beams) -> tuple[_Beams, Int[Array, "B W"]]:
         """Every hypothesis one token longer; and which of the beams each one continues."""
-        mixed = mixture(doc_log_probs, next_log_probs(generator, hidden)).reshape(B, W, -1)
+        mixed = mixture(doc_log_probs, *next_logits(generator, hidden)).reshape(B, W, -1)
         V = mixed.shape[-1]
         log_probs, index = jax.lax.top_k((beams.log_probs[:, :, None] + mixed).reshape(B, W * V), 2 * W)
         parent, token = index // V, index % V
@@ -243,23 +255,46 @@ def up_to_end(ids: Int[Any, "... T"], eos_id: int) -> Bool[Any, "... T"]:
     return is_end.cumsum(axis=-1) - is_end == 0
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("num_tokens", "eos_id"))
 def answer_ids(
     model: rag.Rag,
     params: dict,
     prefix: Tokens,
     query: Tokens,
-    candidates: Shaped[Any, "B K"],
-    doc_log_probs: Shaped[Any, "B K"],
+    candidates: Int[np.ndarray, "B K"],
+    doc_log_probs: Float[np.ndarray, "B K"],
     *,
     num_tokens: int,
     eos_id: int,
 ) -> Int[Array, "B T"]:
-    """Greedy RAG-Token answers by the generator of `params`, compiled once for each shape."""
-    generator = model.model("generator", params)
-    num_slots = prefix[0].shape[1] + query[0].shape[1] + num_tokens
-    reading = read(generator, prefix, query, candidates, num_slots=num_slots)
-    return one_by_one(generator, reading, doc_log_probs, None, num_tokens=num_tokens, eos_id=eos_id).ids
+    """Greedy RAG-Token answers by the generator of `params`, compiled once for each shape.
+
+    Of D devices each answers B / D of the queries from its own P of the D P prefixes, into which its candidates count.
+    """
+    places = Places.of(params, "generator")
+    (ids,) = _answerer(model, places, num_tokens, eos_id)(
+        params["generator"], *places.put(*prefix, *query, candidates, doc_log_probs)
+    )
+    return ids
+
+
+@functools.lru_cache(maxsize=8)
+def _answerer(model: rag.Rag, places: Places, num_tokens: int, eos_id: int) -> Callable[..., tuple[Array]]:
+    def own(
+        generator: Decoder,
+        prefix_ids: Int[Array, "P Lp"],
+        prefix_mask: Bool[Array, "P Lp"],
+        query_ids: Int[Array, "B Lq"],
+        query_mask: Bool[Array, "B Lq"],
+        candidates: Int[Array, "B K"],
+        doc_log_probs: Float[Array, "B K"],
+    ) -> tuple[Int[Array, "B T"]]:
+        num_slots = prefix_ids.shape[1] + query_ids.shape[1] + num_tokens
+        prefix, query = (prefix_ids, prefix_mask), (query_ids, query_mask)
+        reading = read(generator, prefix, query, candidates, num_slots=num_slots)
+        sizes = {"num_tokens": num_tokens, "eos_id": eos_id}
+        return (one_by_one(generator, reading, doc_log_probs, None, axes=places.axes, **sizes).ids,)
+
+    return places.program(model, own, (ROWS,) * 6, (ROWS,))
 
 
 def text(tokenizer: Any, ids: Int[np.ndarray, " T"]) -> str:

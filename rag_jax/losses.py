@@ -75,6 +75,18 @@ def sequence_marginal(
     return jax.nn.logsumexp(doc_log_probs_BK + jnp.sum(kept_BKT, axis=-1), axis=-1)
 
 
+def log_marginal(
+    name: str,
+    doc_log_probs_BK: Float[Array, "B K"],
+    token_log_probs_BKT: Float[Array, "B K T"],
+    answer_mask_BT: Bool[Array, "B T"],
+) -> Float[Array, " B"]:
+    """log p(y | q) of each answer, nats: RAG-Sequence for the objective "sequence", RAG-Token for every other."""
+    if name == "sequence":
+        return sequence_marginal(doc_log_probs_BK, token_log_probs_BKT, answer_mask_BT)
+    return jnp.sum(jnp.where(answer_mask_BT, token_marginal(doc_log_probs_BK, token_log_probs_BKT), 0.0), axis=-1)
+
+
 def marginal_nll(
     name: str,
     doc_log_probs_BK: Float[Array, "B K"],
@@ -82,10 +94,7 @@ def marginal_nll(
     answer_mask_BT: Bool[Array, "B T"],
 ) -> Float[Array, ""]:
     """Negative log marginal of the answers, summed over rows and tokens (nats); divide by the global token count."""
-    if name == "sequence":
-        return -jnp.sum(sequence_marginal(doc_log_probs_BK, token_log_probs_BKT, answer_mask_BT))
-    marginal_BT = token_marginal(doc_log_probs_BK, token_log_probs_BKT)
-    return -jnp.sum(jnp.where(answer_mask_BT, marginal_BT, 0.0))
+    return -jnp.sum(log_marginal(name, doc_log_probs_BK, token_log_probs_BKT, answer_mask_BT))
 
 
 def dalm_nll(

@@ -5,7 +5,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from rag_jax import rag, sharding
 from rag_jax.data import segments
+from rag_jax.inference import ROWS, Places
 
 # Scores that exist at one time on a device: (queries, passages) float32 of at most this many numbers, 64 MB.
 SCORES_AT_A_TIME = 2**24
@@ -50,49 +51,29 @@ def embed(
     Texts of similar length share a batch, and the devices on which the parameters lie share the batches. A batch is
     padded to a share of `longest` (0: of the longest text), so that other texts are read by the same programs.
     """
-    encode, mesh = _encoder(model, *_places(params["retriever"]))
-    shards = 1 if mesh is None else sharding.batch_shards(mesh)
-    batch_size = -(-min(batch_size, len(tokens)) // shards) * shards
-    own = np.arange(batch_size) if mesh is None else sharding.own_rows(mesh, batch_size)
+    places = Places.of(params, "retriever")
+    encode = _encoder(model, places)
+    batch_size = -(-min(batch_size, len(tokens)) // places.shards) * places.shards
     lengths = tokens.lengths
     longest = longest or int(lengths.max())
     found: list[Any] = []
     order = np.argsort(-lengths, kind="stable")  # the longest first: too little memory shows at once
     for rows, real in tqdm(list(full_batches(order, batch_size)), desc=label, **BAR):
-        batch = segments.pad(tokens, rows[own], size_for(int(lengths[rows].max()), longest))
-        if mesh is not None:
-            batch = sharding.put_batch(mesh, batch, batch_size)
-        found.append((*encode(params["retriever"], *batch), real))
+        batch = segments.pad(tokens, rows, size_for(int(lengths[rows].max()), longest))
+        found.append((*encode(params["retriever"], *places.put(*batch)), real))
     emb = np.empty((len(tokens), found[0][0].shape[-1]), np.float32)
     emb[order] = np.concatenate([sharding.to_host(part)[:real] for part, real in found])
     return emb
 
 
-def _places(params: Any) -> tuple[Any, tuple[Any, ...]]:
-    """The structure of parameters and where each leaf lies."""
-    leaves, structure = jax.tree.flatten(params)
-    return structure, tuple(getattr(leaf, "sharding", None) for leaf in leaves)
-
-
 @functools.lru_cache(maxsize=8)
-def _encoder(model: rag.Rag, structure: Any, places: tuple[Any, ...]) -> tuple[Any, Mesh | None]:
-    """The compiled encoder for parameters that lie so, and their mesh; no mesh: everything on one device."""
+def _encoder(model: rag.Rag, places: Places) -> Callable[..., tuple[Float[Array, "b E"]]]:
+    """The compiled encoder for parameters that lie so."""
 
-    mesh, split = None, lambda fn: fn
-    if all(isinstance(place, NamedSharding) for place in places):
-        shardings, mesh = jax.tree.unflatten(structure, places), places[0].mesh
-        if axes := sharding.batch_axes(mesh):
-            gather = functools.partial(sharding.gather_params, {"retriever": shardings})
-            model = dataclasses.replace(model, batch_axes=axes, gather=gather)
-        rows = NamedSharding(mesh, sharding.BATCH)
-        split = functools.partial(
-            sharding.on_each_device, mesh=mesh, shardings=(shardings, rows, rows), results=(rows,)
-        )
+    def own(retriever: Any, ids: Int[Array, "b L"], mask: Bool[Array, "b L"]) -> tuple[Float[Array, "b E"]]:
+        return (rag.encode(retriever, ids, mask, model.pooling),)
 
-    def own(params: Any, ids: Int[Array, "b L"], mask: Bool[Array, "b L"]) -> tuple[Float[Array, "b E"]]:
-        return (rag.encode(model.model("retriever", {"retriever": params}), ids, mask, model.pooling),)
-
-    return jax.jit(split(own)), mesh
+    return places.program(model, own, (ROWS, ROWS), (ROWS,))
 
 
 def top_k(

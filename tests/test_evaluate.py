@@ -15,7 +15,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from rag_jax import config as configs
-from rag_jax import data, evaluate, models, rag, scoring
+from rag_jax import data, evaluate, models, rag, scoring, sharding
 
 WORDS = "who ate the red fish bird cat dog ran sang under a blue tree moon old king".split()
 ROWS = [
@@ -242,6 +242,20 @@ def test_without_a_retriever_the_own_passage_is_read(folder):
     passages = [p for _, p, _ in ROWS]
     expected = reference_nll("token", reference_forward(), ROWS, np.eye(7), passages, 1)
     assert metrics["eval/answer_nll"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
+def test_devices_share_rows_passages_and_answers(folder, shape):
+    """Devices that finish their answers early wait for the others: all gather parameters at every token."""
+    model, params = build()
+    rows, _ = evaluate.load_rows(config(folder, answers=7), RETRIEVER, PROMPT)
+    expected = evaluate.evaluate(model, params, rows)
+    mesh = sharding.make_mesh(*shape)
+    placed = jax.device_put(params, sharding.param_shardings(mesh, params))
+    found = evaluate.evaluate(model, placed, rows)
+    assert found.metrics == pytest.approx(expected.metrics, rel=1e-5)
+    generated = [line["generated"] for line in expected.by_row]
+    assert [line["generated"] for line in found.by_row] == generated and len(set(map(len, generated))) > 1
 
 
 def test_an_index_on_disk_changes_nothing_and_is_used_again(folder, tmp_path, monkeypatch):

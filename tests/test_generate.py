@@ -82,9 +82,10 @@ def padded(rows, length):
 
 def answers(graphdef, params, passages, queries, candidates, doc_log_probs, num_tokens):
     model = rag.Rag(rag.Objective("token", 1, 1.0, 1.0, 0.0, 1.0), None, graphdef, "mean", 1)
+    prefix, query = (tuple(map(np.asarray, padded(*texts))) for texts in ((passages, LP), (queries, LQ)))
     ids = generate.answer_ids(
-        model, {"generator": params}, padded(passages, LP), padded(queries, LQ), jnp.asarray(candidates, jnp.int32),
-        doc_log_probs, num_tokens=num_tokens, eos_id=EOS,
+        model, {"generator": params}, prefix, query, candidates.astype(np.int32), np.asarray(doc_log_probs),
+        num_tokens=num_tokens, eos_id=EOS,
     )  # fmt: skip
     return np.asarray(ids).tolist()
 

@@ -115,16 +115,7 @@ class Decoder(nnx.Module):
         """Further right-padded tokens a row: their hidden states, and the cache with them."""
         num_slots = cache.key.shape[3]
         positions = cache.length[:, None] + layers.positions_of(attention_mask)
-        slots = jnp.broadcast_to(jnp.arange(num_slots), (ids.shape[0], num_slots))
-        filled = (slots < cache.length[:, None])[:, None, :]
-        before = self._in_window(positions, slots) & filled
-        looks = jnp.concatenate([before, self._causal_mask(attention_mask)], axis=-1)
-        rope = self._rope(positions)
-
-        def body(layer: Any, x: Any, layer_cache: Any, _: Any) -> tuple[Any, Any]:
-            return layer(x, looks, rope=rope, context=layer_cache)
-
-        x, (key, value) = self._scan(body, self._embed(ids, positions, None), None, (cache.key, cache.value))
+        x, (key, value) = self._further(ids, attention_mask, cache, None, keep=True)
         # Padding is written outside of the cache, that is nowhere.
         rows, into = jnp.arange(ids.shape[0])[:, None], jnp.where(attention_mask, positions, num_slots)
         cache = Cache(
@@ -133,6 +124,12 @@ class Decoder(nnx.Module):
             cache.length + attention_mask.sum(axis=-1, dtype=jnp.int32),
         )
         return self.norm(x), cache
+
+    def behind(
+        self, ids: Int[Array, "S L"], attention_mask: Bool[Array, "S L"], cache: Cache, rows: Int[Array, " S"]
+    ) -> Float[Array, "S L D"]:
+        """Hidden states of right-padded tokens behind row `rows[s]` of a cache, which stays as it is."""
+        return self.norm(self._further(ids, attention_mask, cache, rows, keep=False)[0])
 
     def decode(self, ids: Int[Array, " S"], cache: Cache) -> tuple[Float[Array, "S D"], Cache]:
         """One more token a row: its hidden state, and the cache with it."""
@@ -157,6 +154,30 @@ class Decoder(nnx.Module):
 
         x = self._embed(ids, positions, layers.named_keys(dropout_keys, "embed"))
         return self._scan(body, x, dropout_keys)
+
+    def _further(
+        self,
+        ids: Int[Array, "S L"],
+        attention_mask: Bool[Array, "S L"],
+        cache: Cache,
+        rows: Int[Array, " S"] | None,
+        *,
+        keep: bool,
+    ) -> tuple[Float[Array, "S L D"], Any]:
+        """`_forward` of tokens behind the rows of a cache, or behind some of them."""
+        length = cache.length if rows is None else cache.length[rows]
+        positions = length[:, None] + layers.positions_of(attention_mask)
+        slots = jnp.broadcast_to(jnp.arange(cache.key.shape[3]), (ids.shape[0], cache.key.shape[3]))
+        before = self._in_window(positions, slots) & (slots < length[:, None])[:, None, :]
+        looks = jnp.concatenate([before, self._causal_mask(attention_mask)], axis=-1)
+        rope = self._rope(positions)
+
+        def body(layer: Any, x: Any, layer_cache: Any, _: Any) -> tuple[Any, Any]:
+            context = layer_cache if rows is None else jax.tree.map(lambda a: a[rows], layer_cache)
+            x, keys_values = layer(x, looks, rope=rope, context=context)
+            return x, keys_values if keep else None
+
+        return self._scan(body, self._embed(ids, positions, None), None, (cache.key, cache.value))
 
     def _scan(self, body: Any, carry: Any, dropout_keys: Any, xs: Any = None) -> tuple[Any, Any]:
         config = self.config

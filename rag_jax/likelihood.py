@@ -1,0 +1,187 @@
+"""How likely answers are behind passages: every passage is read once, for whichever queries it was found.
+
+**n** pairs of a row, which has a query and an answer, and a passage; **S** pairs and **P** passages of a device at a
+time; **A** answer tokens of these pairs; **Lp** prefix, **Ls** suffix, **M** slots of a prefix in the cache, **T**
+tokens of the longest answer.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+from tqdm import tqdm
+
+from rag_jax import rag, retrieval, sharding
+from rag_jax.data import segments
+from rag_jax.inference import ROWS, Places
+from rag_jax.models.decoder import Cache, Decoder
+
+P = sharding.P
+# Of keys, values and lengths: in the former layers lead.
+CACHE = (P(None, *ROWS), P(None, *ROWS), ROWS)
+# Answer tokens a pair, of which a batch is padded to whole numbers: few shapes.
+ANSWER_STEP = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Rows of tokens, and which of them each pair joins: `prefixes[prefix] queries[query] answers[answer]`."""
+
+    prefixes: segments.Ragged
+    queries: segments.Ragged
+    answers: segments.Ragged
+    prefix: np.ndarray  # (n,)
+    query: np.ndarray  # (n,)
+    answer: np.ndarray  # (n,)
+
+    def __len__(self) -> int:
+        return len(self.prefix)
+
+    @property
+    def suffix_lengths(self) -> np.ndarray:  # (n,)
+        return self.queries.lengths[self.query] + self.answers.lengths[self.answer]
+
+
+class Batch(NamedTuple):
+    """S pairs of each of D devices, with the place of their passage among the device's P; -1: filling."""
+
+    pairs: np.ndarray  # (D, S)
+    place: np.ndarray  # (D, S)
+
+
+class Block(NamedTuple):
+    """Passages that are in the cache at one time, and all that is read behind them."""
+
+    prefixes: np.ndarray  # (D, P)
+    batches: list[Batch]
+
+
+def answer_log_probs(
+    model: rag.Rag, params: dict, pairs: Pairs, *, at_a_time: int, label: str
+) -> Float[np.ndarray, "n T"]:
+    """log p(y_t | passage, query, y_<t) of each pair's answer, 0 past its end; on every process, every one must call.
+
+    `at_a_time`: pairs, and passages whose keys and values are kept, of all devices. Passages of like length are read
+    together, and behind them suffixes of like length.
+    """
+    places = Places.of(params, "generator")
+    num_slots = segments.padded_length(pairs.prefixes.lengths[pairs.prefix], int(pairs.prefixes.lengths.max()))
+    suffix_slots = segments.round_up(int(pairs.suffix_lengths.max()))
+    read, behind, score = _programs(model, places, num_slots, suffix_slots)
+    found = np.zeros((len(pairs), int(pairs.answers.lengths[pairs.answer].max())), np.float32)
+    generator = params["generator"]
+    with tqdm(total=len(pairs), desc=label, **retrieval.BAR) as bar:
+        for prefixes, batches in blocks(pairs, places.shards, at_a_time):
+            length = retrieval.size_for(int(pairs.prefixes.lengths[prefixes].max()), num_slots)
+            cache = read(generator, *places.put(*segments.pad(pairs.prefixes, prefixes.ravel(), length)))
+            computed = []
+            for batch in batches:
+                ids, mask, place = suffixes(pairs, batch)
+                hidden = behind(generator, *cache, *places.put(ids, mask, place))
+                where, ids, owner = answer_tokens(pairs, batch, suffix_slots)
+                computed.append((*score(generator, *hidden, *places.put(where.ravel(), ids.ravel())), owner))
+            for log_probs, (row, column, token) in computed:
+                found[row, column] = sharding.to_host(log_probs)[token]
+            bar.update(sum(int((batch.pairs >= 0).sum()) for batch in batches))
+    return found
+
+
+def blocks(pairs: Pairs, num_devices: int, at_a_time: int) -> Iterator[Block]:
+    """All pairs, those of a passage on one device; a passage that many read is there several times."""
+    n, size = len(pairs), -(-min(at_a_time, len(pairs)) // num_devices)
+    lengths, suffix_lengths = pairs.prefixes.lengths[pairs.prefix], pairs.suffix_lengths
+    order = np.lexsort((-suffix_lengths, pairs.prefix, -lengths))
+    first = np.flatnonzero(np.diff(pairs.prefix[order], prepend=-1))  # of each passage's pairs
+    begun = np.zeros(n, bool)
+    begun[np.concatenate([np.arange(a, b, size) for a, b in zip(first, [*first[1:], n], strict=True)])] = True
+    starts = np.append(np.flatnonzero(begun), n)
+    # Blocks are even, so that one shape serves all and the last is not mostly filling.
+    num_blocks = -(-(len(starts) - 1) // (num_devices * size))
+    room = -(-(len(starts) - 1) // (num_blocks * num_devices))
+    for start in range(0, len(starts) - 1, num_devices * room):
+        members = np.arange(start, min(start + num_devices * room, len(starts) - 1))
+        readers = np.diff(starts)[members]
+        prefixes = np.full((num_devices, room), pairs.prefix[order[starts[start]]])
+        own: list[list[int]] = [[] for _ in range(num_devices)]  # pairs of each device
+        place, taken = np.zeros(n, np.int32), np.zeros(num_devices, int)
+        for member in members[np.argsort(-readers, kind="stable")]:
+            load = [np.inf if taken[d] == room else len(own[d]) for d in range(num_devices)]
+            device = int(np.argmin(load))
+            mine = order[starts[member] : starts[member + 1]]
+            prefixes[device, taken[device]], place[mine] = pairs.prefix[mine[0]], taken[device]
+            taken[device] += 1
+            own[device].extend(mine)
+        shape = (num_devices, -(-max(map(len, own)) // size) * size)
+        rows = np.full(shape, -1)
+        for device, mine in enumerate(own):
+            rows[device, : len(mine)] = np.array(mine)[np.argsort(-suffix_lengths[mine], kind="stable")]
+        parts = np.split(rows, shape[1] // size, axis=1)
+        yield Block(prefixes, [Batch(part, np.where(part < 0, 0, place[part])) for part in parts])
+
+
+def suffixes(pairs: Pairs, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ids and mask (D S, Ls) of query and answer, and the place of the passage (D S,); filling repeats a pair."""
+    flat = batch.pairs.ravel()
+    rows = np.where(flat < 0, flat.max(), flat)
+    length = segments.round_up(int(pairs.suffix_lengths[rows].max()))
+    ids, mask = segments.join_padded((pairs.queries, pairs.answers), (pairs.query[rows], pairs.answer[rows]), length)
+    return ids, mask, batch.place.ravel().astype(np.int32)
+
+
+def answer_tokens(pairs: Pairs, batch: Batch, slots: int) -> tuple[np.ndarray, np.ndarray, tuple]:
+    """Where the states that predict answer tokens stand among a device's (S slots), and these tokens: (D, A) each.
+
+    And, of every real one, its pair, its number t in the answer and its place in the flat (D A).
+    """
+    num_devices, size = batch.pairs.shape
+    lengths = np.where(batch.pairs < 0, 0, pairs.answers.lengths[pairs.answer[batch.pairs]])
+    step = ANSWER_STEP * size
+    room = -(-int(lengths.sum(axis=1).max()) // step) * step
+    where, ids = np.zeros((2, num_devices, room), np.int32)
+    owner = []
+    for device in range(num_devices):
+        s = np.repeat(np.arange(size), lengths[device])
+        pair, t = (
+            batch.pairs[device, s],
+            np.arange(len(s)) - np.repeat(np.cumsum(lengths[device]) - lengths[device], lengths[device]),
+        )
+        where[device, : len(s)] = s * slots + pairs.queries.lengths[pairs.query[pair]] - 1 + t
+        ids[device, : len(s)] = pairs.answers.tokens[pairs.answers.starts[pairs.answer[pair]] + t]
+        owner.append((pair, t, device * room + np.arange(len(s))))
+    return where, ids, tuple(np.concatenate(part) for part in zip(*owner, strict=True))
+
+
+@functools.lru_cache(maxsize=8)
+def _programs(model: rag.Rag, places: Places, num_slots: int, suffix_slots: int) -> tuple[Callable[..., Any], ...]:
+    """Compiled for each shape: reading passages, suffixes behind them, log-probabilities of the suffixes' tokens."""
+
+    def read(generator: Decoder, ids: Int[Array, "P Lp"], mask: Bool[Array, "P Lp"]) -> tuple[Array, ...]:
+        return tuple(generator.prefill(ids, mask, num_slots)[1])
+
+    def behind(
+        generator: Decoder,
+        key: Array,
+        value: Array,
+        length: Array,
+        ids: Int[Array, "S Ls"],
+        mask: Bool[Array, "S Ls"],
+        place: Int[Array, " S"],
+    ) -> tuple[Float[Array, "S slots D"]]:
+        hidden = generator.behind(ids, mask, Cache(key, value, length), place)
+        return (jnp.pad(hidden, ((0, 0), (0, suffix_slots - ids.shape[1]), (0, 0))),)
+
+    def score(
+        generator: Decoder, hidden: Float[Array, "S slots D"], where: Int[Array, " A"], ids: Int[Array, " A"]
+    ) -> tuple[Float[Array, " A"]]:
+        states = hidden.reshape(-1, hidden.shape[-1])[where]
+        return (rag.gold_log_probs(states, generator.head_kernel(), ids),)
+
+    return (
+        places.program(model, read, (ROWS, ROWS), CACHE),
+        places.program(model, behind, (*CACHE, ROWS, ROWS, ROWS), (ROWS,)),
+        places.program(model, score, (ROWS, ROWS, ROWS), (ROWS,)),
+    )
