@@ -3,9 +3,9 @@
     python -m benchmarks.evaluation --rows=HELD_OUT.csv --models=quickstart/models [--queries=160] [--theirs=160]
 
 The other side embeds all passages and queries with `transformers` in batches of similar length, takes the K nearest of
-each query, and runs one full sequence for each pair of query and passage, as many at a time as ours has pairs. Ours
-does more: it also reads each row's own passage and no passage. Both must find the same metrics. As it takes an hour for
-all queries, --theirs lets it read answers of some: that part of its time counts as many times as there are more.
+each query, and runs one full sequence for each pair of query and passage, --theirs-batch queries at a time. Ours does
+more: it also reads each row's own passage and no passage. Both must find the same metrics. As the other side takes an
+hour for all queries, --theirs lets it read answers of some: that part of its time counts as often as there are more.
 """
 
 import argparse
@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--models", type=pathlib.Path, required=True, help="a folder with minilm and smollm2-135m")
     parser.add_argument("--queries", type=int, default=0, help="how many are evaluated; 0: all")
     parser.add_argument("--theirs", type=int, default=160, help="of how many PyTorch reads the answers; 0: of all")
+    parser.add_argument("--theirs-batch", type=int, default=1, help="queries whose sequences PyTorch runs at a time")
     parser.add_argument("--candidates", type=int, default=4)
     args = parser.parse_args()
     values = {
@@ -59,7 +60,7 @@ def main() -> None:
     for name in ("ours, first (compiles)", "PyTorch", "ours, again"):
         began = time.perf_counter()
         if name == "PyTorch":
-            found[name], reading = by_torch(opened, rows, shared)
+            found[name], reading = by_torch(opened, rows, shared, args.theirs_batch)
             seconds[name] = time.perf_counter() - began + reading * (len(rows.sample) / shared - 1)
             continue
         result = evaluate.evaluate(opened.model, params, rows)
@@ -78,7 +79,7 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def by_torch(opened, rows, num_read) -> tuple[dict[str, float], float]:
+def by_torch(opened, rows, num_read, num_together) -> tuple[dict[str, float], float]:
     """The metrics, answers' of the first `num_read` queries, and the seconds that these took."""
     folders = {role: source.folder for role, source in opened.sources.items()}
     encoder = transformers.AutoModel.from_pretrained(folders["retriever"], dtype=torch.float32).eval()
@@ -103,8 +104,8 @@ def by_torch(opened, rows, num_read) -> tuple[dict[str, float], float]:
     metrics["eval/mrr@10"] = np.where(hit.any(axis=1), 1 / (1 + hit.argmax(axis=1)), 0.0).mean()
     K, nll, tokens = objective.candidates, 0.0, 0
     began = time.perf_counter()
-    for start in range(0, num_read, batch_size):
-        batch = range(start, min(start + batch_size, num_read))
+    for start in range(0, num_read, num_together):
+        batch = range(start, min(start + num_together, num_read))
         answers = [examples.answers[rows.sample[i]] for i in batch]
         heads = [[*rows.prefixes[p], *examples.prompt_queries[keys[i]]] for i in batch for p in retrieved[i, :K]]
         strings = [[*head, *answers[n // K]] for n, head in enumerate(heads)]
