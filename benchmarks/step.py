@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed steps a round, after one that is not")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--remat", choices=("none", "dots", "full"), default="none", help="ours, both models")
+    parser.add_argument("--group-size", type=int, default=0, help="ours: rows, and texts, at a time; 0: the batch")
     parser.add_argument("--only", choices=("ours", "torch"), help="one side alone")
     parser.add_argument("--side", choices=("ours", "torch"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -84,6 +85,7 @@ def measured(args: argparse.Namespace, side: str) -> dict:
         f"--side={side}",
         f"--models={args.models}",
         f"--remat={args.remat}",
+        f"--group-size={args.group_size}",
     ]
     words += [f"--rows={args.rows}"] if args.rows else []
     process = subprocess.run(
@@ -109,9 +111,11 @@ def table(args: argparse.Namespace, results: dict[str, list[dict]]) -> str:
         "loss of the first step": medians("loss"),
         "share of the matrix peak (MFU)": medians("mfu"),
     }
+    groups = f"; groups of {args.group_size}" if args.group_size else ""
     head = (
-        f"{args.case}: objective {case.objective}, B = {case.batch_size}, K = {case.candidates}; remat {args.remat}; "
-        f"medians of {args.rounds} rounds of {args.steps} steps\n{'':<42}" + "".join(f"{s:>12}" for s in results)
+        f"{args.case}: objective {case.objective}, B = {case.batch_size}, K = {case.candidates}; remat {args.remat}"
+        f"{groups}; medians of {args.rounds} rounds of {args.steps} steps\n{'':<42}"
+        + "".join(f"{s:>12}" for s in results)
     )
     both = len(results) == 2
     rows = [
@@ -159,7 +163,8 @@ def open_case(args: argparse.Namespace):
         "retriever.path": str(args.models / "minilm"),
         "generator.path": str(args.models / ("gpt2" if case.synthetic else "smollm2-135m")),
         "batch_size": case.batch_size,
-        "group_size": case.batch_size,
+        "group_size": args.group_size or case.batch_size,
+        "retriever.chunk_size": args.group_size,
         "objective.name": case.objective,
         "objective.candidates": case.candidates,
         "dropout": case.dropout,
@@ -228,8 +233,9 @@ def ours(args: argparse.Namespace) -> dict:
     del params, trainable, frozen
     shardings = jax.tree.map(lambda a: a.sharding, state)
     rate = optim.learning_rate(section, 1000)
-    compiled = train_step.make_train_step(opened.model, optimizer, rate, shardings, dropout_seed=None)
     placed = sharding.put_batch(mesh, batch, len(batch.row))
+    made = train_step.make_train_step(opened.model, optimizer, rate, shardings, dropout_seed=None)
+    compiled = train_step.compiled(made, state, placed)
 
     def step() -> float:
         nonlocal state

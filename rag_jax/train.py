@@ -405,7 +405,7 @@ class Compiled:
         if lengths in self.by_shape:
             return self.by_shape[lengths], 0.0
         began, found = time.perf_counter(), run.compiled_found()
-        self.by_shape[lengths] = self.training.step.lower(state, batch).compile()
+        self.by_shape[lengths] = train_step.compiled(self.training.step, state, batch)
         seconds = time.perf_counter() - began
         how = "compiled by an earlier run, read" if run.compiled_found() > found else "compiled"
         progress.print(f"the step for {summary.describe(lengths)}: {how} in {seconds:.0f} s")
