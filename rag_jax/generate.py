@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from rag_jax import rag
-from rag_jax.inference import ROWS, Places
+from rag_jax import rag, sharding
+from rag_jax.inference import Places
 from rag_jax.models.decoder import Cache, Decoder
 
 Tokens = tuple[Any, Any]  # ids (n, L) int32 and mask (n, L) bool, right-padded
@@ -294,7 +294,8 @@ def _answerer(model: rag.Rag, places: Places, num_tokens: int, eos_id: int) -> C
         sizes = {"num_tokens": num_tokens, "eos_id": eos_id}
         return (one_by_one(generator, reading, doc_log_probs, None, axes=places.axes, **sizes).ids,)
 
-    return places.program(model, own, (ROWS,) * 6, (ROWS,))
+    rows = sharding.BATCH
+    return places.program(model, own, (rows,) * 6, (rows,))
 
 
 def text(tokenizer: Any, ids: Int[np.ndarray, " T"]) -> str:

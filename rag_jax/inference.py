@@ -11,8 +11,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rag_jax import rag, sharding
 
-ROWS = sharding.BATCH
-
 
 @dataclasses.dataclass(frozen=True)
 class Places:

@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from rag_jax import rag, retrieval, sharding
 from rag_jax.data import segments
-from rag_jax.inference import ROWS, Places
+from rag_jax.inference import Places
 from rag_jax.models.decoder import Cache, Decoder
 
-P = sharding.P
+P, ROWS = sharding.P, sharding.BATCH
 # Of keys, values and lengths: in the former layers lead.
 CACHE = (P(None, *ROWS), P(None, *ROWS), ROWS)
 # Answer tokens a pair, of which a batch is padded to whole numbers: few shapes.
@@ -41,7 +41,7 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.prefix)
 
-    @property
+    @functools.cached_property
     def suffix_lengths(self) -> np.ndarray:  # (n,)
         return self.queries.lengths[self.query] + self.answers.lengths[self.answer]
 
@@ -92,35 +92,34 @@ def answer_log_probs(
 
 def blocks(pairs: Pairs, num_devices: int, at_a_time: int) -> Iterator[Block]:
     """All pairs, those of a passage on one device; a passage that many read is there several times."""
-    n, size = len(pairs), -(-min(at_a_time, len(pairs)) // num_devices)
-    lengths, suffix_lengths = pairs.prefixes.lengths[pairs.prefix], pairs.suffix_lengths
-    order = np.lexsort((-suffix_lengths, pairs.prefix, -lengths))
-    first = np.flatnonzero(np.diff(pairs.prefix[order], prepend=-1))  # of each passage's pairs
-    begun = np.zeros(n, bool)
-    begun[np.concatenate([np.arange(a, b, size) for a, b in zip(first, [*first[1:], n], strict=True)])] = True
-    starts = np.append(np.flatnonzero(begun), n)
+    size = -(-min(at_a_time, len(pairs)) // num_devices)
+    suffix_lengths, place = pairs.suffix_lengths, np.zeros(len(pairs), np.int32)
+    chunks = by_passage(pairs, size)
     # Blocks are even, so that one shape serves all and the last is not mostly filling.
-    num_blocks = -(-(len(starts) - 1) // (num_devices * size))
-    room = -(-(len(starts) - 1) // (num_blocks * num_devices))
-    for start in range(0, len(starts) - 1, num_devices * room):
-        members = np.arange(start, min(start + num_devices * room, len(starts) - 1))
-        readers = np.diff(starts)[members]
-        prefixes = np.full((num_devices, room), pairs.prefix[order[starts[start]]])
+    num_blocks = -(-len(chunks) // (num_devices * size))
+    room = -(-len(chunks) // (num_blocks * num_devices))
+    for start in range(0, len(chunks), num_devices * room):
+        members = chunks[start : start + num_devices * room]
+        prefixes = np.full((num_devices, room), pairs.prefix[members[0][0]])
         own: list[list[int]] = [[] for _ in range(num_devices)]  # pairs of each device
-        place, taken = np.zeros(n, np.int32), np.zeros(num_devices, int)
-        for member in members[np.argsort(-readers, kind="stable")]:
-            load = [np.inf if taken[d] == room else len(own[d]) for d in range(num_devices)]
-            device = int(np.argmin(load))
-            mine = order[starts[member] : starts[member + 1]]
-            prefixes[device, taken[device]], place[mine] = pairs.prefix[mine[0]], taken[device]
+        taken = [0] * num_devices  # places of each device
+        for chunk in sorted(members, key=len, reverse=True):  # each to the device with the least to do
+            device = min((d for d in range(num_devices) if taken[d] < room), key=lambda d: len(own[d]))
+            prefixes[device, taken[device]], place[chunk] = pairs.prefix[chunk[0]], taken[device]
             taken[device] += 1
-            own[device].extend(mine)
-        shape = (num_devices, -(-max(map(len, own)) // size) * size)
-        rows = np.full(shape, -1)
+            own[device].extend(chunk)
+        rows = np.full((num_devices, -(-max(map(len, own)) // size) * size), -1)
         for device, mine in enumerate(own):
-            rows[device, : len(mine)] = np.array(mine)[np.argsort(-suffix_lengths[mine], kind="stable")]
-        parts = np.split(rows, shape[1] // size, axis=1)
+            rows[device, : len(mine)] = sorted(mine, key=lambda pair: -suffix_lengths[pair])
+        parts = np.split(rows, rows.shape[1] // size, axis=1)
         yield Block(prefixes, [Batch(part, np.where(part < 0, 0, place[part])) for part in parts])
+
+
+def by_passage(pairs: Pairs, size: int) -> list[Int[np.ndarray, " _"]]:
+    """Chunks of at most `size` pairs that share a passage, those of the longest passage first."""
+    order = np.lexsort((pairs.prefix, -pairs.prefixes.lengths[pairs.prefix]))
+    shared = np.split(order, np.flatnonzero(np.diff(pairs.prefix[order])) + 1)
+    return [some[start : start + size] for some in shared for start in range(0, len(some), size)]
 
 
 def suffixes(pairs: Pairs, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -143,12 +142,9 @@ def answer_tokens(pairs: Pairs, batch: Batch, slots: int) -> tuple[np.ndarray, n
     room = -(-int(lengths.sum(axis=1).max()) // step) * step
     where, ids = np.zeros((2, num_devices, room), np.int32)
     owner = []
-    for device in range(num_devices):
-        s = np.repeat(np.arange(size), lengths[device])
-        pair, t = (
-            batch.pairs[device, s],
-            np.arange(len(s)) - np.repeat(np.cumsum(lengths[device]) - lengths[device], lengths[device]),
-        )
+    for device, (own, counts) in enumerate(zip(batch.pairs, lengths, strict=True)):
+        s = np.repeat(np.arange(size), counts)
+        pair, t = own[s], np.concatenate([np.arange(count) for count in counts])
         where[device, : len(s)] = s * slots + pairs.queries.lengths[pairs.query[pair]] - 1 + t
         ids[device, : len(s)] = pairs.answers.tokens[pairs.answers.starts[pairs.answer[pair]] + t]
         owner.append((pair, t, device * room + np.arange(len(s))))

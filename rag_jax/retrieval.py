@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from rag_jax import rag, sharding
 from rag_jax.data import segments
-from rag_jax.inference import ROWS, Places
+from rag_jax.inference import Places
 
 # Scores that exist at one time on a device: (queries, passages) float32 of at most this many numbers, 64 MB.
 SCORES_AT_A_TIME = 2**24
@@ -73,7 +73,8 @@ def _encoder(model: rag.Rag, places: Places) -> Callable[..., tuple[Float[Array,
     def own(retriever: Any, ids: Int[Array, "b L"], mask: Bool[Array, "b L"]) -> tuple[Float[Array, "b E"]]:
         return (rag.encode(retriever, ids, mask, model.pooling),)
 
-    return places.program(model, own, (ROWS, ROWS), (ROWS,))
+    rows = sharding.BATCH
+    return places.program(model, own, (rows, rows), (rows,))
 
 
 def top_k(

@@ -107,7 +107,7 @@ def compiled(step: Step, state: TrainState, batch: Any) -> Step:
     What the compiler took goes back to the system: glibc would keep it for the process, half a gigabyte that the
     program's own memory then stands beside.
     """
-    program = step.lower(state, batch).compile()  # type: ignore[attr-defined]  (a jitted function)
+    program = step.lower(state, batch).compile()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:  # of glibc alone

@@ -4,6 +4,7 @@ A tokenizer here is a fast one of `transformers`; every function tokenises all i
 """
 
 import dataclasses
+import functools
 import string
 import sys
 from collections.abc import Iterable, Sequence
@@ -37,7 +38,7 @@ class Ragged:
     def __getitem__(self, row: int | np.integer) -> np.ndarray:
         return self.tokens[self.starts[row] : self.starts[row + 1]]
 
-    @property
+    @functools.cached_property
     def lengths(self) -> np.ndarray:  # (rows,)
         return np.diff(self.starts)
 
