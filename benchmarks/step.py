@@ -63,6 +63,10 @@ def main() -> None:
     parser.add_argument("--only", choices=("ours", "torch"), help="one side alone")
     parser.add_argument("--side", choices=("ours", "torch"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if 0 < args.group_size < (K := CASES[args.case].candidates):
+        parser.error(
+            f"--group-size={args.group_size}: the {args.case} case reads {K} passages of a group; give {K} or more"
+        )
     if args.side:
         print(json.dumps(SIDES[args.side](args)))
         return
