@@ -3,8 +3,8 @@
     python -m benchmarks.objectives --rows=TRAIN.csv --held-out=EVAL.csv --models=quickstart/models --out=RUNS
 
 Every objective, with random and with mined groups, and every seed is a run of `rag_jax.main` in a folder of its own
-below --out, then one of `rag_jax.evaluate`; what is finished stays, so the command can be stopped and typed again.
-`--config.KEY=VALUE` goes to all.
+below --out, then evaluated: retrieval with all held-out rows, answers with `eval.rows` of them. What is finished stays
+in --record and is not run again, so the command can be stopped and typed again. `--config.KEY=VALUE` goes to all.
 """
 
 import argparse
@@ -47,17 +47,47 @@ def main() -> None:
     parser.add_argument("--held-out", help="rows to evaluate on, of other passages")
     parser.add_argument("--models", type=pathlib.Path, help="a folder with minilm and smollm2-135m")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="where the runs are kept")
+    parser.add_argument(
+        "--record", type=pathlib.Path, help="a line for each measured pair; OUT/measured.jsonl if not given"
+    )
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--only", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES), help="some of them")
     args, more = parser.parse_known_args()
+    record = Record(args.record or args.out / "measured.jsonl", {"steps": args.steps, "config": more})
     points = [(name, mined) for name in args.only for mined in (False, *([True] if name in MINED else []))]
-    results: dict[tuple[str, bool], list[dict]] = {point: [] for point in points}
-    for seed in range(args.seeds):
-        for point in points:
-            results[point].append(run(args, more, *point, seed))
-    untrained = evaluate(args, [f"--config={args.config}", *words(args), *more], args.out / "untrained.json")
-    print(table(args, untrained, results))
+    for seed in args.seeds:
+        for name, mined in points:
+            if record.of(name, mined, seed) is None:
+                record.add(name, mined, seed, run(args, more, name, mined, seed))
+    if record.of("untrained", False, None) is None:
+        record.add("untrained", False, None, measure(args, more, None))
+    print(table(args, points, record))
+
+
+class Record:
+    """What was measured, a line of JSON each: of which pair, under which settings, and the figures."""
+
+    def __init__(self, path: pathlib.Path, settings: dict):
+        self.path, self.settings = path, settings
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        self.lines = [json.loads(line) for line in lines]
+        for line in self.lines:
+            if line["settings"] != settings:
+                raise SystemExit(
+                    f"--record={path}: was measured under {line['settings']}, not {settings}; name another"
+                )
+
+    def of(self, name: str, mined: bool, seed: int | None) -> dict | None:
+        which = {"name": name, "mined": mined, "seed": seed}
+        return next((line["measured"] for line in self.lines if which.items() <= line.items()), None)
+
+    def add(self, name: str, mined: bool, seed: int | None, measured: dict) -> None:
+        line = {"name": name, "mined": mined, "seed": seed, "settings": self.settings, "measured": measured}
+        self.lines.append(line)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def words(args: argparse.Namespace, values: dict | None = None) -> list[str]:
@@ -69,45 +99,78 @@ def words(args: argparse.Namespace, values: dict | None = None) -> list[str]:
 
 
 def run(args: argparse.Namespace, more: list[str], name: str, mined: bool, seed: int) -> dict:
-    """What is measured after the last step of a run, which is made unless it is there."""
+    """Trains a pair and measures it; its checkpoints, gigabytes, are then removed."""
     workdir = args.out / f"{name.replace(', ', ' ').replace(' ', '_')}{'_mined' if mined else ''}_{seed}"
     values = {
         "total_steps": args.steps,
         "seed": seed,
         "eval.every_steps": 0,
-        "checkpoint.every_steps": 25,
+        "checkpoint.every_steps": 20,
         "checkpoint.keep": 1,
         "mining.every_steps": -(-args.steps // 3) if mined else 0,
     } | OBJECTIVES[name]
-    record = workdir / "measured.json"
-    if not record.is_file():
-        print(workdir.name, file=sys.stderr, flush=True)
-        command = [sys.executable, "-m", "rag_jax.main", f"--config={args.config}", f"--workdir={workdir}"]
-        subprocess.run([*command, *words(args, values), *more], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    measured = evaluate(args, [f"--workdir={workdir}"], record)
-    shutil.rmtree(workdir / "checkpoints", ignore_errors=True)  # gigabytes a run
+    print(workdir.name, file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "rag_jax.main", f"--config={args.config}", f"--workdir={workdir}"]
+    subprocess.run([*command, *words(args, values), *more], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    exported = workdir / "exported"
+    command = [sys.executable, "-m", "rag_jax.export", f"--workdir={workdir}", f"--out={exported}"]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    measured = measure(args, more, exported) | minings(workdir)
+    shutil.rmtree(exported)
+    shutil.rmtree(workdir / "checkpoints")
     return measured
 
 
-def evaluate(args: argparse.Namespace, which: list[str], record: pathlib.Path) -> dict:
-    """What `rag_jax.evaluate` prints, kept in `record`."""
-    if not record.is_file():
-        command = [sys.executable, "-m", "rag_jax.evaluate", "--json", *which]
-        printed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-        record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(printed.splitlines()[-1] + "\n", encoding="utf-8")
-    return json.loads(record.read_text(encoding="utf-8"))
+def measure(args: argparse.Namespace, more: list[str], exported: pathlib.Path | None) -> dict:
+    """Retrieval with all held-out rows, answers with `eval.rows` of them; of an exported pair or the untrained one."""
+    paths = {f"{role}.path": exported / role for role in ("retriever", "generator")} if exported else {}
+    common = [f"--config={args.config}", *words(args, paths), *more]
+    alone = {"eval.rows": 0, "generator.path": "None", "objective.name": "none"}
+    answers = evaluate(common)
+    retrieval = evaluate([*common, *(f"--config.{key}={value}" for key, value in alone.items())])
+    counts = answers["counts"] | {"queries, retrieval": retrieval["counts"]["queries"]}
+    return answers | retrieval | {"counts": counts}
 
 
-def table(args: argparse.Namespace, untrained: dict, results: dict[tuple[str, bool], list[dict]]) -> str:
+def evaluate(command_words: list[str]) -> dict:
+    """The figures that `rag_jax.evaluate` prints, and what they are of."""
+    command = [sys.executable, "-m", "rag_jax.evaluate", "--json", *command_words]
+    printed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found = json.loads(printed.splitlines()[-1])
+    return {key: value for key, value in found.items() if key.startswith("eval/")} | {"counts": found["counts"]}
+
+
+def minings(workdir: pathlib.Path) -> dict:
+    """How hard the mined groups were beside random ones, at the first mining and at the last."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    mined = [line for line in lines if "mining/not_first" in line]
+    names = {"groups": "mining/not_first", "random groups": "mining/random_not_first"}
+    ends = {"first": mined[0], "last": mined[-1]} if mined else {}
+    return {f"{groups}, {end}": line[key] for end, line in ends.items() for groups, key in names.items()}
+
+
+def table(args: argparse.Namespace, points: list[tuple[str, bool]], record: Record) -> str:
+    untrained = record.of("untrained", False, None)
+    assert untrained is not None
     counts = untrained["counts"]
     lines = [
-        f"{args.steps} steps, {args.seeds} seeds (mean, and ± half of the spread), "
-        f"{counts['queries']:,} held-out queries, {counts['passages']:,} passages",
+        f"{args.steps} steps, {len(args.seeds)} seeds (mean, and ± half of the spread); retrieval: "
+        f"{counts['queries, retrieval']:,} held-out queries, {counts['passages']:,} passages; "
+        f"answers: {counts['queries']:,} queries, EM and F1 of {counts['answers']:,}",
         f"{'':<32}" + "".join(f"{column:>16}" for column in COLUMNS),
+        row("untrained", [untrained]),
     ]
-    lines.append(row("untrained", [untrained]))
-    lines += [row(name + (", mined groups" if mined else ""), found) for (name, mined), found in results.items()]
+    for name, mined in points:
+        found = [record.of(name, mined, seed) for seed in args.seeds]
+        lines.append(row(name + (", mined groups" if mined else ""), [one for one in found if one is not None]))
+    hardest = [line["measured"] for line in record.lines if "groups, first" in line["measured"]]
+    if hardest:
+        lines.append("share of rows whose own passage is not the nearest of its group, all mined runs:")
+        for end in ("first", "last"):
+            mined, by_chance = (
+                statistics.mean(one[f"{groups}, {end}"] for one in hardest) for groups in ("groups", "random groups")
+            )
+            lines.append(f"  at the {end} mining: {mined:.3f} of mined groups, {by_chance:.3f} of random ones")
     return "\n".join(lines)
 
 
