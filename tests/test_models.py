@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from typing import NamedTuple
 
 import jax
@@ -278,6 +279,19 @@ def test_prefill_and_decode_equal_the_plain_forward(family):
         got, cache = decode(graphdef, params, batch.ids[rows, lengths + step], cache)
         assert relative(got, np.asarray(hidden)[rows, lengths + step]) < 1e-5
     np.testing.assert_array_equal(cache.length, lengths + steps)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama2", "qwen3"])
+def test_every_product_is_in_the_dtype_of_the_parameters(family):
+    """One float32 value on the way would make all that follows float32."""
+    graphdef, params = make_model(family)
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    ids, mask = map(jnp.asarray, make_batch("right")[:2])
+    lowered = jax.jit(lambda params: nnx.merge(graphdef, params)(ids, mask)).lower(half)
+    assert lowered.out_info.dtype == jnp.bfloat16
+    operands = re.findall(r"dot_general .* : \(tensor<[^>]*x(\w+)>, tensor<[^>]*x(\w+)>\)", lowered.as_text())
+    assert len(operands) >= 8
+    assert set(operands) == {("bf16", "bf16")}
 
 
 @pytest.mark.parametrize("policy", ["dots", "full"])

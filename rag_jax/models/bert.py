@@ -30,9 +30,9 @@ class BertEmbed(nnx.Module):
     """Sum of word, position and token-type embeddings (the type is always 0: one text a row), normalised."""
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
-        self.word = nnx.Embed(config.vocab_size, config.width, rngs=rngs)
-        self.position = nnx.Embed(config.max_positions, config.width, rngs=rngs)
-        self.token_type = nnx.Embed(config.type_vocab_size, config.width, rngs=rngs)
+        self.word = layers.Embed(config.vocab_size, config.width, rngs=rngs)
+        self.position = layers.Embed(config.max_positions, config.width, rngs=rngs)
+        self.token_type = layers.Embed(config.type_vocab_size, config.width, rngs=rngs)
         self.norm = layers.layer_norm(config.width, config.norm_eps, rngs)
 
     def __call__(self, ids: Int[Array, "B L"], positions: Int[Array, "B L"]) -> Float[Array, "B L D"]:

@@ -18,7 +18,7 @@ from rag_jax.models.layers import Rope
 class Cache(NamedTuple):
     """Keys and values of every layer; of each row's `max_len` slots the first `length` are filled."""
 
-    key: Float[Array, "N S G M C"]
+    key: Float[Array, "N S G C M"]
     value: Float[Array, "N S G M C"]
     length: Int[Array, " S"]
 
@@ -105,21 +105,22 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "S L D"], Cache]:
         """Runs right-padded prompts; their hidden states, and a cache with room for `max_len` tokens a row."""
         x, (key, value) = self._forward(ids, attention_mask, keep=True)
-        room = ((0, 0), (0, 0), (0, 0), (0, max_len - ids.shape[1]), (0, 0))
-        length = attention_mask.sum(axis=-1, dtype=jnp.int32)
-        return self.norm(x), Cache(jnp.pad(key, room), jnp.pad(value, room), length)
+        none, room = (0, 0), (0, max_len - ids.shape[1])
+        key = jnp.pad(key, (none, none, none, none, room))
+        value = jnp.pad(value, (none, none, none, room, none))
+        return self.norm(x), Cache(key, value, attention_mask.sum(axis=-1, dtype=jnp.int32))
 
     def extend(
         self, ids: Int[Array, "S L"], attention_mask: Bool[Array, "S L"], cache: Cache
     ) -> tuple[Float[Array, "S L D"], Cache]:
         """Further right-padded tokens a row: their hidden states, and the cache with them."""
-        num_slots = cache.key.shape[3]
+        num_slots = cache.key.shape[-1]
         positions = cache.length[:, None] + layers.positions_of(attention_mask)
         x, (key, value) = self._further(ids, attention_mask, cache, None, keep=True)
         # Padding is written outside of the cache, that is nowhere.
         rows, into = jnp.arange(ids.shape[0])[:, None], jnp.where(attention_mask, positions, num_slots)
         cache = Cache(
-            cache.key.at[:, rows, :, into].set(jnp.transpose(key, (1, 3, 0, 2, 4)), mode="drop"),
+            cache.key.at[:, rows, :, :, into].set(jnp.transpose(key, (1, 4, 0, 2, 3)), mode="drop"),
             cache.value.at[:, rows, :, into].set(jnp.transpose(value, (1, 3, 0, 2, 4)), mode="drop"),
             cache.length + attention_mask.sum(axis=-1, dtype=jnp.int32),
         )
@@ -167,7 +168,8 @@ class Decoder(nnx.Module):
         """`_forward` of tokens behind the rows of a cache, or behind some of them."""
         length = cache.length if rows is None else cache.length[rows]
         positions = length[:, None] + layers.positions_of(attention_mask)
-        slots = jnp.broadcast_to(jnp.arange(cache.key.shape[3]), (ids.shape[0], cache.key.shape[3]))
+        num_slots = cache.key.shape[-1]
+        slots = jnp.broadcast_to(jnp.arange(num_slots), (ids.shape[0], num_slots))
         before = self._in_window(positions, slots) & (slots < length[:, None])[:, None, :]
         looks = jnp.concatenate([before, self._causal_mask(attention_mask)], axis=-1)
         rope = self._rope(positions)

@@ -27,8 +27,8 @@ class Gpt2Config:
 
 class Gpt2Embed(nnx.Module):
     def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs):
-        self.word = nnx.Embed(config.vocab_size, config.width, rngs=rngs)
-        self.position = nnx.Embed(config.max_positions, config.width, rngs=rngs)
+        self.word = layers.Embed(config.vocab_size, config.width, rngs=rngs)
+        self.position = layers.Embed(config.max_positions, config.width, rngs=rngs)
 
 
 class Gpt2Mlp(nnx.Module):

@@ -15,7 +15,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
-KeysValues = tuple[Float[Array, "B G _ C"], Float[Array, "B G _ C"]]  # of any number of tokens
+# Of any number of tokens. Keys are kept transposed, as their product with queries reads them: XLA's CPU backend would
+# turn all of them around again at every token that is decoded.
+KeysValues = tuple[Float[Array, "B G C _"], Float[Array, "B G _ C"]]
 Rope = tuple[Float[Array, "B L C2"], Float[Array, "B L C2"]]
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -43,6 +45,16 @@ def flat_dot_general(x: jax.Array, kernel: jax.Array, dimensions: Any, **kwargs:
 
 def linear(in_width: int, out_width: int, *, bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
     return nnx.Linear(in_width, out_width, use_bias=bias, dot_general=flat_dot_general, rngs=rngs)
+
+
+class Embed(nnx.Embed):
+    """Rows of a table in the dtype that the table has by now: nnx.Embed returns the one that it was made in.
+
+    A float32 row here would make all that follows float32, whatever the compute dtype.
+    """
+
+    def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+        return jnp.take(self.embedding[...], ids, axis=0)
 
 
 def layer_norm(width: int, eps: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -102,8 +114,8 @@ def attend(
 ) -> Float[Array, "B H L C"]:
     """Scaled dot-product attention over the keys of all parts as if they stood in one array; (L, M) masks beside them.
 
-    Grouped heads, softmax in float32. A row that may look at nothing gives a mean. Keys and values are neither joined
-    nor transposed: the parts share one maximum and one sum, by which the result is divided at the end.
+    Grouped heads, softmax in float32. A row that may look at nothing gives a mean. Parts are never joined: they share
+    one maximum and one sum, by which the result is divided at the end.
     """
     B, H, L, C = query.shape
     G = parts[0][0][0].shape[1]
@@ -111,7 +123,7 @@ def attend(
     grouped = (query * C**-0.5).reshape(B, G, R * L, C)
     scores = []
     for (key, _), mask in parts:
-        part = jax.lax.dot_general(grouped, key, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+        part = jax.lax.dot_general(grouped, key, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
         seen = jnp.where(mask[:, None, None], part.reshape(B, G, R, L, -1), jnp.finfo(jnp.float32).min)
         scores.append(seen.reshape(part.shape))
     highest = functools.reduce(jnp.maximum, (jnp.max(part, axis=-1, keepdims=True) for part in scores))
@@ -172,7 +184,7 @@ class Attention(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if rope is not None:
             query, key = rotate(query, rope), rotate(key, rope)
-        own = (key, value)
+        own = (jnp.swapaxes(key, -1, -2), value)
         earlier = mask.shape[-1] - L
         parts = [(own, mask[:, :, earlier:])]
         if context is not None:

@@ -70,7 +70,7 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
 
 class LlamaEmbed(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        self.word = nnx.Embed(config.vocab_size, config.width, rngs=rngs)
+        self.word = layers.Embed(config.vocab_size, config.width, rngs=rngs)
 
 
 class LlamaMlp(nnx.Module):
