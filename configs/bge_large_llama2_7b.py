@@ -7,7 +7,7 @@ The models come from the Hugging Face hub (15 GB; Llama 2 asks you to accept its
 
 Cost: 7.1 billion parameters with their moments are 85 GB in float32, shared by all devices. The batch gives each of 256
 devices one group; with fewer, each goes through several, one after the other. On 256 TPU v5e the compiler wants
-13.8 GiB a device and a step takes 3.7 s at best; ask for other machines:
+9.4 GiB a device and a step takes 3.6 s at best; ask for other machines:
 
     python -m rag_jax.plan --config=configs/bge_large_llama2_7b.py --topology=h100:64
 
