@@ -111,7 +111,9 @@ def run(args: argparse.Namespace, more: list[str], name: str, mined: bool, seed:
     } | OBJECTIVES[name]
     print(workdir.name, file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "rag_jax.main", f"--config={args.config}", f"--workdir={workdir}"]
-    subprocess.run([*command, *words(args, values), *more], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    # What tells the rows of the table apart comes last and so overrides what goes to all.
+    given = [*words(args), *more, *(f"--config.{key}={value}" for key, value in values.items())]
+    subprocess.run([*command, *given], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     exported = workdir / "exported"
     command = [sys.executable, "-m", "rag_jax.export", f"--workdir={workdir}", f"--out={exported}"]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
