@@ -115,6 +115,7 @@ def run(args: argparse.Namespace, more: list[str], name: str, mined: bool, seed:
     given = [*words(args), *more, *(f"--config.{key}={value}" for key, value in values.items())]
     subprocess.run([*command, *given], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     exported = workdir / "exported"
+    shutil.rmtree(exported, ignore_errors=True)  # of an evaluation that was stopped; an export overwrites nothing
     command = [sys.executable, "-m", "rag_jax.export", f"--workdir={workdir}", f"--out={exported}"]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     measured = measure(args, more, exported) | minings(workdir)
@@ -156,7 +157,7 @@ def table(args: argparse.Namespace, points: list[tuple[str, bool]], record: Reco
     assert untrained is not None
     counts = untrained["counts"]
     lines = [
-        f"{args.steps} steps, {len(args.seeds)} seeds (mean, and ± half of the spread); retrieval: "
+        f"{args.steps} steps, {len(args.seeds)} seed(s) (mean, and ± half of the spread); retrieval: "
         f"{counts['queries, retrieval']:,} held-out queries, {counts['passages']:,} passages; "
         f"answers: {counts['queries']:,} queries, EM and F1 of {counts['answers']:,}",
         f"{'':<32}" + "".join(f"{column:>16}" for column in COLUMNS),
