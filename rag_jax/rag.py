@@ -187,10 +187,10 @@ def answer_log_probs(
     return log_probs.reshape(B, K, num_tokens)
 
 
-def group_nll(
+def group_log_probs(
     generator: Decoder, objective: Objective, group: Any, group_embs: Embs | None, keys: Any
-) -> Float[Array, ""]:
-    """Summed negative log marginal of one group's answers, each read with K passages of the group."""
+) -> tuple[Float[Array, "b K"], Float[Array, "b K T"]]:
+    """Of a group's rows with K passages of the group each, the own one first: doc_log_probs and token_log_probs."""
     b, negatives = group.suffix_ids.shape[0], group.negatives
     prefix = (group.prefix_ids, group.prefix_mask)
     if group_embs is None:
@@ -208,7 +208,7 @@ def group_nll(
     token_log_probs_bKT = answer_log_probs(
         generator, hidden_bKLD, group.suffix_ids, group.answer_start, group.answer_mask.shape[1]
     )
-    return losses.marginal_nll(objective.name, losses.doc_log_probs(scores_bK), token_log_probs_bKT, group.answer_mask)
+    return losses.doc_log_probs(scores_bK), token_log_probs_bKT
 
 
 def map_blocks(fn: Callable[[Any], Any], rows: Any, size: int) -> Any:
@@ -314,7 +314,8 @@ def marginal_share(
 
     def nll(rows: Any) -> Array:
         group, group_embs, keys = rows
-        return group_nll(generator, rag.objective, group, group_embs, keys)
+        log_probs = group_log_probs(generator, rag.objective, group, group_embs, keys)
+        return losses.marginal_nll(rag.objective.name, *log_probs, group.answer_mask)
 
     nll_G = map_blocks(nll, (batch, embs, dropout_keys), rag.group_size)
     return jnp.sum(nll_G) / jnp.maximum(rag.sum_of_all(jnp.sum(batch.answer_mask)), 1)

@@ -134,16 +134,13 @@ def row_terms(model: Any, params: Any, batch: Any, key: Any) -> dict[str, Any]:
         generator, size = model.model("generator", params), model.group_size
         generator_keys = rag.named_keys(keys, "generator")
 
-        def one(place: Any, group: Any, group_embs: Any, group_keys: Any) -> Any:
-            """The group's marginal, of the answer in one place alone."""
-            only = group._replace(answer_mask=group.answer_mask & (jnp.arange(size) == place)[:, None])
-            return rag.group_nll(generator, model.objective, only, group_embs, group_keys)
+        def group_terms(parts: Any) -> Any:
+            group, group_embs, group_keys = parts
+            log_probs = rag.group_log_probs(generator, model.objective, group, group_embs, group_keys)
+            return -losses.log_marginal(model.objective.name, *log_probs, group.answer_mask)
 
         def split(tree: Any) -> Any:
             return jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), tree)
-
-        def group_terms(parts: Any) -> Any:
-            return jax.lax.map(lambda place: one(place, *parts), jnp.arange(size))
 
         terms["marginal"] = jax.lax.map(group_terms, split((batch, embs, generator_keys))).reshape(-1)
     return terms
