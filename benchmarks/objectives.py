@@ -26,8 +26,8 @@ OBJECTIVES = {
     "token": {"objective.name": "token"},
     "sequence": {"objective.name": "sequence"},
 }
-# With one candidate nothing but the contrastive loss looks at groups, and it looks at the whole batch.
-MINED = ("contrastive only", "token", "sequence")
+# Those to which it matters who is in a batch.
+MINED = ("contrastive only", "both, apart", "token", "sequence")
 COLUMNS = {
     "recall@1": "eval/recall@1",
     "MRR@10": "eval/mrr@10",

@@ -142,7 +142,7 @@ KEYS: dict[str, Key] = {
     "optimizer.schedule": Key(str, one_of(*SCHEDULES), "course of the learning rate"),
     "optimizer.warmup_steps": Key(int, at_least(0), "steps up to the highest learning rate"),
     "optimizer.weight_decay": Key(float, at_least(0), "AdamW's, times the learning rate"),
-    "optimizer.clip_norm": Key(float | None, positive, "highest global norm of the gradients; None: no clipping"),
+    "optimizer.clip_norm": Key(float | None, positive, "highest norm of each model's gradients; None: no clipping"),
     "optimizer.rate_rules": Key(Rules, rules, "(regex of a parameter's path, multiplier of the rate); 0: frozen"),
     "optimizer.decay_rules": Key(Rules, rules, "(regex of a parameter's path, multiplier of weight_decay)"),
     "mining.every_steps": Key(

@@ -52,10 +52,10 @@ def learning_rate(section: Any, total_steps: int) -> Schedule:
 def make_optimizer(section: Any, total_steps: int, params: Any) -> optax.GradientTransformation:
     """AdamW by the config's `optimizer` section for these parameters (arrays or shapes; None leaves are left out).
 
-    Clipping comes first, over the gradients of all of them; a path's multipliers act on its rate (the decay included,
-    as decay is multiplied by the rate) and on its weight decay.
+    Clipping comes first, of each model by its own norm; a path's multipliers act on its rate (the decay included, as
+    decay is multiplied by the rate) and on its weight decay.
     """
-    parts = [] if section.clip_norm is None else [optax.clip_by_global_norm(section.clip_norm)]
+    parts = [] if section.clip_norm is None else [clip_each(section.clip_norm)]
     parts.append(optax.scale_by_adam())
     if section.weight_decay:
         decays = multipliers(params, section.decay_rules, "optimizer.decay_rules")
@@ -65,6 +65,20 @@ def make_optimizer(section: Any, total_steps: int, params: Any) -> optax.Gradien
     if any(rate != 1.0 for rate in jax.tree.leaves(rates)):
         parts.append(optax.stateless(lambda updates, _: jax.tree.map(lambda u, r: u * r, updates, rates)))
     return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate(section, total_steps)))
+
+
+def clip_each(max_norm: float) -> optax.GradientTransformation:
+    """Scales the gradients of each model down to `max_norm`, on its own.
+
+    A generator's are several times as long as a retriever's. Under one norm for both, a step would count for the
+    retriever by how short the generator's happened to be, even where no loss joins the two.
+    """
+    clip = optax.clip_by_global_norm(max_norm)
+
+    def clip_model(grads: Any) -> Any:
+        return clip.update(grads, optax.EmptyState())[0]
+
+    return optax.stateless(lambda updates, _: {role: clip_model(grads) for role, grads in updates.items()})
 
 
 def updates_done(opt_state: Any) -> jax.Array:

@@ -69,32 +69,42 @@ def numpy_adamw(params, grads_by_step, rates, decays, clip):
     return params
 
 
-def test_updates_are_adamw_with_clipping_and_multipliers_by_path():
+def test_updates_are_adamw_with_each_model_clipped_by_itself_and_multipliers_by_path():
     rng = np.random.default_rng(0)
     shapes = {"kernel": (3, 4), "bias": (4,), "slow": (2,)}
-    params = {k: rng.normal(size=s) for k, s in shapes.items()}
-    grads_by_step = [{k: 10 * rng.normal(size=s) for k, s in shapes.items()} for _ in range(4)]
-    expected = numpy_adamw(
-        dict(params),
-        grads_by_step,
-        rates={"kernel": 0.1, "bias": 0.1, "slow": 0.025},
-        decays={"kernel": 0.3, "bias": 0.0, "slow": 0.15},
-        clip=1.5,
-    )
+    # The second model's gradients are far longer, and a part of the first one's are short enough to be left alone.
+    sizes = {"retriever": (0.01, 1, 10, 10), "generator": (100, 1000, 100, 1000)}
+    params = {role: {k: rng.normal(size=s) for k, s in shapes.items()} for role in sizes}
+    grads_by_step = {
+        role: [{k: size * rng.normal(size=s) for k, s in shapes.items()} for size in of_steps]
+        for role, of_steps in sizes.items()
+    }
+    expected = {
+        role: numpy_adamw(
+            dict(params[role]),
+            grads_by_step[role],
+            rates={"kernel": 0.1, "bias": 0.1, "slow": 0.025},
+            decays={"kernel": 0.3, "bias": 0.0, "slow": 0.15},
+            clip=1.5,
+        )
+        for role in sizes
+    }
     config = section(
         weight_decay=0.3,
         clip_norm=1.5,
         rate_rules=(("slow", 0.25), (".*", 1.0)),
         decay_rules=(("bias$", 0.0), ("slow", 0.5), (".*", 1.0)),
     )
-    tree = {"model": {k: jnp.asarray(p, jnp.float32) for k, p in params.items()}}
+    tree = jax.tree.map(jnp.float32, params)
     optimizer = optim.make_optimizer(config, 4, tree)
     state = optimizer.init(tree)
-    for grads in grads_by_step:
-        updates, state = optimizer.update({"model": jax.tree.map(jnp.float32, grads)}, state, tree)
+    for step in range(4):
+        grads = {role: jax.tree.map(jnp.float32, of_steps[step]) for role, of_steps in grads_by_step.items()}
+        updates, state = optimizer.update(grads, state, tree)
         tree = optax.apply_updates(tree, updates)
-    for name, value in expected.items():
-        np.testing.assert_allclose(tree["model"][name], value, rtol=2e-5, atol=5e-6, err_msg=name)
+    for role, of_model in expected.items():
+        for name, value in of_model.items():
+            np.testing.assert_allclose(tree[role][name], value, rtol=2e-5, atol=5e-6, err_msg=f"{role}/{name}")
 
 
 def params_of_two():
