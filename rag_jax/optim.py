@@ -70,8 +70,8 @@ def make_optimizer(section: Any, total_steps: int, params: Any) -> optax.Gradien
 def clip_each(max_norm: float) -> optax.GradientTransformation:
     """Scales the gradients of each model down to `max_norm`, on its own.
 
-    Under one norm for both, how much a step counts for the retriever would hang on the generator's gradients, even where
-    no loss joins the two.
+    Under one norm for both, how much a step counts for the retriever would hang on the generator's gradients, even
+    where no loss joins the two.
     """
     clip = optax.clip_by_global_norm(max_norm)
 
