@@ -75,10 +75,10 @@ def clip_each(max_norm: float) -> optax.GradientTransformation:
     """
     clip = optax.clip_by_global_norm(max_norm)
 
-    def clip_model(grads: Any) -> Any:
-        return clip.update(grads, optax.EmptyState())[0]
+    def clip_models(updates: Any, _: Any) -> dict[str, Any]:
+        return {role: clip.update(grads, optax.EmptyState())[0] for role, grads in updates.items()}
 
-    return optax.stateless(lambda updates, _: {role: clip_model(grads) for role, grads in updates.items()})
+    return optax.stateless(clip_models)
 
 
 def updates_done(opt_state: Any) -> jax.Array:
