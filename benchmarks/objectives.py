@@ -3,8 +3,9 @@
     python -m benchmarks.objectives --rows=TRAIN.csv --held-out=EVAL.csv --models=quickstart/models --out=RUNS
 
 Every objective, with random and with mined groups, and every seed is a run of `rag_jax.main` in a folder of its own
-below --out, then evaluated: retrieval with all held-out rows, answers with `eval.rows` of them. What is finished stays
-in --record and is not run again, so the command can be stopped and typed again. `--config.KEY=VALUE` goes to all.
+below --out, then evaluated: retrieval with all held-out rows, answers with `eval.rows` of them. All train on the rows
+that a generator does not leave out, so those of one seed see the same batches. What is finished stays in --record and
+is not run again: the command can be stopped and typed again. `--config.KEY=VALUE` goes to all.
 """
 
 import argparse
@@ -14,6 +15,12 @@ import shutil
 import statistics
 import subprocess
 import sys
+
+import numpy as np
+
+from rag_jax import config, data, quickstart
+from rag_jax import run as runs
+from rag_jax.data import rows as row_files
 
 ROOT = pathlib.Path(__file__).parent.parent
 # What each row of the table trains. The first three never let the generator teach the retriever: they are what the
@@ -55,6 +62,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES), help="some of them")
     args, more = parser.parse_known_args()
     record = Record(args.record or args.out / "measured.jsonl", {"steps": args.steps, "config": more})
+    args.rows = read_by_all(args, more)
     points = [(name, mined) for name in args.only for mined in (False, *([True] if name in MINED else []))]
     for seed in args.seeds:
         for name, mined in points:
@@ -96,6 +104,23 @@ def words(args: argparse.Namespace, values: dict | None = None) -> list[str]:
     if args.models:
         given |= {"retriever.path": args.models / "minilm", "generator.path": args.models / "smollm2-135m"}
     return [f"--config.{key}={value}" for key, value in (given | (values or {})).items() if value is not None]
+
+
+def read_by_all(args: argparse.Namespace, more: list[str]) -> pathlib.Path:
+    """A file below --out with the rows that are left where answers are read: none empty, and none too long."""
+    flags = dict(word.removeprefix("--config.").split("=", 1) for word in [*words(args), *more])
+    opened = runs.open_run(config.load(args.config, flags))
+    assert opened.prompt is not None
+    columns = opened.config.data.columns.to_dict()
+    rows = data.read_rows(opened.config.data.train, "--rows", columns)
+    rows = rows.take(row_files.empty_fields(rows, with_answers=True)[0])
+    answers = data.answer_segments(opened.prompt, rows.answers)
+    rows = rows.take(np.flatnonzero(answers.lengths <= opened.config.data.answer_len))
+    path = args.out / "rows.csv"
+    args.out.mkdir(parents=True, exist_ok=True)
+    names = [columns[part] for part in ("query", "passage", "answer")]
+    quickstart.write_csv(path, names, zip(rows.queries, rows.passages, rows.answers, strict=True))
+    return path
 
 
 def run(args: argparse.Namespace, more: list[str], name: str, mined: bool, seed: int) -> dict:
