@@ -268,7 +268,8 @@ def torch_side(args: argparse.Namespace) -> dict:
         optimizer.zero_grad()
         loss = loss_of(models, inputs, objective)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(models.parameters(), section.clip_norm)
+        for model in (models.retriever, models.generator):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), section.clip_norm)
         optimizer.step()
         return loss.item()
 

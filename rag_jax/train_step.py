@@ -83,9 +83,11 @@ def make_train_step(
         grads, metrics = gradients(state.params, state.frozen, batch, state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updates_done = optim.updates_done(state.opt_state) if skips_nonfinite else state.step
+        norms = {role: optax.tree.norm(of_model) for role, of_model in grads.items() if jax.tree.leaves(of_model)}
         metrics |= {
             "optim/learning_rate": jnp.asarray(learning_rate(updates_done), jnp.float32),
-            "optim/grad_norm": optax.tree.norm(grads),
+            "optim/grad_norm": optax.tree.norm(norms),
+            **{f"optim/grad_norm_{role}": norm for role, norm in norms.items()},  # each is clipped on its own
         }
         if batch.stop is not None:
             metrics["stop"] = jnp.max(batch.stop)

@@ -1,6 +1,7 @@
 """The loop, end to end: trained, stopped, gone on with, evaluated; on tiny models through the real commands."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -65,10 +66,13 @@ def test_the_record_has_every_step_once_and_the_names_of_the_contract(whole):
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
     line = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[1])
     assert set(line) == {
-        "step", "loss/total", "loss/contrastive", "loss/marginal", "optim/learning_rate", "optim/grad_norm",
+        "step", "loss/total", "loss/contrastive", "loss/marginal", "optim/learning_rate",
+        "optim/grad_norm", "optim/grad_norm_retriever", "optim/grad_norm_generator",
         "time/step_s", "time/data_wait_s", "time/compile_s", "time/eval_s", "time/checkpoint_s", "time/mining_s",
         "throughput/queries_per_s", "throughput/mfu", "throughput/padding_share",
     }  # fmt: skip
+    of_models = line["optim/grad_norm_retriever"], line["optim/grad_norm_generator"]
+    assert math.isclose(math.hypot(*of_models), line["optim/grad_norm"], rel_tol=1e-6) and min(of_models) > 0
     assert steps[-1]["loss/total"] < steps[0]["loss/total"]
     assert {path.name for path in workdir.iterdir()} == {
         "config.json", "inputs.json", "metrics.jsonl", "checkpoints", "tensorboard", "eval", "models", ".lock"
