@@ -207,9 +207,9 @@ def test_two_processes_stop_at_one_step_and_go_on(tmp_path):
     command = [LAUNCH / "local.sh", *words, "--config.total_steps=1000"]
     process = subprocess.Popen(command, cwd=ROOT, env=clean(more), stdout=subprocess.PIPE, text=True)
     checkpoints = tmp_path / "run" / "checkpoints"
-    wait_for(lambda: process.poll() is not None or any(checkpoints.glob("[0-9]*")), 240)
+    wait_for(lambda: process.poll() is not None or any(checkpoints.glob("[0-9]*")), 600)
     process.terminate()
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=600)
     assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM after step" in out
     step = max(int(path.name) for path in checkpoints.glob("[0-9]*"))
     for said in (f"trained to step {step + 2}", f"is trained to step {step + 2} already"):

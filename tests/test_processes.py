@@ -71,7 +71,7 @@ def started(count, devices, cache, commands):
 def run_together(count, devices, cache, *flags, **values):
     """(exit code, stdout, stderr) of every process."""
     with started(count, devices, cache, [words("main", *flags, **values)] * count) as running:
-        outputs = [process.communicate(timeout=300) for process in running]
+        outputs = [process.communicate(timeout=900) for process in running]
         return [(process.returncode, *output) for process, output in zip(running, outputs, strict=True)]
 
 
@@ -145,7 +145,7 @@ with checkpoint.Checkpoints(pathlib.Path(sys.argv[1]), keep=1) as checkpoints:
 def test_what_two_processes_save_one_restores_bit_for_bit(cache, tmp_path):
     command = [sys.executable, "-c", SAVES_KNOWN_NUMBERS, str(tmp_path)]
     with started(2, 2, cache, [command] * 2) as running:
-        outputs = [process.communicate(timeout=120) for process in running]
+        outputs = [process.communicate(timeout=600) for process in running]
         assert [process.returncode for process in running] == [0, 0], outputs
     known = np.random.default_rng(5).normal(size=(8, 3)).astype(np.float32)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -161,13 +161,13 @@ def test_a_signal_to_one_ends_all_with_one_checkpoint(cache, tmp_path):
     workdir = tmp_path / "run"
     command = words("main", f"--config={TINY}", f"--workdir={workdir}", **VALUES | {"total_steps": 10_000})
     with started(2, 1, cache, [command] * 2) as running:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while time.monotonic() < deadline and not (workdir / "metrics.jsonl").exists():
             time.sleep(0.2)
         while len((workdir / "metrics.jsonl").read_text().splitlines()) < 3 and time.monotonic() < deadline:
             time.sleep(0.2)
         running[1].send_signal(signal.SIGTERM)
-        outputs = [process.communicate(timeout=120) for process in running]
+        outputs = [process.communicate(timeout=600) for process in running]
         assert [process.returncode for process in running] == [128 + signal.SIGTERM] * 2, outputs
     steps = [line["step"] for line in records(workdir)]
     assert steps == list(range(1, steps[-1] + 1))
@@ -179,7 +179,7 @@ def test_processes_that_disagree_say_in_what(cache, tmp_path):
     flags = (f"--config={TINY}", f"--workdir={tmp_path / 'run'}")
     commands = [words("main", *flags, **VALUES), words("main", *flags, **VALUES | {"dropout": 0.2})]
     with started(2, 1, cache, commands) as running:
-        outputs = [process.communicate(timeout=120) for process in running]
+        outputs = [process.communicate(timeout=600) for process in running]
         assert [process.returncode for process in running] == [2, 2], outputs
     assert "the processes of this run disagree: in process 0 config.dropout is 0.1" in outputs[0][1]
     assert "the processes of this run disagree: in process 1 config.dropout is 0.2" in outputs[1][1]
@@ -189,7 +189,7 @@ def test_where_one_cannot_start_none_does(cache, tmp_path):
     flags = (f"--config={TINY}", f"--workdir={tmp_path / 'run'}")
     commands = [words("main", *flags, **VALUES), words("main", *flags, **VALUES | {"data.train": "nothing.csv"})]
     with started(2, 1, cache, commands) as running:
-        outputs = [process.communicate(timeout=120) for process in running]
+        outputs = [process.communicate(timeout=600) for process in running]
         assert [process.returncode for process in running] == [2, 2], outputs
     assert "process 1 cannot start; its own message says why" in outputs[0][1]
     assert "nothing.csv" in outputs[1][1]
