@@ -5,6 +5,7 @@ its optimizer state), `model` (tensor parallel).
 """
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -48,6 +49,23 @@ def make_mesh(replica: int, data: int, model: int, devices: Sequence[Any] | None
     if free:
         sizes[free[0]] = len(devices) // taken
     return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * 3, devices=devices)
+
+
+def connect(mesh: Mesh) -> None:
+    """Devices exchange a number over every set of axes, right after all processes have come.
+
+    Gloo, which carries what processes on CPUs exchange, gives devices that first meet 30 s to come together. Later they
+    may be apart by as long as one compiles and the other does not.
+    """
+    if jax.process_count() == 1:
+        return
+    axes = [axis for axis in AXES if mesh.shape[axis] > 1]
+    sets = [chosen for count in range(1, len(axes) + 1) for chosen in itertools.combinations(axes, count)]
+
+    def sums() -> list[jax.Array]:
+        return [jax.lax.psum(jax.lax.axis_index(chosen), chosen) for chosen in sets]
+
+    jax.block_until_ready(jax.jit(jax.shard_map(sums, mesh=mesh, in_specs=(), out_specs=P(), check_vma=False))())
 
 
 def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:

@@ -71,6 +71,7 @@ def train(config: Any, workdir: pathlib.Path) -> int:
     """
     run.keep_compiled()
     mesh = sharding.make_mesh(**config.mesh.to_dict())
+    sharding.connect(mesh)
     sharding.check_batch(mesh, config.batch_size, config.group_size)
     start_step, damaged = newest_checkpoint(config, workdir)
     with processes.all_or_none():

@@ -128,6 +128,31 @@ def test_a_run_of_two_goes_on_alone(alone, cache, tmp_path):
     assert [line["step"] for line in records(workdir)] == [1, 2, 3, 4]
 
 
+COMPILES_FOR_LONG = """
+import time
+from rag_jax import cli, main, train_step
+
+compiled = train_step.compiled
+train_step.compiled = lambda *words: time.sleep(40) or compiled(*words)
+cli.run(main.main)
+"""
+
+
+@pytest.mark.slow
+def test_one_may_compile_for_longer_than_gloo_waits_for_it(cache, tmp_path):
+    values = VALUES | {"eval__every_steps": 0, "mesh__data": 4}  # so the step is where the devices first meet
+    command = words("main", f"--config={TINY}", f"--workdir={tmp_path}", **values)
+    late = [sys.executable, "-c", COMPILES_FOR_LONG, *command[3:]]
+    with started(2, 2, cache, [command, late]) as running:
+        outputs = [process.communicate(timeout=600) for process in running]
+        assert [process.returncode for process in running] == [0, 0], outputs
+    assert [line["step"] for line in records(tmp_path)] == list(range(1, STEPS + 1))
+    # And on they go, though the first has met the same programs before.
+    values |= {"total_steps": STEPS + 1}
+    ended = run_together(2, 2, cache, f"--config={TINY}", f"--workdir={tmp_path}", **values)
+    assert [code for code, _, _ in ended] == [0, 0], ended
+
+
 SAVES_KNOWN_NUMBERS = """
 import pathlib, sys
 import jax, numpy as np
