@@ -45,7 +45,7 @@ def keep_compiled() -> None:
     Not by several processes on CPUs: only the first of them finds what was kept, and a program from the disk and one
     just compiled exchange in different orders (jaxlib 0.10.2), at which gloo ends the run.
     """
-    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+    if jax.distributed.is_initialized() and jax.default_backend() == "cpu":
         jax.config.update("jax_enable_compilation_cache", False)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache.folder() / "compiled"))

@@ -52,7 +52,7 @@ def make_mesh(replica: int, data: int, model: int, devices: Sequence[Any] | None
 
 
 def connect(mesh: Mesh) -> None:
-    """Devices exchange a number over every set of axes, right after all processes have come.
+    """Devices exchange a number over every set of axes, when all processes have just met.
 
     Gloo, which carries what processes on CPUs exchange, gives devices that first meet 30 s to come together. Later they
     may be apart by as long as one compiles and the other does not.

@@ -71,7 +71,6 @@ def train(config: Any, workdir: pathlib.Path) -> int:
     """
     run.keep_compiled()
     mesh = sharding.make_mesh(**config.mesh.to_dict())
-    sharding.connect(mesh)
     sharding.check_batch(mesh, config.batch_size, config.group_size)
     start_step, damaged = newest_checkpoint(config, workdir)
     with processes.all_or_none():
@@ -81,6 +80,7 @@ def train(config: Any, workdir: pathlib.Path) -> int:
             inputs.check(workdir, config, found)
         params = None if start_step else run.pretrained_params(training.opened, mesh)
     processes.check_agreement(shared_facts(training, start_step))
+    sharding.connect(mesh)
     with contextlib.ExitStack() as stack:
         with processes.all_or_none():
             if training.is_main:
