@@ -19,8 +19,9 @@ import jax
 import torch
 import transformers
 
-from rag_jax import answering, config, data, run
+from rag_jax import config, data, pair
 from rag_jax.data import segments
+from rag_jax.inference import answering
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -65,7 +66,7 @@ def open_prompts(args: argparse.Namespace):
     """The generator, the rows' segments, and K passages (B, K) of each row: its own and those of random other rows."""
     values = {f"{role}.path": str(args.models / name) for role, name in MODELS.items()}
     loaded = config.load(ROOT / "configs" / "quickstart.py", values | {"data.prompt_passage_len": args.passage_len})
-    opened = run.open_run(loaded)
+    opened = pair.open_run(loaded)
     assert opened.prompt is not None
     examples, _ = data.load_examples(
         args.rows, key="--rows", columns=loaded.data.columns.to_dict(), bad_rows="drop", retriever=None,
@@ -77,7 +78,7 @@ def open_prompts(args: argparse.Namespace):
     others = np.stack([rng.permutation(np.delete(own, i))[: args.candidates - 1] for i in range(len(rows))])
     candidates = np.concatenate([own[:, None], others], axis=1)
     queries = examples.prompt_queries.take(examples.query_key[rows])
-    return opened, run.pretrained_params(opened), (examples.prefixes, queries), candidates
+    return opened, pair.pretrained_params(opened), (examples.prefixes, queries), candidates
 
 
 MODELS = {"retriever": "minilm", "generator": "smollm2-135m"}

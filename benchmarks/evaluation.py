@@ -18,7 +18,8 @@ from rag_jax import cli  # isort: skip (first: it quiets the others)
 import torch
 import transformers
 
-from rag_jax import config, evaluate, run
+from rag_jax import config, pair
+from rag_jax.evaluation import evaluation
 
 ROOT = pathlib.Path(__file__).parent.parent
 NLL = "eval/answer_nll"
@@ -52,13 +53,13 @@ def main() -> None:
         "retriever.path": str(args.models / "minilm"),
         "generator.path": str(args.models / "smollm2-135m"),
     }
-    opened = run.open_run(config.load(ROOT / "configs" / "quickstart.py", values))
-    rows, _ = evaluate.load_rows(opened.config, opened.retriever_text, opened.prompt)
-    params = run.pretrained_params(opened)
+    opened = pair.open_run(config.load(ROOT / "configs" / "quickstart.py", values))
+    rows, _ = evaluation.load_rows(opened.config, opened.retriever_text, opened.prompt)
+    params = pair.pretrained_params(opened)
     found, seconds = {}, {}
     shared = min(args.theirs or len(rows.sample), len(rows.sample))
     began = time.perf_counter()
-    result = evaluate.evaluate(opened.model, params, rows)
+    result = evaluation.evaluate(opened.model, params, rows)
     seconds["ours, compiling included"] = time.perf_counter() - began
     # Of the answers that both read.
     tokens = rows.examples.answers.lengths[rows.sample[:shared]]

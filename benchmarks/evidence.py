@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rag_jax import cli, config, data, losses, mining, rag, run
+from rag_jax import cli, config, data, losses, pair, rag
+from rag_jax.training import mining
 
 ROOT = pathlib.Path(__file__).parent.parent
 MEASURED = (
@@ -55,7 +56,7 @@ def main() -> None:
         "retriever.path": str(args.models / "minilm"),
         "generator.path": str(args.models / "smollm2-135m"),
     }
-    opened = run.open_run(config.load(ROOT / "configs" / "minilm_smollm2.py", values))
+    opened = pair.open_run(config.load(ROOT / "configs" / "minilm_smollm2.py", values))
     examples, _ = data.load_examples(
         args.rows,
         key="--rows",
@@ -64,7 +65,7 @@ def main() -> None:
         retriever=opened.retriever_text,
         prompt=opened.prompt,
     )
-    params = run.pretrained_params(opened)
+    params = pair.pretrained_params(opened)
     plan, _ = mining.mine(opened.model, params, examples, np.zeros(len(examples), np.int32), opened.config, 0)
     objective = opened.config.objective
     print(
@@ -80,7 +81,7 @@ def main() -> None:
         print(f"{name:<58}" + "".join(f"{of_kind[name]:>16.3f}" for of_kind in found.values()))
 
 
-def measure(opened: run.Run, params: dict, examples: data.Examples, num_batches: int, planned) -> dict[str, float]:
+def measure(opened: pair.Run, params: dict, examples: data.Examples, num_batches: int, planned) -> dict[str, float]:
     """Means over all rows, and over all batches, by what they are."""
     settings = opened.config
     shapes = data.buckets(examples, settings.batch_size, settings.objective.candidates, 0)

@@ -21,8 +21,12 @@ import numpy as np
 import optax
 
 from benchmarks import step as step_benchmark
-from rag_jax import data, flops, hlo, models, optim, rag, sharding, train_step
-from rag_jax.models import BertConfig, Gpt2Config
+from rag_jax import data, models, rag
+from rag_jax.distributed import sharding
+from rag_jax.models import BertConfig, Gpt2Config, flops
+from rag_jax.planning import hlo
+from rag_jax.training import optim
+from rag_jax.training import step as train_step
 
 RETRIEVER = BertConfig(30522, 6, 12, 384, 1536, 512, 2, 1e-12, "gelu", 0.0, 0.0)
 GENERATOR = Gpt2Config(50257, 12, 12, 768, 3072, 1024, 1e-5, "gelu_tanh", 0.0, 0.0, 0.0)

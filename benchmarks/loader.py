@@ -40,9 +40,9 @@ def main() -> None:
 
 
 def loading(values: dict, num_batches: int) -> None:
-    from rag_jax import config, data, run
+    from rag_jax import config, data, pair
 
-    opened = run.open_run(config.load(CONFIG, values))
+    opened = pair.open_run(config.load(CONFIG, values))
     section = opened.config.data
 
     def load() -> tuple[data.Examples, float]:

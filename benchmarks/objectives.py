@@ -19,7 +19,7 @@ import sys
 import numpy as np
 
 from rag_jax import config, data, quickstart
-from rag_jax import run as runs
+from rag_jax import pair as runs
 from rag_jax.data import rows as row_files
 
 ROOT = pathlib.Path(__file__).parent.parent

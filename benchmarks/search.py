@@ -66,9 +66,9 @@ def normalised(rng: np.random.Generator, number: int, width: int) -> np.ndarray:
 
 
 def ours(corpus: np.ndarray):
-    from rag_jax import retrieval
+    from rag_jax.inference import search
 
-    return lambda queries, k: retrieval.top_k(queries, corpus, k)
+    return lambda queries, k: search.top_k(queries, corpus, k)
 
 
 def faiss_flat(corpus: np.ndarray):

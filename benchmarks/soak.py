@@ -40,7 +40,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rag_jax import checkpoint, data, train
+from rag_jax import data
+from rag_jax.training import loop
+from rag_jax.workdir import checkpoint
 
 ROOT = pathlib.Path(__file__).parent.parent
 EVERY = 3  # steps between checkpoints
@@ -412,7 +414,7 @@ WRONG = ("moments of zero", "another order of rows")
 
 def make_mistake(name: str) -> None:
     """In this process: what going on is told to do wrongly."""
-    right, order = train.restore, data.iterate
+    right, order = loop.restore, data.iterate
 
     def restore(*args: Any) -> Any:
         state = right(*args)
@@ -420,7 +422,7 @@ def make_mistake(name: str) -> None:
         return dataclasses.replace(state, opt_state=zeros)
 
     if name == WRONG[0]:
-        train.restore = restore
+        loop.restore = restore
     elif name == WRONG[1]:
         data.iterate = lambda *args, seed, **more: order(*args, seed=seed + 1, **more)
 

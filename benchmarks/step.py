@@ -135,7 +135,7 @@ def peak_memory() -> int:
 
 def timed(step, steps: int, num_params: int, imports: int, flops: float) -> dict:
     """`step()` returns its loss when it is done."""
-    from rag_jax import metrics
+    from rag_jax.training import writer
 
     loss = step()
     seconds = []
@@ -145,7 +145,7 @@ def timed(step, steps: int, num_params: int, imports: int, flops: float) -> dict
         seconds.append(time.perf_counter() - began)
     peak = peak_memory()
     extra = peak - 16 * num_params  # weights, gradients and AdamW's two moments, float32
-    peak_flops = metrics.measured_flops()
+    peak_flops = writer.measured_flops()
     return {
         "seconds": seconds,
         "peak": [peak],
@@ -158,7 +158,7 @@ def timed(step, steps: int, num_params: int, imports: int, flops: float) -> dict
 
 def open_case(args: argparse.Namespace):
     """The run's parts and one batch, the same on both sides."""
-    from rag_jax import config, data, run
+    from rag_jax import config, data, pair
 
     case = CASES[args.case]
     values = config.flat(config.load(ROOT / "configs" / "quickstart.py"))
@@ -177,7 +177,7 @@ def open_case(args: argparse.Namespace):
         "optimizer.rate_rules": ((".*", 1.0),),
         "optimizer.decay_rules": ((".*", 1.0),),
     }
-    opened = run.open_run(config.build(values))
+    opened = pair.open_run(config.build(values))
     if case.synthetic:
         return opened, full_batch(case)
     examples, _ = data.load_examples(
@@ -195,7 +195,8 @@ def open_case(args: argparse.Namespace):
 
 def model_flops(opened, batch) -> float:
     """Of one step, as the metrics of a run count them."""
-    from rag_jax import data, flops
+    from rag_jax import data
+    from rag_jax.models import flops
 
     configs = {role: source.model_config for role, source in opened.sources.items()}
     objective = opened.config.objective
@@ -223,12 +224,15 @@ def full_batch(case: Case):
 def ours(args: argparse.Namespace) -> dict:
     import jax
 
-    from rag_jax import optim, run, sharding, train_step
+    from rag_jax import pair
+    from rag_jax.distributed import sharding
+    from rag_jax.training import optim
+    from rag_jax.training import step as train_step
 
     imports = peak_memory()
     opened, batch = open_case(args)
     mesh = sharding.make_mesh(1, -1, 1)
-    params = run.pretrained_params(opened, mesh)
+    params = pair.pretrained_params(opened, mesh)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
     section = opened.config.optimizer
     trainable, frozen = optim.split_frozen(params, section.rate_rules)
@@ -239,7 +243,7 @@ def ours(args: argparse.Namespace) -> dict:
     rate = optim.learning_rate(section, 1000)
     placed = sharding.put_batch(mesh, batch, len(batch.row))
     made = train_step.make_train_step(opened.model, optimizer, rate, shardings, dropout_seed=None)
-    compiled = train_step.compiled(made, state, placed)
+    compiled = train_step.compile_step(made, state, placed)
 
     def step() -> float:
         nonlocal state

@@ -23,9 +23,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from rag_jax import answering, checkpoint, cli, data
+from rag_jax import cli, data
 from rag_jax.data import rows, segments
 from rag_jax.errors import UserError
+from rag_jax.inference import answering
+from rag_jax.workdir import checkpoint
 
 # Questions of a file that are answered at a time.
 BATCH_SIZE = 8
@@ -210,11 +212,11 @@ def open_pairs(
     args: argparse.Namespace, loaded: Any, passages: tuple[str, ...], say: Callable[[str], None]
 ) -> dict[str, answering.Pair]:
     """The models that are asked, by what they are called; with --compare two of them."""
-    from rag_jax import run  # here: it takes seconds to load, and everything above answers at once
+    from rag_jax import pair  # here: it takes seconds to load, and everything above answers at once
 
-    run.keep_compiled()
+    pair.keep_compiled()
 
-    def pair(opened: Any, params: dict, step: int) -> Any:
+    def answerer(opened: Any, params: dict, step: int) -> Any:
         began = time.monotonic()
         emb, found = answering.corpus_emb(opened, params, passages)
         if not found:
@@ -223,14 +225,14 @@ def open_pairs(
 
     pairs = {}
     if args.workdir is None or args.compare:
-        opened = run.open_run(loaded)
-        pairs["untrained"] = pair(opened, run.pretrained_params(opened), 0)
+        opened = pair.open_run(loaded)
+        pairs["untrained"] = answerer(opened, pair.pretrained_params(opened), 0)
     if args.workdir is not None:
-        opened = run.open_run(loaded, args.workdir)
+        opened = pair.open_run(loaded, args.workdir)
         with checkpoint.Checkpoints(args.workdir) as checkpoints:
             step = checkpoints.find(args.step)
-            params = checkpoints.restore({"params": run.abstract_params(opened)}, step)["params"]
-        pairs["trained"] = pair(opened, params, step)
+            params = checkpoints.restore({"params": pair.abstract_params(opened)}, step)["params"]
+        pairs["trained"] = answerer(opened, params, step)
     return pairs
 
 

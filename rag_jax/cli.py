@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, get_args
 
-from rag_jax import config, foreign
+from rag_jax import config, untrusted
 from rag_jax.errors import UserError
 
 # Read when these libraries are imported, so they stand here, and commands import `cli` before them.
@@ -122,7 +122,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main() or 0
     except UserError as error:
-        print(f"rag_jax: error: {foreign.shown(str(error))}", file=sys.stderr)
+        print(f"rag_jax: error: {untrusted.shown(str(error))}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -130,7 +130,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             raise
         where = f"{error.filename}: " if error.filename else ""
         reason = f"{where}{error.strerror}; give another path or mend it"
-        print(f"rag_jax: error: {foreign.shown(reason)}", file=sys.stderr)
+        print(f"rag_jax: error: {untrusted.shown(reason)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("rag_jax: interrupted", file=sys.stderr)

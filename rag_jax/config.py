@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from ml_collections import ConfigDict
 
-from rag_jax import foreign
+from rag_jax import untrusted
 from rag_jax.errors import UserError
 
 MOST = 2**31
@@ -88,9 +88,9 @@ def rules(v: Rules) -> str | None:
         try:
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
-            return f"{foreign.short(pattern)} is not a regular expression ({error})"
+            return f"{untrusted.short(pattern)} is not a regular expression ({error})"
         if not (math.isfinite(multiplier) and multiplier >= 0):
-            return f"the multiplier of {foreign.short(pattern)} must be at least 0"
+            return f"the multiplier of {untrusted.short(pattern)} must be at least 0"
     return None
 
 
@@ -200,7 +200,7 @@ def build(values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None)
         try:
             values[name] = parse(KEYS[name].kind, value) if isinstance(value, str) and name in KEYS else value
         except ValueError as error:
-            unreadable.append(f"{name}={foreign.short(value)[1:-1]}: {error}")
+            unreadable.append(f"{name}={untrusted.short(value)[1:-1]}: {error}")
     values = {str(name): _convert(value, name) for name, value in values.items()}
     if problems := unreadable + _problems(values):
         raise UserError("config: " + "; ".join(problems))
@@ -310,7 +310,7 @@ def _read_file(path: pathlib.Path) -> ConfigDict:
     except SyntaxError as error:
         raise UserError(f"--config={path}: line {error.lineno}: {error.msg}") from None
     except (Exception, SystemExit) as error:
-        raise UserError(f"--config={path}: raises {type(error).__name__}: {foreign.one_line(error)}") from error
+        raise UserError(f"--config={path}: raises {type(error).__name__}: {untrusted.one_line(error)}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config={path}: get_config() returns {type(config).__name__}, not a ConfigDict")
     return config
@@ -374,14 +374,14 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
         if name not in values:
             problems.append(f"{name} is missing: {key.meaning}")
         elif not _is_kind(key.kind, values[name]):
-            problems.append(f"{name}={foreign.short(values[name])}: must be {_kind_name(key.kind)}")
+            problems.append(f"{name}={untrusted.short(values[name])}: must be {_kind_name(key.kind)}")
         elif problem := _text_problem(name, values[name]) or (values[name] is not None and key.check(values[name])):
-            problems.append(f"{name}={foreign.short(values[name])}: {problem}")
+            problems.append(f"{name}={untrusted.short(values[name])}: {problem}")
         else:
             right[name] = values[name]
     for names, wrong, fix in _JOINT_CHECKS:
         if all(name in right for name in names) and wrong(*(right[name] for name in names)):
-            problems.append(", ".join(f"{name}={foreign.short(right[name])}" for name in names) + f": {fix}")
+            problems.append(", ".join(f"{name}={untrusted.short(right[name])}" for name in names) + f": {fix}")
     return problems
 
 
@@ -389,11 +389,11 @@ def _text_problem(name: str, value: Any) -> str | None:
     """Paths may be of any bytes, other texts are read by tokenizers; none may hold what must not be written down."""
     if not isinstance(value, str):
         return None
-    if foreign.holds_secret(value):
+    if untrusted.holds_secret(value):
         return "holds a password or a token, which would be saved with the run; leave it out and set HF_TOKEN instead"
     if "\0" in value:
         return "holds a NUL character; remove it"
-    if name not in PATHS and not foreign.is_unicode(value):
+    if name not in PATHS and not untrusted.is_unicode(value):
         return "holds half a character (a lone surrogate); give it as UTF-8"
     return None
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import safetensors
 
-from rag_jax import checkpoint, cli, config, foreign
+from rag_jax import cli, config, untrusted
 from rag_jax.errors import UserError
+from rag_jax.workdir import checkpoint
 
 DTYPES = ("float32", "float16", "bfloat16", "source")
 
@@ -44,12 +45,12 @@ def check_out(out: pathlib.Path) -> None:
 
 def export(loaded: Any, workdir: pathlib.Path, out: pathlib.Path, step: str | int | None, dtype: str) -> int:
     """Write all models of the config at a step; `out` appears when it is whole, never before. Returns the step."""
-    from rag_jax import hf, run
+    from rag_jax import hf, pair
 
-    opened = run.open_run(loaded, workdir)
+    opened = pair.open_run(loaded, workdir)
     with checkpoint.Checkpoints(workdir) as checkpoints:
         found = checkpoints.find(step)
-        params = checkpoints.restore({"params": run.abstract_params(opened)}, found)["params"]
+        params = checkpoints.restore({"params": pair.abstract_params(opened)}, found)["params"]
     out = out.resolve()  # a link to an empty folder stays one
     out.parent.mkdir(parents=True, exist_ok=True)
     with _told(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
@@ -134,7 +135,7 @@ def card(loaded: Any, role: str, step: int) -> str:
     texts, objective = loaded.prompt, loaded.objective
     reads, use = "", USE[role]
     if role == "generator":
-        shown = (foreign.code(text) for text in (texts.passage, texts.query, texts.answer))
+        shown = (untrusted.code(text) for text in (texts.passage, texts.query, texts.answer))
         reads = f"| prompt | {' '.join(f'`{text}`' for text in shown)} |\n"
         use = use.format(passage=texts.passage, query=texts.query)
     return CARD.format(
@@ -142,7 +143,7 @@ def card(loaded: Any, role: str, step: int) -> str:
         role=role.capitalize(),
         other="generator" if role == "retriever" else "retriever",
         step=step,
-        path=foreign.code(pathlib.PurePath(loaded[role].path).name),
+        path=untrusted.code(pathlib.PurePath(loaded[role].path).name),
         objective=objective.name,
         candidates=objective.candidates,
         contrastive=objective.contrastive_weight,

@@ -3,7 +3,8 @@
 import pathlib
 import re
 
-from rag_jax import cli, config, foreign, processes
+from rag_jax import cli, config, untrusted
+from rag_jax.distributed import processes
 from rag_jax.errors import UserError
 
 # What a run writes into its workdir, beside config.json.
@@ -20,9 +21,9 @@ def main() -> int:
     check_workdir(args.workdir)
     processes.start()
 
-    from rag_jax import train  # here: it takes seconds to load, and everything above answers at once
+    from rag_jax.training import loop  # here: it takes seconds to load, and everything above answers at once
 
-    ended_by = train.train(run_config, args.workdir)
+    ended_by = loop.train(run_config, args.workdir)
     return 128 + ended_by if ended_by else 0  # as a shell tells of a signal
 
 
@@ -35,7 +36,7 @@ def check_workdir(workdir: pathlib.Path) -> None:
             f"--workdir={workdir}: checkpoints cannot be kept under a path with {wild[0]}, which Orbax takes for a "
             "wildcard; give another folder"
         )
-    if not foreign.is_unicode(str(workdir.absolute())):
+    if not untrusted.is_unicode(str(workdir.absolute())):
         raise UserError(
             f"--workdir={workdir}: checkpoints cannot be kept under a path that is not UTF-8; give another folder, or "
             "set PYTHONUTF8=1 if it is"

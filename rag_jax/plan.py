@@ -17,8 +17,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rag_jax import cli, config, hardware
+from rag_jax import cli, config
 from rag_jax.errors import UserError
+from rag_jax.planning import chips
 
 INSIDE = "--in-this-process"
 # What a compiler says when a program does not fit: "Used 17.2G of 15.75G hbm".
@@ -43,7 +44,7 @@ def main() -> None:
     flags.add_argument("--most", type=int, default=MOST_POINTS, help="most points of a sweep; one takes minutes for 7B")
     flags.add_argument(INSIDE, action="store_true", help="compile here: what the command starts for itself")
     args, overrides = cli.parse(flags)
-    topology = hardware.topology(args.topology)
+    topology = chips.topology(args.topology)
     loaded = config.load(args.config, overrides)
     if args.in_this_process:
         print(json.dumps(compile_step(loaded, topology)), flush=True)
@@ -66,7 +67,7 @@ def packages(*, is_tpu: bool) -> list[str]:
     return [f"jax-cuda13-pjrt=={version}", f"jax-cuda13-plugin=={version}"]
 
 
-def check_compiler(topology: hardware.Topology) -> None:
+def check_compiler(topology: chips.Topology) -> None:
     """UserError with the line that installs what is missing."""
     try:
         found = importlib.util.find_spec("libtpu" if topology.is_tpu else "jax_plugins.xla_cuda13")
@@ -77,7 +78,7 @@ def check_compiler(topology: hardware.Topology) -> None:
         raise UserError(f"--topology={topology.text}: its compiler is not installed; pip install --no-deps {names}")
 
 
-def compiled(file: str, overrides: Mapping[str, Any], topology: hardware.Topology) -> dict[str, Any]:
+def compiled(file: str, overrides: Mapping[str, Any], topology: chips.Topology) -> dict[str, Any]:
     """`compile_step` in a process of its own. UserError for what it refuses."""
     values = [f"{cli.PREFIX}{name}={value}" for name, value in overrides.items()]
     command = [sys.executable, "-m", "rag_jax.plan", f"--config={file}", f"--topology={topology.text}", INSIDE, *values]
@@ -91,30 +92,34 @@ def compiled(file: str, overrides: Mapping[str, Any], topology: hardware.Topolog
     raise RuntimeError(f"the compiler for {topology.text} ended with {done.returncode}:\n{done.stderr[-3000:]}")
 
 
-def compile_step(loaded: Any, topology: hardware.Topology) -> dict[str, Any]:
+def compile_step(loaded: Any, topology: chips.Topology) -> dict[str, Any]:
     """Everything that the compiled step of a config says about itself, on one of the topology's devices."""
     import jax
 
-    from rag_jax import data, flops, hf, hlo, run, sharding, train
+    from rag_jax import data, hf, pair
+    from rag_jax.distributed import sharding
+    from rag_jax.models import flops
+    from rag_jax.planning import hlo
+    from rag_jax.training import loop
 
     sources = {
         role: hf.open_config(loaded[role].path, f"{role}.path", role)
-        for role in run.ROLES
+        for role in pair.ROLES
         if loaded[role].path is not None
     }
-    run.check_lengths(loaded, sources)
+    pair.check_lengths(loaded, sources)
     mesh = sharding.make_mesh(**loaded.mesh.to_dict(), devices=devices(topology))
     sharding.check_batch(mesh, loaded.batch_size, loaded.group_size)
-    opened = run.Run(loaded, sources, run.composite(loaded, sources), None, None, None)
-    _, _, state, step = train.make_step(opened, mesh)
-    lengths = batch_lengths(loaded, train.used_roles(opened))
+    opened = pair.Run(loaded, sources, pair.composite(loaded, sources), None, None, None)
+    _, _, state, step = loop.make_step(opened, mesh)
+    lengths = batch_lengths(loaded, loop.used_roles(opened))
     rows = jax.sharding.NamedSharding(mesh, sharding.BATCH)
     batch = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(*a, sharding=rows),
         data.shape_of(lengths, loaded.batch_size, loaded.objective.negatives),
         is_leaf=lambda a: isinstance(a, tuple) and not hasattr(a, "_fields"),
     )
-    used = {role: sources[role].model_config for role in train.used_roles(opened)}
+    used = {role: sources[role].model_config for role in loop.used_roles(opened)}
     K, H = loaded.objective.candidates, loaded.objective.negatives
     needed = flops.training_step(used, loaded.batch_size, K, lengths, H) / topology.devices
     facts = {
@@ -153,9 +158,9 @@ def compile_step(loaded: Any, topology: hardware.Topology) -> dict[str, Any]:
     }
 
 
-def timing(program: Any, topology: hardware.Topology, needed: float, dtype: str) -> dict[str, Any]:
+def timing(program: Any, topology: chips.Topology, needed: float, dtype: str) -> dict[str, Any]:
     """A roofline of every operation, one after the other, and of the exchanges beside them."""
-    from rag_jax import hlo
+    from rag_jax.planning import hlo
 
     chip = topology.chip
     # float32 products take the bfloat16 units several passes (TPU), or TF32 at half the rate (GPU).
@@ -183,7 +188,7 @@ def timing(program: Any, topology: hardware.Topology, needed: float, dtype: str)
     }
 
 
-def devices(topology: hardware.Topology) -> Any:
+def devices(topology: chips.Topology) -> Any:
     """Abstract devices, from the accelerator's compiler."""
     from jax.experimental import topologies
 
@@ -194,7 +199,7 @@ def devices(topology: hardware.Topology) -> Any:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"--topology={topology.text}: the TPU compiler knows no such shape ({reason})") from None
         return described.devices
-    nodes, in_node = max(topology.devices // hardware.NODE, 1), min(topology.devices, hardware.NODE)
+    nodes, in_node = max(topology.devices // chips.NODE, 1), min(topology.devices, chips.NODE)
     described = topologies.get_topology_desc(
         platform="cuda",
         topology_name=topology.name,
@@ -253,7 +258,7 @@ def advice(result: Mapping[str, Any], loaded: Any) -> list[str]:
 
 
 def sweep(
-    file: str, overrides: Mapping[str, Any], loaded: Any, topology: hardware.Topology, most: int
+    file: str, overrides: Mapping[str, Any], loaded: Any, topology: chips.Topology, most: int
 ) -> list[dict[str, Any]]:
     """Plans of nearby configs, those that fit, best predicted queries a second first."""
     found = []
@@ -271,7 +276,7 @@ def sweep(
     return sorted(found, key=lambda r: r["predicted_step_s"] / r["batch_size"])
 
 
-def nearby(loaded: Any, topology: hardware.Topology) -> Iterator[dict[str, Any]]:
+def nearby(loaded: Any, topology: chips.Topology) -> Iterator[dict[str, Any]]:
     """Changes to try: K, rematerialisation, tensor parallelism, groups a device."""
     ks = dict.fromkeys([loaded.objective.candidates, 4, 8])
     for model, k, remat, groups in itertools.product((1, 4), ks, REMAT, (1, 2)):

@@ -29,36 +29,40 @@ def main() -> None:
 
 def replay(loaded: Any, workdir: pathlib.Path, step: int) -> None:
     """Print all about a step; see above."""
-    from rag_jax import data, inputs, metrics, mining, optim, run, sharding, train
-    from rag_jax.checkpoint import Checkpoints
+    from rag_jax import data, pair
+    from rag_jax.distributed import sharding
+    from rag_jax.training import loop, mining, optim
+    from rag_jax.training.writer import Progress
+    from rag_jax.workdir import provenance
+    from rag_jax.workdir.checkpoint import Checkpoints
 
-    run.keep_compiled()
+    pair.keep_compiled()
     mesh = sharding.make_mesh(**loaded.mesh.to_dict())
     with Checkpoints(workdir) as checkpoints:
         start, damaged = checkpoints.newest_good(before=step)
-        training = train.build(loaded, workdir, mesh, start or 0)
-        inputs.check(workdir, loaded, inputs.of_run(loaded, training.examples))
+        training = loop.build(loaded, workdir, mesh, start or 0)
+        provenance.check(workdir, loaded, provenance.of_run(loaded, training.examples))
         for bad, problem in damaged.items():
             print(f"checkpoint {bad} is damaged ({problem})")
         if start:
-            state = train.restore(training, checkpoints, start)
+            state = loop.restore(training, checkpoints, start)
         else:
-            state = train.pretrained(training, run.pretrained_params(training.opened, mesh))
-    compiled, progress = train.Compiled(training), metrics.Progress(step, start or 0)
+            state = loop.pretrained(training, pair.pretrained_params(training.opened, mesh))
+    compiled, progress = loop.Compiled(training), Progress(step, start or 0)
     print(f"replay     steps {(start or 0) + 1} to {step}", flush=True)
     every = loaded.mining.every_steps
     spans = mining.kept(workdir, start or 0, every) if every else iter([(start or 0, None)])
-    for number, (batch, facts) in enumerate(train.batches(training, spans, train.Wishes([], 0)), (start or 0) + 1):
+    for number, (batch, facts) in enumerate(loop.batches(training, spans, loop.Wishes([], 0)), (start or 0) + 1):
         if number == step:
             break
         state, _ = compiled.of(state, batch, facts.lengths, progress)[0](state, batch)
     params, dropout_seed = (
         optim.join(state.params, state.frozen),
-        loaded.seed if train.has_dropout(training.opened) else None,
+        loaded.seed if loop.has_dropout(training.opened) else None,
     )
     for line in taken_apart(training, state, batch, dropout_seed):
         print(line)
-    rows, mined = train.batch_of(training, step)
+    rows, mined = loop.batch_of(training, step)
     host = data.collate(training.examples, rows, training.shapes, mined=mined)
     for line in row_lines(training, params, host, dropout_seed, step - 1):
         print(line)
@@ -69,7 +73,8 @@ def taken_apart(training: Any, state: Any, batch: Any, dropout_seed: int | None)
     import jax
     import jax.numpy as jnp
 
-    from rag_jax import checkpoint, train_step
+    from rag_jax.training import step as train_step
+    from rag_jax.workdir import checkpoint
 
     places = jax.tree.map(lambda a: a.sharding, state)
     gradients = train_step.make_gradients(training.opened.model, places.params, places.frozen, dropout_seed)

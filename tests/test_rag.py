@@ -11,7 +11,8 @@ import optax
 import pytest
 from flax import nnx
 
-from rag_jax import data, models, rag, sharding
+from rag_jax import data, models, rag
+from rag_jax.distributed import sharding
 from rag_jax.models import BertConfig, Gpt2Config, LlamaConfig
 
 BERT = BertConfig(61, 2, 2, 16, 32, 64, 2, 1e-12, "gelu", 0.0, 0.0)

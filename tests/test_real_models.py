@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from rag_jax import config, data, hf, optim, quickstart, rag, run
+from rag_jax import config, data, hf, pair, quickstart, rag
+from rag_jax.training import optim
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -65,7 +66,7 @@ def opened_run(real_models, file, **objective):
         "objective.marginal_temperature": MARGINAL_TEMPERATURE,
         "objective.candidates": NUM_ROWS,
     }
-    return run.open_run(config.build(values, {f"objective.{name}": value for name, value in objective.items()}))
+    return pair.open_run(config.build(values, {f"objective.{name}": value for name, value in objective.items()}))
 
 
 def batch_of(opened):
@@ -139,7 +140,7 @@ def gradients_of(torch_models, real_models, tmp_path):
     import safetensors.torch
 
     trees = {}
-    for role, model, name in zip(run.ROLES, torch_models, ("minilm", "smollm2-135m"), strict=True):
+    for role, model, name in zip(pair.ROLES, torch_models, ("minilm", "smollm2-135m"), strict=True):
         folder = tmp_path / role
         folder.mkdir()
         grads = {n: p.grad.float().contiguous() for n, p in model.named_parameters() if p.grad is not None}
@@ -164,7 +165,7 @@ def test_marginal_and_gradients_equal_brute_force(name, real_models, torch_model
     np.testing.assert_allclose(metrics["loss/contrastive"], contrastive.item(), rtol=1e-4)
     np.testing.assert_allclose(total, (contrastive + marginal).item(), rtol=1e-4)
     expected = gradients_of(torch_models, real_models, tmp_path)
-    for role in run.ROLES:
+    for role in pair.ROLES:
         whole = float(np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(expected[role]))))
         for (where, ours), theirs in zip(
             jax.tree_util.tree_leaves_with_path(grads[role]), jax.tree.leaves(expected[role]), strict=True
@@ -196,7 +197,7 @@ def test_dalm_equals_its_formula(real_models, torch_models, params, few_rows):
     path, texts = few_rows
     opened = opened_run(real_models, path, name="dalm", contrastive_weight=0.0)
     with torch.no_grad():
-        expected = dalm_by_hand(torch_models, real_models, texts, run.string_len(opened.config)).item()
+        expected = dalm_by_hand(torch_models, real_models, texts, pair.string_len(opened.config)).item()
     got = jax.jit(lambda p: rag.loss(opened.model, p, batch_of(opened), None)[0])(params)
     np.testing.assert_allclose(got, expected, rtol=1e-3)
 
@@ -264,7 +265,7 @@ def test_export_equals_ours(real_models, params, tmp_path):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     changed = jax.tree.map(lambda a: a * 1.01, params)
     texts = ["what does the linter say?", "an unused import costs time\nand more"]
-    for role, name in zip(run.ROLES, ("minilm", "smollm2-135m"), strict=True):
+    for role, name in zip(pair.ROLES, ("minilm", "smollm2-135m"), strict=True):
         source = hf.open_model(str(real_models / name), "path", role)
         folder = tmp_path / role
         folder.mkdir()
@@ -272,7 +273,7 @@ def test_export_equals_ours(real_models, params, tmp_path):
         hf.save_model(source, changed[role], folder, "float32", pooling)
     theirs = sentence_transformers.SentenceTransformer(str(tmp_path / "retriever"), device="cpu")
     source = hf.open_model(str(tmp_path / "retriever"), "path", "retriever")
-    model = run.composite(_config(), {"retriever": source}).model("retriever", changed)
+    model = pair.composite(_config(), {"retriever": source}).model("retriever", changed)
     tokens, _ = data.retriever_tokens(source.tokenizer, texts, source.pooling.query_prefix, 64)
     ids, mask = data.pad(tokens, np.arange(2), int(tokens.lengths.max()))
     ours = rag.encode(model, jnp.asarray(ids), jnp.asarray(mask), "mean")
@@ -280,7 +281,7 @@ def test_export_equals_ours(real_models, params, tmp_path):
     generator = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "generator").eval()
     ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "generator")(texts[1], return_tensors="pt").input_ids
     source = hf.open_model(str(tmp_path / "generator"), "path", "generator")
-    model = run.composite(_config(), {"generator": source}).model("generator", changed)
+    model = pair.composite(_config(), {"generator": source}).model("generator", changed)
     logits = model.logits(model(jnp.asarray(ids.numpy(), jnp.int32), jnp.ones(ids.shape, bool)))
     with torch.no_grad():
         expected = generator(ids).logits.numpy()

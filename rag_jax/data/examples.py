@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from rag_jax.data import cache, segments
+from rag_jax import files
 from rag_jax.data import rows as row_files
+from rag_jax.data import segments
 from rag_jax.data.rows import Rows
 from rag_jax.data.segments import Prompt, Ragged, RetrieverText, WholeString
 from rag_jax.errors import UserError
@@ -108,7 +109,7 @@ def load_examples(
 
     queries, query_key = distinct(rows.queries)
     passages, passage_key, negative_key = _distinct_passages(rows, negatives)
-    arrays, from_cache = cache.cached(
+    arrays, from_cache = files.cached(
         _content_key(rows, retriever, prompt, whole_string),
         lambda: _tokenise(rows, queries, passages, retriever, prompt, whole_string),
     )
@@ -206,10 +207,10 @@ def _content_key(rows: Rows, *settings: RetrieverText | Prompt | WholeString | N
     for record in settings:
         fields = {} if record is None else {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
         if fields:
-            fields["tokenizer"] = cache.tokenizer_key(fields["tokenizer"])
+            fields["tokenizer"] = files.tokenizer_key(fields["tokenizer"])
         plain.append(fields)
     negatives = [] if rows.negatives is None else [rows.negatives]
-    return cache.content_key(plain, rows.queries, rows.passages, rows.answers, *negatives)
+    return files.content_key(plain, rows.queries, rows.passages, rows.answers, *negatives)
 
 
 def _tokenise(
@@ -219,9 +220,9 @@ def _tokenise(
     retriever: RetrieverText | None,
     prompt: Prompt | None,
     whole_string: WholeString | None,
-) -> cache.Arrays:
+) -> files.Arrays:
     """Every array that depends on a tokenizer, by name; `.cut` tells which texts lost their end."""
-    arrays: cache.Arrays = {}
+    arrays: files.Arrays = {}
 
     def put(name: str, ragged: Ragged, cut: np.ndarray | None = None) -> None:
         arrays[f"{name}.tokens"], arrays[f"{name}.lengths"] = ragged.tokens, ragged.lengths
@@ -268,7 +269,7 @@ def _examples(
     query_key: np.ndarray,
     passage_key: np.ndarray,
     negative_key: np.ndarray | None,
-    arrays: cache.Arrays,
+    arrays: files.Arrays,
 ) -> Examples:
     ragged = {}
     for name in ("retriever_queries", "retriever_passages", "prefixes", "prompt_queries", "answers", "strings"):

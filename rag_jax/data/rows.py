@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from rag_jax import foreign
+from rag_jax import untrusted
 from rag_jax.errors import UserError
 
 Columns = dict[str, Sequence]
@@ -105,7 +105,7 @@ def _text(value: Any, holds: str, at: str) -> str:
         raise UserError(f"{holds} a {type(value).__name__} {at}: make it one text per row")
     nothing = value is None or value != value  # NaN is how tables of numbers say nothing
     text = "" if nothing else str(value)
-    if not foreign.is_unicode(text):
+    if not untrusted.is_unicode(text):
         raise UserError(f"{holds} half a character (a lone surrogate) {at}: mend its encoding")
     if "\0" in text:
         raise UserError(f"{holds} a NUL character {at}: remove it")
@@ -114,7 +114,7 @@ def _text(value: Any, holds: str, at: str) -> str:
 
 def _read_table(source: str, where: str, names: Sequence[str]) -> Columns:
     """Column name -> values; a column outside `names` may come without its values."""
-    path = foreign.path(source, where)
+    path = untrusted.path(source, where)
     if path.is_dir():
         return _read_folder(path, where, names)
     if path.is_file():
@@ -128,7 +128,7 @@ def _read_table(source: str, where: str, names: Sequence[str]) -> Columns:
         except UserError:
             raise
         except Exception as error:  # pyarrow raises many kinds for what it does not like
-            raise UserError(f"{where} cannot be read as {path.suffix[1:]}: {foreign.one_line(error)}") from error
+            raise UserError(f"{where} cannot be read as {path.suffix[1:]}: {untrusted.one_line(error)}") from error
     if path.suffix.lower() in READERS or not HUB_NAME.fullmatch(source):
         raise UserError(f"{where}: no such file or folder; mend the path (it is relative to {pathlib.Path.cwd()})")
     return _read_hub(source, where, names)
@@ -233,7 +233,7 @@ def _json_line(line: str, number: int, where: str) -> Any:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
         at = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else None
-        raise UserError(f"{where}: line {number} is no JSON object: {at or foreign.one_line(error)}") from None
+        raise UserError(f"{where}: line {number} is no JSON object: {at or untrusted.one_line(error)}") from None
 
 
 def _read_parquet(path: pathlib.Path, where: str, names: Sequence[str]) -> Columns:
@@ -272,7 +272,7 @@ def _read_folder(path: pathlib.Path, where: str, names: Sequence[str]) -> Column
     try:
         return _read_dataset(datasets.load_from_disk(str(path), keep_in_memory=True), names)
     except Exception as error:  # of many kinds, for what is missing or of another shape
-        reason = foreign.one_line(error)
+        reason = untrusted.one_line(error)
         raise UserError(f"{where} is a folder that save_to_disk did not write whole: {reason}") from error
 
 
@@ -280,7 +280,7 @@ def _check_inside(path: pathlib.Path, where: str) -> None:
     """UserError for a save_to_disk folder that sends its reader to files elsewhere."""
     named: list[Any] = []
     for file in (path / "dataset_dict.json", *sorted(path.glob("state.json")), *sorted(path.glob("*/state.json"))):
-        content = foreign.read_json(file, f"{where}: {file.name}") if file.is_file() else None
+        content = untrusted.read_json(file, f"{where}: {file.name}") if file.is_file() else None
         for key in ("splits", "_data_files"):
             entries = content.get(key) if isinstance(content, dict) else None
             named += entries if isinstance(entries, list) else []
@@ -296,7 +296,7 @@ def _read_hub(name: str, where: str, names: Sequence[str]) -> Columns:
         return _read_dataset(datasets.load_dataset(name), names)
     except Exception as error:  # the hub's client raises errors of many libraries
         raise UserError(
-            f"{where} is neither a file or folder here nor a data set that the hub gives: {foreign.one_line(error)}"
+            f"{where} is neither a file or folder here nor a data set that the hub gives: {untrusted.one_line(error)}"
         ) from error
 
 

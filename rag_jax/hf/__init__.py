@@ -11,7 +11,7 @@ import numpy as np
 import safetensors.numpy
 import transformers
 
-from rag_jax import foreign, models
+from rag_jax import models, untrusted
 from rag_jax.errors import UserError
 from rag_jax.hf import config as configs
 from rag_jax.hf import folder as folders
@@ -105,7 +105,7 @@ def _tokenizer(folder: pathlib.Path, where: str, vocab_size: int) -> Any:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # any kind, from any of its many readers; a panic in Rust is no Exception
-        reason = foreign.one_line(error, 160)
+        reason = untrusted.one_line(error, 160)
         raise UserError(f"{where}: its tokenizer cannot be read ({reason}); is tokenizer.json whole?") from None
     if not tokenizer.is_fast:
         raise UserError(f"{where}: its tokenizer has no fast version; give a folder that holds tokenizer.json")

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from rag_jax import foreign
+from rag_jax import untrusted
 from rag_jax.errors import UserError
 from rag_jax.models import BertConfig, Gpt2Config, LlamaConfig, ModelConfig, RopeScaling
 
@@ -132,19 +132,19 @@ def read_config(folder: pathlib.Path, where: str) -> tuple[str, ModelConfig]:
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{where}: no config.json in {folder}; give the folder of a Hugging Face model")
-    _check_file(foreign.read_json(folder / "config.json", f"{where}: its config.json"), where)
+    _check_file(untrusted.read_json(folder / "config.json", f"{where}: its config.json"), where)
     try:
         # Without the last word it asks at the terminal whether code of the folder may run.
         theirs = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).to_dict()
     except Exception as error:  # transformers checks types and sizes by many kinds
         known = ", ".join(FAMILIES)
         raise UserError(
-            f"{where}: its config.json cannot be read ({foreign.one_line(error)}); supported model types are {known}"
+            f"{where}: its config.json cannot be read ({untrusted.one_line(error)}); supported model types are {known}"
         ) from None
     model_type = theirs.get("model_type", "")
     if model_type not in FAMILIES:
         raise UserError(
-            f"{where}: model_type={foreign.short(model_type)} is not supported; supported are {', '.join(FAMILIES)}"
+            f"{where}: model_type={untrusted.short(model_type)} is not supported; supported are {', '.join(FAMILIES)}"
         )
     problems: list[str] = []
     config = from_hf(theirs, problems)
@@ -161,13 +161,13 @@ def _check_file(content: Any, where: str) -> None:
         most = next(most for pattern, most in MOST.items() if re.search(pattern, key))
         if isinstance(value, int) and abs(value) > most:
             raise UserError(
-                f"{where}: its config.json holds {key[:80]}={foreign.short(value)} (must be at most {most:,})"
+                f"{where}: its config.json holds {key[:80]}={untrusted.short(value)} (must be at most {most:,})"
             )
     model_type = content.get("model_type")
     if "auto_map" in content and model_type not in list(FAMILIES):
         raise UserError(
-            f"{where}: model_type={foreign.short(model_type)} is code of its own (auto_map in its config.json), which "
-            f"is never run; supported are {', '.join(FAMILIES)}"
+            f"{where}: model_type={untrusted.short(model_type)} is code of its own (auto_map in its config.json), "
+            f"which is never run; supported are {', '.join(FAMILIES)}"
         )
 
 
@@ -176,7 +176,7 @@ def from_hf(theirs: Mapping[str, Any], problems: list[str]) -> Any:
     family = FAMILIES[theirs["model_type"]]
     for key, value in family.only.items():
         if theirs.get(key, value) != value:
-            problems.append(f"{key}={foreign.short(theirs[key])} (supported: {value!r})")
+            problems.append(f"{key}={untrusted.short(theirs[key])} (supported: {value!r})")
     ours: dict[str, Any] = dict(family.constants)
     for key, names in family.fields.items():
         value = theirs.get(key)
@@ -185,7 +185,7 @@ def from_hf(theirs: Mapping[str, Any], problems: list[str]) -> Any:
     ours["activation"] = ACTIVATIONS.get(str(ours["activation"]))
     if ours["activation"] is None:
         key = "activation_function" if family.config is Gpt2Config else "hidden_act"
-        problems.append(f"{key}={foreign.short(theirs.get(key))} (supported: {', '.join(ACTIVATIONS)})")
+        problems.append(f"{key}={untrusted.short(theirs.get(key))} (supported: {', '.join(ACTIVATIONS)})")
     if family.config is LlamaConfig:
         ours["rope_theta"], ours["rope_scaling"] = _rope_from_hf(theirs.get("rope_parameters") or {}, problems)
         if ours["num_kv_heads"] is None:
@@ -219,13 +219,13 @@ def _rope_from_hf(rope: Mapping[str, Any], problems: list[str]) -> tuple[float, 
     def number(key: str, *default: float) -> float:
         value = rope.get(key, *default)
         if not _is_number(value) or value <= 0:
-            problems.append(f"rope {key}={foreign.short(value)} (must be a number above 0)")
+            problems.append(f"rope {key}={untrusted.short(value)} (must be a number above 0)")
             return 1.0
         return float(value)
 
     theta, kind = number("rope_theta", 10000.0), rope.get("rope_type", "default")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        factor = foreign.short(rope["partial_rotary_factor"])
+        factor = untrusted.short(rope["partial_rotary_factor"])
         problems.append(f"partial_rotary_factor={factor} (supported: 1.0)")
     if kind == "default":
         return theta, None
@@ -237,7 +237,7 @@ def _rope_from_hf(rope: Mapping[str, Any], problems: list[str]) -> tuple[float, 
             problems.append(f"rope low_freq_factor={low} (must be below high_freq_factor={high})")
         positions = int(number("original_max_position_embeddings"))
         return theta, RopeScaling("llama3", number("factor"), low, high, positions)
-    problems.append(f"rope_type={foreign.short(kind)} (supported: default, linear, llama3)")
+    problems.append(f"rope_type={untrusted.short(kind)} (supported: default, linear, llama3)")
     return theta, None
 
 
@@ -269,7 +269,7 @@ def _check_values(ours: Mapping[str, Any], problems: list[str]) -> None:
         else:
             must = None if _is_size(value) else "a whole number above 0"
         if must:
-            problems.append(f"{name}={foreign.short(value)} (must be {must})")
+            problems.append(f"{name}={untrusted.short(value)} (must be {must})")
     heads = [ours[name] for name in ("width", "num_heads", "num_kv_heads", "head_dim") if name in ours]
     if not all(map(_is_size, heads)):
         return

@@ -7,8 +7,7 @@ import tempfile
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
-from rag_jax import foreign
-from rag_jax.data import cache
+from rag_jax import files, untrusted
 from rag_jax.errors import UserError
 from rag_jax.hf import tiny, weights
 
@@ -33,7 +32,7 @@ def resolve(path: str, key: str) -> pathlib.Path:
     """
     if path.startswith(RANDOM):
         return _random(path, key)
-    local = foreign.path(path, f"{key}={path!r}")
+    local = untrusted.path(path, f"{key}={path!r}")
     if local.is_dir():
         return local
     if local.exists():
@@ -67,7 +66,7 @@ def _random(path: str, key: str) -> pathlib.Path:
     name = path.removeprefix(RANDOM)
     if name not in tiny.MODELS:
         raise UserError(f"{key}={path!r}: there is no such random model; there are {', '.join(tiny.MODELS)}")
-    target = cache.folder() / "random" / f"{name}-{RANDOM_FORMAT}"
+    target = files.folder() / "random" / f"{name}-{RANDOM_FORMAT}"
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

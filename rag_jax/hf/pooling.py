@@ -6,7 +6,7 @@ import os
 import pathlib
 from typing import Any
 
-from rag_jax import foreign
+from rag_jax import untrusted
 from rag_jax.errors import UserError
 
 # Theirs -> ours. Older files have one flag a mode, newer ones a name.
@@ -36,7 +36,7 @@ def read_pooling(folder: pathlib.Path, default: str, where: str) -> Pooling:
         kind = str(module.get("type", "")).rsplit(".", 1)[-1]
         if not str(module.get("type", "")).startswith("sentence_transformers."):
             problems.append(
-                f"modules.json: a module {foreign.short(module.get('type'))} of others' code, which is never run"
+                f"modules.json: a module {untrusted.short(module.get('type'))} of others' code, which is never run"
             )
         elif kind == "Pooling":
             mode = _mode(_read(folder, f"{module.get('path', '')}/config.json", where, dict), problems)
@@ -44,11 +44,11 @@ def read_pooling(folder: pathlib.Path, default: str, where: str) -> Pooling:
             problems.append(f"modules.json: a module {kind[:80]} (supported: Transformer, Pooling, Normalize)")
     prompts = _read(folder, "config_sentence_transformers.json", where, dict).get("prompts") or {}
     if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
-        problems.append(f"config_sentence_transformers.json: prompts={foreign.short(prompts)} are no texts by name")
+        problems.append(f"config_sentence_transformers.json: prompts={untrusted.short(prompts)} are no texts by name")
         prompts = {}
     max_len = _read(folder, "sentence_bert_config.json", where, dict).get("max_seq_length")
     if max_len is not None and (not isinstance(max_len, int) or max_len < 1):
-        problems.append(f"sentence_bert_config.json: max_seq_length={foreign.short(max_len)} is no number of tokens")
+        problems.append(f"sentence_bert_config.json: max_seq_length={untrusted.short(max_len)} is no number of tokens")
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)}; set retriever.pooling and remove modules.json to go on")
     return Pooling(mode, _first(prompts, QUERY_PROMPTS), _first(prompts, PASSAGE_PROMPTS), max_len)
@@ -96,7 +96,7 @@ def _read(folder: pathlib.Path, name: str, where: str, kind: type) -> Any:
         raise UserError(f"{where}: modules.json points outside of the folder, to {name}")
     if not os.path.isfile(path):  # also where no file can have such a name
         return kind()
-    content = foreign.read_json(path, f"{where}: {name}")
+    content = untrusted.read_json(path, f"{where}: {name}")
     if not isinstance(content, kind | None):
         raise UserError(f"{where}: {name} holds no {kind.__name__}; fetch it again")
     return content or kind()

@@ -15,7 +15,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from rag_jax import foreign, models
+from rag_jax import models, untrusted
 from rag_jax.errors import UserError
 from rag_jax.hf.rules import CARRIED, DROPPED, PREFIXES, RULES, Rule
 
@@ -233,7 +233,7 @@ def files(folder: pathlib.Path) -> list[pathlib.Path]:
             f"{folder} holds {found}; needed is {SINGLE} or {INDEX} (`save_pretrained` of transformers writes it)"
         )
     try:
-        content = foreign.read_json(folder / INDEX, str(folder / INDEX))
+        content = untrusted.read_json(folder / INDEX, str(folder / INDEX))
         names = sorted(set(content["weight_map"].values()))
         outside = [name for name in names if name != pathlib.PurePath(name).name]
         others = [name for name in names if not re.fullmatch(r"[^/\0]{1,200}\.safetensors", name)]

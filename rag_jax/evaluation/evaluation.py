@@ -1,0 +1,371 @@
+"""Evaluation: retrieval over all passages, answers with what is retrieved, and the record of it.
+
+**R** queries, **M** passages of the corpus, **K** candidates (retrieved passages that the generator reads).
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+from tqdm import tqdm
+
+from rag_jax import data, losses, rag
+from rag_jax.data import segments
+from rag_jax.distributed import sharding
+from rag_jax.evaluation import metrics
+from rag_jax.inference import decoding, disk_index, likelihood, search
+from rag_jax.inference.programs import Places
+
+# The sample of rows is the same for every run on the same file, whatever the run's own seed.
+SAMPLE_SEED = 0
+
+DEFINITIONS = {
+    "relevant": "to a query are the passages of all rows with its text; retrieved are those of highest cosine, of all "
+    "passages; means are over rows",
+    "eval/recall@k": "share of the relevant passages that are among the first k",
+    "eval/hit_rate@k": "share of queries with a relevant passage among the first k",
+    "eval/precision@k": "share of the first k passages that are relevant",
+    "eval/mrr@10": "mean of 1 / rank of the first relevant passage, 0 beyond rank 10",
+    "eval/ndcg@10": "sum of 1 / log2(1 + rank) of the relevant passages up to rank 10, as a share of the most possible",
+    "eval/map@100": "mean of the precision at the rank of each relevant passage, 0 beyond rank 100",
+    "eval/answer_nll": "nats per answer token, end-of-sequence included: negative log marginal over the K passages of "
+    "highest cosine, their weights softmax(cosine / marginal_temperature); without a retriever the own passage alone",
+    "eval/answer_nll_gold": "the same with the row's own passage alone",
+    "eval/answer_nll_top1": "the same with the passage of highest cosine alone",
+    "eval/answer_nll_none": "the same without a passage: the prompt with an empty one",
+    "eval/retrieval_utility": "answer_nll minus answer_nll_none: below 0 where passages help",
+    "eval/em": "share of greedy RAG-Token answers equal to the row's answer after SQuAD normalisation",
+    "eval/f1": "mean F1 of the words of greedy answer and row's answer after SQuAD normalisation",
+    "intervals": "95 %, percentile bootstrap over rows, 1,000 resamples",
+}
+# Of the retrieved passages in the file of rows, and characters of each.
+SHOWN, EXCERPT = 10, 160
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalRows:
+    """Tokenised rows and corpus, made once and used at every evaluation. The rows' passages lead the corpus."""
+
+    examples: data.Examples
+    passages: tuple[str, ...]  # M distinct texts
+    retriever_passages: data.Ragged | None  # one a passage
+    prefixes: data.Ragged | None  # one a passage
+    empty_prefix: data.Ragged | None  # of the prompt without a passage: one
+    sample: np.ndarray  # (R,) rows of the examples that are evaluated
+    num_answers: int  # how many of the sample, from its start, are answered for EM and F1
+    batch_size: int
+    tokenizer: Any  # the generator's
+    metric: str  # what the best step is chosen by
+
+    @property
+    def gold(self) -> np.ndarray:
+        """Index (R,) of each sampled row's own passage."""
+        return self.examples.passage_key[self.sample]
+
+    def counts(self) -> dict[str, int]:
+        answers = self.examples.answers
+        tokens = {} if answers is None else {"answer_tokens": int(answers.lengths[self.sample].sum())}
+        return {
+            "rows": len(self.examples),
+            "queries": len(self.sample),
+            "passages": len(self.passages),
+            "answers": self.num_answers,
+        } | tokens
+
+
+def load_rows(
+    config: Any, retriever: data.RetrieverText | None, prompt: data.Prompt | None
+) -> tuple[EvalRows, data.Report]:
+    """The rows of `data.eval`; all its passages, and those of `data.passages` where given."""
+    source, columns, section = config.data.eval, config.data.columns.to_dict(), config.eval
+    examples, report = data.load_examples(
+        source, key="data.eval", columns=columns, bad_rows=config.data.bad_rows, retriever=retriever, prompt=prompt
+    )
+    # A row that is dropped for its answer still has a passage to be found or confused.
+    corpus = dict.fromkeys([*examples.passages, *data.read_passages(source, columns["passage"], "data.eval")])
+    if config.data.passages is not None:
+        corpus |= dict.fromkeys(data.read_passages(config.data.passages, columns["passage"], "data.passages"))
+    passages = tuple(corpus)
+    others = passages[len(examples.passages) :]
+    retriever_passages = prefixes = empty_prefix = None
+    if retriever is not None:
+        more, _ = segments.retriever_tokens(
+            retriever.tokenizer, others, retriever.passage_prefix, retriever.passage_len
+        )
+        retriever_passages = _joined(examples.retriever_passages, more)
+    if prompt is not None:
+        (more, _), _ = data.prompt_segments(prompt, others, [])
+        prefixes = _joined(examples.prefixes, more)
+        (empty_prefix, _), _ = data.prompt_segments(prompt, [""], [])
+    order = np.random.default_rng(SAMPLE_SEED).permutation(len(examples))
+    sample = order[: section.rows or None]
+    rows = EvalRows(
+        examples=examples,
+        passages=passages,
+        retriever_passages=retriever_passages,
+        prefixes=prefixes,
+        empty_prefix=empty_prefix,
+        sample=sample,
+        num_answers=min(section.answers, len(sample)) if prompt is not None else 0,
+        batch_size=min(section.batch_size, len(sample)),
+        tokenizer=None if prompt is None else prompt.tokenizer,
+        metric=section.metric,
+    )
+    return rows, report
+
+
+def _joined(first: Any, second: data.Ragged) -> data.Ragged:
+    starts = np.concatenate([first.starts, second.starts[1:] + first.starts[-1]])
+    return data.Ragged(np.concatenate([first.tokens, second.tokens]), starts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """All metrics, by their names in the record, their intervals, and what became of each sampled row."""
+
+    metrics: dict[str, float]
+    intervals: dict[str, list[float]]
+    by_row: list[dict[str, Any]]
+
+
+def evaluate(model: rag.Rag, params: dict, rows: EvalRows, index_folder: pathlib.Path | None = None) -> Result:
+    """Retrieve, score the answers, answer. What `params` lacks is left out.
+
+    The passages' embeddings are in memory, or on disk in `index_folder`, where those that are there already are used.
+    Without a retriever the generator reads each row's own passage, and there are no metrics of ranking; without a
+    generator (or any answer token) there are no metrics of answers.
+    """
+    columns: dict[str, metrics.Column] = {}
+    ones = np.ones(len(rows.sample))
+    cosine = retrieved = hits = answers = None
+    if "retriever" in params:
+        cosine, retrieved = retrieve(model, params, rows, index_folder)
+        examples = rows.examples
+        hits, num_relevant = metrics.relevant_hits(
+            retrieved, examples.query_key[rows.sample], (examples.query_key, examples.passage_key)
+        )
+        columns |= {name: (values, ones) for name, values in metrics.ranking(hits, num_relevant).items()}
+    if "generator" in params:
+        K = model.objective.candidates
+        candidates = rows.gold[:, None] if retrieved is None else retrieved[:, :K]
+        weights = np.zeros(candidates.shape, np.float32) if cosine is None else cosine[:, :K]
+        columns |= answer_nll(model, params, rows, candidates, weights, with_gold=retrieved is not None)
+        if rows.num_answers:
+            answers = greedy_answers(model, params, rows, candidates, weights)
+            columns |= answer_metrics(rows, answers)
+    values, intervals = metrics.summarise({f"eval/{name}": column for name, column in columns.items()})
+    return Result(values, intervals, by_row(rows, columns, cosine, retrieved, hits, answers))
+
+
+def retrieve(
+    model: rag.Rag, params: dict, rows: EvalRows, index_folder: pathlib.Path | None = None
+) -> tuple[Float[np.ndarray, "R K"], Int[np.ndarray, "R K"]]:
+    """Cosines and indices of the passages nearest to each sampled query, as many as metrics or generator need."""
+    queries, passages = rows.examples.retriever_queries, rows.retriever_passages
+    assert queries is not None and passages is not None
+    keys, query = np.unique(rows.examples.query_key[rows.sample], return_inverse=True)
+    embed = functools.partial(search.embed, model, params, batch_size=rows.batch_size)
+    query_emb = embed(queries.take(keys), label="queries")[query]
+    if index_folder is None:
+        corpus: Any = embed(passages, label="passages")
+    else:
+        corpus = disk_index.build(index_folder, model, params, passages, batch_size=rows.batch_size)
+    return search.top_k(query_emb, corpus, max(metrics.DEPTH, model.objective.candidates))
+
+
+def sharing_batches(candidates: Int[np.ndarray, "R K"], batch_size: int) -> list[Int[np.ndarray, " b"]]:
+    """All rows in batches, each row joining the batch that it shares most passages with; the last may be short.
+
+    A batch runs each of its distinct passages once, so the fewer there are the less there is to do.
+    """
+    readers: dict[int, list[int]] = collections.defaultdict(list)
+    for row, passages in enumerate(candidates.tolist()):
+        for passage in passages:
+            readers[passage].append(row)
+    free = np.ones(len(candidates), bool)
+    batches = []
+    while free.any():
+        shared, inside, batch = np.zeros(len(candidates), np.int64), set(), []
+        while len(batch) < batch_size and free.any():
+            row = int(np.argmax(np.where(free, shared, -1)))
+            free[row] = False
+            batch.append(row)
+            for passage in set(candidates[row].tolist()) - inside:
+                inside.add(passage)
+                shared[readers[passage]] += 1
+        batches.append(np.array(batch))
+    return batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """A batch of fixed shapes for the generator: B rows, of D devices in turn, and P passages for each device."""
+
+    rows: np.ndarray  # (B,) positions in the sample
+    real: np.ndarray  # (B,) bool; the others are filling
+    prefix: tuple[np.ndarray, np.ndarray]  # ids, mask (D P, Lp)
+    candidates: np.ndarray  # (B, K) into the device's prefixes
+
+
+def prompt_batches(
+    rows: EvalRows, candidates: Int[np.ndarray, "R K"], num_devices: int, label: str
+) -> Iterator[Prompts]:
+    """The generator's batches over `candidates`, one row for each sampled row from the first on."""
+    prefixes = rows.prefixes
+    assert prefixes is not None
+    (num_rows, K), lengths = candidates.shape, prefixes.lengths
+    size = -(-min(rows.batch_size, num_rows) // num_devices)
+    longest = segments.padded_length(lengths[candidates], int(lengths.max()))
+    # Rows that share nothing meet rows of like length, so that short batches are padded to less.
+    order = np.argsort(-lengths[candidates].max(axis=1), kind="stable")
+    parts = [order[part] for part in sharing_batches(candidates[order], size)]
+    for start in tqdm(range(0, len(parts), num_devices), desc=label, **search.BAR):
+        own = parts[start : start + num_devices]
+        filled = np.full((num_devices, size), own[0][0])
+        real = np.zeros(filled.shape, bool)
+        for device, part in enumerate(own):
+            filled[device, : len(part)], real[device, : len(part)] = part, True
+        distinct = [np.unique(candidates[part], return_inverse=True) for part in filled]
+        most = search.size_for(max(len(passages) for passages, _ in distinct), size * K, steps=2)
+        which = np.concatenate([passages[np.arange(most) % len(passages)] for passages, _ in distinct])
+        local = np.concatenate([place.reshape(size, K) for _, place in distinct]).astype(np.int32)
+        prefix = segments.pad(prefixes, which, search.size_for(int(lengths[which].max()), longest, steps=2))
+        yield Prompts(filled.ravel(), real.ravel(), prefix, local)
+
+
+_log_marginal = jax.jit(losses.log_marginal, static_argnums=0)
+
+
+def answer_nll(
+    model: rag.Rag,
+    params: dict,
+    rows: EvalRows,
+    candidates: Int[np.ndarray, "R K"],
+    cosine: Float[np.ndarray, "R K"],
+    *,
+    with_gold: bool,
+) -> dict[str, metrics.Column]:
+    """NLL of the sampled rows' answers, nats and answer tokens of each: marginal and with single passages.
+
+    The marginal is over the candidates. Besides them are read no passage and (`with_gold`) the own one, where it is not
+    among them.
+    """
+    examples, sample = rows.examples, rows.sample
+    queries, answers = examples.prompt_queries, examples.answers
+    assert queries is not None and answers is not None and rows.prefixes is not None and rows.empty_prefix is not None
+    prefixes, K = _joined(rows.prefixes, rows.empty_prefix), candidates.shape[1]
+    none = np.full(len(candidates), len(rows.prefixes))
+    read = np.stack([*candidates.T, none, *([rows.gold] if with_gold else [])], axis=1)
+    row = np.arange(len(read))[:, None]
+    distinct, pair = np.unique(row * len(prefixes) + read, return_inverse=True)
+    reader, prefix = np.divmod(distinct, len(prefixes))
+    pairs = likelihood.Pairs(prefixes, queries, answers, prefix, examples.query_key[sample[reader]], sample[reader])
+    token_log_probs = likelihood.answer_log_probs(
+        model, params, pairs, at_a_time=rows.batch_size * K, label="answer likelihood"
+    )[pair.reshape(read.shape)]
+    lengths = answers.lengths[sample]
+    mask = np.arange(token_log_probs.shape[2]) < lengths[:, None]
+    doc_log_probs = losses.doc_log_probs(jax.numpy.asarray(cosine) / model.objective.marginal_temperature)
+    marginal = -np.asarray(_log_marginal(model.objective.name, doc_log_probs, token_log_probs[:, :K], mask), np.float64)
+    each = -token_log_probs.sum(axis=2, dtype=np.float64)
+    nlls = {"answer_nll": marginal, "answer_nll_none": each[:, K], "retrieval_utility": marginal - each[:, K]}
+    if with_gold:
+        nlls |= {"answer_nll_gold": each[:, K + 1], "answer_nll_top1": each[:, 0]}
+    return {name: (nll, lengths.astype(np.float64)) for name, nll in nlls.items()}
+
+
+def greedy_answers(
+    model: rag.Rag,
+    params: dict,
+    rows: EvalRows,
+    candidates: Int[np.ndarray, "R K"],
+    cosine: Float[np.ndarray, "R K"],
+) -> list[str]:
+    """Greedy RAG-Token answers to the first `rows.num_answers` sampled rows, at most as long as answers in training."""
+    examples, num_answers = rows.examples, rows.num_answers
+    queries = examples.prompt_queries
+    assert queries is not None
+    shape = data.longest(examples)
+    query_len = segments.padded_length(queries.lengths, shape.suffix)
+    texts, places = [""] * num_answers, Places.of(params, "generator")
+    weights = losses.doc_log_probs(jax.numpy.asarray(cosine) / model.objective.marginal_temperature)
+    eos_id = segments.eos_id(rows.tokenizer)
+    for batch in prompt_batches(rows, candidates[:num_answers], places.shards, "answers"):
+        query = segments.pad(queries, examples.query_key[rows.sample[batch.rows]], query_len)
+        ids = decoding.answer_ids(
+            model, params, batch.prefix, query, batch.candidates, np.asarray(weights)[batch.rows],
+            num_tokens=shape.answer, eos_id=eos_id,
+        )  # fmt: skip
+        for row, answer in zip(batch.rows[batch.real], sharding.to_host(ids)[batch.real], strict=True):
+            texts[row] = decoding.text(rows.tokenizer, answer)
+    return texts
+
+
+def answer_metrics(rows: EvalRows, answers: list[str]) -> dict[str, metrics.Column]:
+    gold = [rows.examples.rows.answers[row] for row in rows.sample[: len(answers)]]
+    pairs, ones = list(zip(answers, gold, strict=True)), np.ones(len(answers))
+    scores = {"em": metrics.exact_match, "f1": metrics.f1}
+    return {name: (np.array([score(a, g) for a, g in pairs]), ones) for name, score in scores.items()}
+
+
+def by_row(
+    rows: EvalRows,
+    columns: dict[str, metrics.Column],
+    cosine: np.ndarray | None,
+    retrieved: np.ndarray | None,
+    hits: np.ndarray | None,
+    answers: list[str] | None,
+) -> list[dict[str, Any]]:
+    """One flat record a sampled row, to read and to sort: its texts, its metrics, what was retrieved and answered."""
+    texts, found = rows.examples.rows, []
+    for i, row in enumerate(rows.sample):
+        own = {name: values[i] / divisors[i] for name, (values, divisors) in columns.items() if i < len(values)}
+        line = {"row": int(row), "query": texts.queries[row]}
+        if rows.prefixes is not None:
+            line["answer"] = texts.answers[row]
+        if answers is not None and i < len(answers):
+            line["generated"] = answers[i]
+        line |= {name: round(float(value), 6) for name, value in own.items()}
+        line["gold"] = texts.passages[row][:EXCERPT]
+        if cosine is not None and retrieved is not None and hits is not None:
+            line["retrieved"] = [
+                {"score": round(float(c), 6), "relevant": bool(hit), "passage": rows.passages[p][:EXCERPT]}
+                for c, hit, p in zip(cosine[i, :SHOWN], hits[i, :SHOWN], retrieved[i, :SHOWN], strict=True)
+            ]
+        found.append(line)
+    return found
+
+
+def record(result: Result, rows: EvalRows, model: rag.Rag, step: int) -> dict[str, Any]:
+    """What `eval/step_N.json` and `--json` hold: metrics by name, what they were counted over and what they mean."""
+    counts = rows.counts() | {"candidates": min(model.objective.candidates, len(rows.passages))}
+    best_by = {} if rows.metric == "auto" else {"best_by": f"eval/{rows.metric}"}
+    return {
+        "step": step, **result.metrics, **best_by, "intervals": result.intervals, "counts": counts,
+        "definitions": DEFINITIONS,
+    }  # fmt: skip
+
+
+def write_record(workdir: pathlib.Path, content: dict[str, Any], by_row: list[dict[str, Any]]) -> pathlib.Path:
+    """`workdir/eval/step_N.json` and, before it, `step_N.rows.jsonl`, each whole or not at all."""
+    path = workdir / "eval" / f"step_{content['step']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(line, ensure_ascii=False) for line in by_row)
+    _replace(path.with_suffix(".rows.jsonl"), "".join(f"{line}\n" for line in lines))
+    _replace(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    return path
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    # Texts may hold halves of surrogate pairs.
+    partial.write_text(text, encoding="utf-8", errors="replace")
+    os.replace(partial, path)

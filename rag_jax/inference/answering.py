@@ -1,0 +1,264 @@
+"""Answers to questions: passages found, an answer decoded, and what each passage says to it; in few compiled programs.
+
+**M** passages of the corpus, **E** embedding width, other letters as in `generate`.
+"""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from rag_jax import data, files, losses, rag
+from rag_jax.data import segments
+from rag_jax.distributed import sharding
+from rag_jax.errors import UserError
+from rag_jax.inference import decoding, disk_index, search
+from rag_jax.inference.decoding import Noise, Reading, Tokens
+from rag_jax.models.decoder import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How an answer is looked for."""
+
+    name: str  # "token" | "sequence"
+    num_tokens: int  # T, at most, end-of-sequence included
+    eos_id: int
+    num_beams: int = 1  # W; more than one are not sampled
+    length_penalty: float = 0.0  # of beams
+    temperature: float = 0.0  # 0: the likeliest
+    top_p: float = 1.0
+
+
+class Answers(NamedTuple):
+    """A row a query, in numpy."""
+
+    ids: Int[np.ndarray, "B T"]
+    mask: Bool[np.ndarray, "B T"]  # true up to the end
+    token_log_probs: Float[np.ndarray, "B K T"]  # log p(y_t | k, q, y_<t)
+    log_probs: Float[np.ndarray, " B"]  # log p(y | q), nats
+    evidence: Float[np.ndarray, "B K"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How every question is answered."""
+
+    decoding: Decoding
+    candidates: int  # K, cut to the number of passages
+    batch_size: int  # questions at a time
+    seed: int  # of sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A retriever with the passages as it embeds them, and a generator."""
+
+    opened: Any  # run.Run
+    params: dict
+    step: int
+    passages: tuple[str, ...]
+    passage_emb: Any  # (M, E) float32
+
+
+def corpus_emb(opened: Any, params: dict, passages: tuple[str, ...]) -> tuple[Float[np.ndarray, "M E"], bool]:
+    """Embeddings of the passages, kept on disk under a hash of all that they depend on; and whether they were there."""
+    model, text = opened.model, opened.retriever_text
+
+    def make() -> files.Arrays:
+        tokens, _ = data.retriever_tokens(text.tokenizer, passages, text.passage_prefix, text.passage_len)
+        batch_size = min(opened.config.eval.batch_size, len(passages))
+        return {"emb": search.embed(model, params, tokens, batch_size=batch_size, label="passages")}
+
+    how = repr(opened.sources["retriever"].model_config)
+    reads = [files.tokenizer_key(text.tokenizer), text.passage_prefix, text.passage_len]
+    key = files.content_key("embeddings", disk_index.retriever_key(model, params), how, reads, passages)
+    arrays, found = files.cached(key, make, "embeddings of passages")
+    return arrays["emb"], found
+
+
+def ask(pair: Pair, questions: Sequence[str], settings: Settings) -> list[dict[str, Any]]:
+    """Answer, likelihood, and the passages read with probability and evidence, for each question.
+
+    All shapes are of the config or even shares of those: few programs, whatever is asked.
+    """
+    opened, lengths = pair.opened, pair.opened.config.data
+    asked = [*questions, *[questions[0]] * (settings.batch_size - len(questions))]
+    query_emb = embedded(opened, pair.params, asked)
+    cosine, retrieved = search.top_k(query_emb, pair.passage_emb, settings.candidates)
+    doc_log_probs = np.asarray(losses.doc_log_probs(jnp.asarray(cosine) / opened.model.objective.marginal_temperature))
+    used, candidates = np.unique(retrieved, return_inverse=True)
+    (prefixes, _), (queries, _) = data.prompt_segments(opened.prompt, [pair.passages[i] for i in used], asked)
+    which = np.arange(search.size_for(len(used), retrieved.size)) % len(used)
+    found = answers(
+        opened.model,
+        pair.params,
+        segments.pad(prefixes, which, search.size_for(int(prefixes.lengths.max()), lengths.prompt_passage_len)),
+        segments.pad(
+            queries, np.arange(len(asked)), search.size_for(int(queries.lengths.max()), lengths.prompt_query_len)
+        ),
+        candidates.reshape(retrieved.shape).astype(np.int32),
+        doc_log_probs,
+        settings.decoding,
+        keys=question_keys(settings.seed, asked),
+        num_slots=lengths.prompt_passage_len + lengths.prompt_query_len + settings.decoding.num_tokens,
+    )
+    columns = {"cosine": cosine, "probability": np.exp(doc_log_probs), "evidence": found.evidence}
+    return [
+        {
+            "answer": decoding.text(opened.prompt.tokenizer, found.ids[i]),
+            "log_prob": float(found.log_probs[i]),
+            "tokens": int(found.mask[i].sum()),
+            "passages": [
+                {"passage": pair.passages[passage]} | {name: float(of[i, k]) for name, of in columns.items()}
+                for k, passage in enumerate(retrieved[i])
+            ],
+        }
+        for i in range(len(questions))
+    ]
+
+
+def question_keys(seed: int, questions: Sequence[str]) -> Key[Array, " B"]:
+    """A question's draws are a function of the seed and its text, not of what else is asked."""
+    numbers = jnp.asarray([zlib.crc32(question.encode()) for question in questions], jnp.uint32)
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
+
+
+def embedded(opened: Any, params: dict, questions: Sequence[str]) -> Float[np.ndarray, "B E"]:
+    """Embeddings of the questions as the retriever reads queries."""
+    text = opened.retriever_text
+    tokens, _ = data.retriever_tokens(text.tokenizer, questions, text.query_prefix, text.query_len)
+    if not tokens.lengths.all():
+        question = questions[int(tokens.lengths.argmin())]
+        raise UserError(f"the question {question!r} has no tokens for retriever.path={opened.config.retriever.path!r}")
+    size = {"batch_size": len(questions), "longest": text.query_len}
+    return search.embed(opened.model, params, tokens, label="questions", **size)
+
+
+def answers(
+    model: rag.Rag,
+    params: dict,
+    prefix: Tokens,
+    query: Tokens,
+    candidates: Int[np.ndarray, "B K"],
+    doc_log_probs: Float[np.ndarray, "B K"],
+    strategy: Decoding,
+    *,
+    keys: Key[Array, " B"] | None = None,
+    num_slots: int | None = None,
+) -> Answers:
+    """Answers to a batch of queries, each from its own candidates.
+
+    RAG-Token takes the best of its beams, or of one. RAG-Sequence decodes thoroughly: beams of every passage alone, all
+    of their answers scored under all passages, the highest marginal. Sampled (temperature above 0, a key for each row),
+    RAG-Sequence draws a passage and then an answer from it: at temperature 1 that is a draw from p(y | q).
+
+    Programs depend on shapes alone. With one `num_slots` (Lp + Lq + T if None) batches of different lengths share those
+    that decode.
+    """
+    num_slots = num_slots or prefix[0].shape[1] + query[0].shape[1] + strategy.num_tokens
+    reading = _read(model, params, prefix, query, candidates, num_slots=num_slots)
+    noise = None
+    if strategy.temperature > 0:
+        if keys is None or strategy.num_beams > 1:
+            raise ValueError("sampling takes a key for each row and one beam")
+        noise = Noise(keys, np.float32(strategy.temperature), np.float32(strategy.top_p))
+    sizes = {"num_tokens": strategy.num_tokens, "eos_id": strategy.eos_id}
+    beams = {"num_beams": strategy.num_beams, "length_penalty": strategy.length_penalty} | sizes
+    if strategy.name == "token" and strategy.num_beams == 1:
+        ids, token_log_probs = map(sharding.to_host, _one_by_one(model, params, reading, doc_log_probs, noise, **sizes))
+    else:
+        if strategy.name == "token":
+            hypotheses = _beam(model, params, reading, doc_log_probs, **beams)[0][:, :1]
+        elif noise is not None:
+            hypotheses = _drawn(model, params, reading, doc_log_probs, noise, **sizes)
+        else:
+            hypotheses = _of_each_passage(model, params, reading, **beams)
+        ids, token_log_probs = _best(model, params, reading, sharding.to_host(hypotheses), doc_log_probs, strategy)
+    mask = decoding.up_to_end(ids, strategy.eos_id)
+    weighed = _weigh(strategy.name, doc_log_probs, token_log_probs, mask)
+    return Answers(ids, mask, token_log_probs, *map(np.asarray, weighed))
+
+
+def _best(
+    model: rag.Rag,
+    params: dict,
+    reading: Reading,
+    hypotheses: Int[np.ndarray, "B H T"],
+    doc_log_probs: Float[np.ndarray, "B K"],
+    strategy: Decoding,
+) -> tuple[Int[np.ndarray, "B T"], Float[np.ndarray, "B K T"]]:
+    """The hypothesis of the highest marginal of each query, and what each passage says to its tokens.
+
+    Several passages often give the same answer: each distinct one is scored once, up to the longest's end.
+    """
+    distinct = [np.unique(rows, axis=0) for rows in hypotheses]
+    num_distinct = 1 << (max(map(len, distinct)) - 1).bit_length()  # a power of two: few shapes
+    ids = np.stack([rows[np.arange(num_distinct) % len(rows)] for rows in distinct])
+    mask = decoding.up_to_end(ids, strategy.eos_id)
+    length = min(segments.round_up(int(mask.sum(axis=-1).max())), ids.shape[-1])
+    ids, mask = ids[:, :, :length], mask[:, :, :length]
+    scored = sharding.to_host(_score(model, params, reading, ids, mask))
+    each = [_weigh(strategy.name, doc_log_probs, scored[:, h], mask[:, h])[0] for h in range(num_distinct)]
+    rows, best = np.arange(len(ids)), np.argmax(np.stack(each), axis=0)
+    return ids[rows, best], scored[rows, best]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _weigh(
+    name: str, doc_log_probs: Float[Array, "B K"], token_log_probs: Float[Array, "B K T"], mask: Bool[Array, "B T"]
+) -> tuple[Float[Array, " B"], Float[Array, "B K"]]:
+    """log p(y | q) and the passages' evidence."""
+    log_probs = losses.log_marginal(name, doc_log_probs, token_log_probs, mask)
+    return log_probs, decoding.evidence(name, doc_log_probs, token_log_probs, mask)
+
+
+def of_each_passage(
+    generator: Decoder, reading: Reading, *, num_beams: int, length_penalty: float, **sizes: Any
+) -> Int[Array, "B H T"]:
+    """The answers that each passage alone gives, H = K W; one of them stands for those that beams did not find."""
+    B, K, D = reading.hidden.shape
+    alone, certain = reading._replace(hidden=reading.hidden.reshape(B * K, 1, D)), jnp.zeros((B * K, 1))
+    if num_beams == 1:
+        ids = decoding.one_by_one(generator, alone, certain, None, **sizes).ids
+    else:
+        beams = {"num_beams": num_beams, "length_penalty": length_penalty} | sizes
+        ids, scores = decoding.beam(generator, alone, certain, **beams)
+        ids = jnp.where(jnp.isneginf(scores)[:, :, None], ids[:, :1], ids)
+    return ids.reshape(B, -1, ids.shape[-1])
+
+
+def drawn(
+    generator: Decoder, reading: Reading, doc_log_probs: Float[Array, "B K"], noise: Noise, **sizes: Any
+) -> Int[Array, "B 1 T"]:
+    """An answer from a passage drawn from p(k | q); the nucleus is of tokens alone."""
+    B, K, _ = reading.hidden.shape
+    passage = decoding.choose(doc_log_probs, noise._replace(top_p=jnp.ones(())), sizes["num_tokens"])
+    row = jnp.arange(B)
+    alone = Reading(reading.hidden[row, passage][:, None], decoding.streams(reading.cache, row * K + passage))
+    return decoding.one_by_one(generator, alone, jnp.zeros((B, 1)), noise, **sizes).ids[:, None]
+
+
+def _program(fn: Callable[..., Any], *sizes: str) -> Callable[..., Any]:
+    """`fn` of the generator in `params`, compiled once for each shape and each value of `sizes`."""
+
+    @functools.partial(jax.jit, static_argnums=0, static_argnames=sizes)
+    def compiled(model: rag.Rag, params: dict, *arrays: Any, **sizes: Any) -> Any:
+        return fn(model.model("generator", params), *arrays, **sizes)
+
+    return compiled
+
+
+_ANSWER, _BEAMS = ("num_tokens", "eos_id"), ("num_beams", "length_penalty")
+_read = _program(decoding.read, "num_slots")
+_one_by_one = _program(decoding.one_by_one, *_ANSWER)
+_beam = _program(decoding.beam, *_ANSWER, *_BEAMS)
+_score = _program(decoding.score)
+_of_each_passage = _program(of_each_passage, *_ANSWER, *_BEAMS)
+_drawn = _program(drawn, *_ANSWER)

@@ -1,0 +1,269 @@
+"""Exact retrieval over a corpus: embedding texts, the highest-scoring passages.
+
+**R** queries, **M** passages of the corpus, **K** retrieved passages, **E** embedding width.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, Shaped
+from tqdm import tqdm
+
+from rag_jax import rag
+from rag_jax.data import segments
+from rag_jax.distributed import sharding
+from rag_jax.inference.programs import Places
+
+# Scores that exist at one time on a device: (queries, passages) float32 of at most this many numbers, 64 MB.
+SCORES_AT_A_TIME = 2**24
+QUERIES_AT_A_TIME = 4096
+# Neighbouring scores of which the highest is looked at first.
+RUN = 128
+# Of progress: on a terminal only.
+BAR: dict[str, Any] = {"leave": False, "mininterval": 1.0, "disable": None}
+
+P = PartitionSpec
+
+
+def size_for(needed: int, largest: int, *, steps: int = 4) -> int:
+    """The smallest of `steps` even shares of `largest` that holds `needed`: few shapes, few compilations."""
+    share = -(-largest // steps)
+    return min(max(-(-needed // share), 1) * share, largest)
+
+
+def full_batches(order: Int[np.ndarray, " n"], batch_size: int) -> Iterator[tuple[Int[np.ndarray, " b"], int]]:
+    """`order` in batches of one size, the last filled up with copies of its first row; and how many rows are real."""
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        yield np.concatenate([rows, np.repeat(rows[:1], batch_size - len(rows))]), len(rows)
+
+
+def embed(
+    model: rag.Rag, params: dict, tokens: segments.Ragged, *, batch_size: int, label: str, longest: int = 0
+) -> Float[np.ndarray, "n E"]:
+    """Normalised embeddings of tokenised texts, in their order, on every process; every process must call.
+
+    Texts of similar length share a batch, and the devices on which the parameters lie share the batches. A batch is
+    padded to a share of `longest` (0: of the longest text), so that other texts are read by the same programs.
+    """
+    places = Places.of(params, "retriever")
+    encode = _encoder(model, places)
+    batch_size = -(-min(batch_size, len(tokens)) // places.shards) * places.shards
+    lengths = tokens.lengths
+    longest = longest or int(lengths.max())
+    found: list[Any] = []
+    order = np.argsort(-lengths, kind="stable")  # the longest first: too little memory shows at once
+    for rows, real in tqdm(list(full_batches(order, batch_size)), desc=label, **BAR):
+        batch = segments.pad(tokens, rows, size_for(int(lengths[rows].max()), longest))
+        found.append((*encode(params["retriever"], *places.put(*batch)), real))
+    emb = np.empty((len(tokens), found[0][0].shape[-1]), np.float32)
+    emb[order] = np.concatenate([sharding.to_host(part)[:real] for part, real in found])
+    return emb
+
+
+@functools.lru_cache(maxsize=8)
+def _encoder(model: rag.Rag, places: Places) -> Callable[..., tuple[Float[Array, "b E"]]]:
+    """The compiled encoder for parameters that lie so."""
+
+    def own(retriever: Any, ids: Int[Array, "b L"], mask: Bool[Array, "b L"]) -> tuple[Float[Array, "b E"]]:
+        return (rag.encode(retriever, ids, mask, model.pooling),)
+
+    rows = sharding.BATCH
+    return places.program(model, own, (rows, rows), (rows,))
+
+
+def top_k(
+    query_emb: Float[np.ndarray, "R E"],
+    corpus: Any,
+    k: int,
+    *,
+    recall_target: float = 1.0,
+    at_most: Float[np.ndarray, " R"] | None = None,
+) -> tuple[Float[np.ndarray, "R K"], Int[np.ndarray, "R K"]]:
+    """Scores and indices of each query's k nearest passages, nearest first; of equals the lower index first.
+
+    Exact: every passage is scored, in blocks that all devices of all processes share; every process must call. The
+    corpus is an array (M, E), or anything with a length and `block(start, stop)` that gives rows (m, E) of any number
+    type and what to multiply the scores of each with, (m,) or None: a corpus on disk is read once for 4,096 queries. k
+    is cut to the number of passages. `at_most`: what scores above it is passed over, and where fewer than k are left
+    the last scores are -inf, and their indices mean nothing. `recall_target` below 1: TPUs may miss that many, for
+    speed (`jax.lax.approx_max_k`).
+    """
+    corpus = Held(corpus) if isinstance(corpus, np.ndarray) else corpus
+    if not len(corpus):
+        raise ValueError("no passage to retrieve from")
+    k, devices = min(k, len(corpus)), jax.devices()
+    batch_size = min(len(query_emb), QUERIES_AT_A_TIME)
+    found = []
+    for batch, real in full_batches(np.arange(len(query_emb)), batch_size):
+        ceiling = None if at_most is None else np.asarray(at_most[batch], np.float32)
+        if len(devices) == 1 and devices[0].platform == "cpu":
+            best = _on_host(query_emb[batch], corpus, k, ceiling)
+        else:
+            mesh = Mesh(np.array(devices), ("all",))
+            best = _on_devices(mesh, query_emb[batch], corpus, k, ceiling, recall_target)
+        found.append(tuple(part[:real] for part in best))
+    score, index = zip(*found, strict=True)
+    return np.concatenate(score), np.concatenate(index)
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """A corpus in memory."""
+
+    emb: np.ndarray  # (M, E)
+
+    def __len__(self) -> int:
+        return len(self.emb)
+
+    def block(self, start: int, stop: int) -> tuple[np.ndarray, None]:
+        return self.emb[start:stop], None
+
+
+def _on_host(
+    query_emb: Float[np.ndarray, "R E"], corpus: Any, k: int, ceiling: Float[np.ndarray, " R"] | None
+) -> tuple[Float[np.ndarray, "R K"], Int[np.ndarray, "R K"]]:
+    """`top_k` on one CPU, where numpy's products are faster than XLA's.
+
+    Once k passages are known few others score above the last of them, and only those are sorted.
+    """
+    R, num_passages = len(query_emb), len(corpus)
+    rows = min(max(SCORES_AT_A_TIME // R, k), num_passages)
+    score, index = np.zeros((R, 0), np.float32), np.zeros((R, 0), np.int32)
+    room = np.empty(R * rows, np.float32)  # new memory for every block would cost as much as a fifth of its products
+    for start in range(0, num_passages, rows):
+        values, scale = corpus.block(start, min(start + rows, num_passages))
+        scores = room[: R * len(values)].reshape(R, -1)
+        np.matmul(query_emb, values.astype(np.float32, copy=False).T, out=scores)
+        if scale is not None:
+            scores *= scale
+        if ceiling is not None:
+            scores[scores > ceiling[:, None]] = -np.inf
+        if not start:
+            better = scores >= np.partition(scores, -k, axis=1)[:, -k, None]
+        else:
+            better = scores > score[:, -1:]  # of equals the one found before stays
+        row, place = np.divmod(np.flatnonzero(better), len(values))
+        number = np.bincount(row, minlength=R)
+        column = np.arange(len(row)) - np.repeat(number.cumsum() - number, number)
+        more = np.full((R, number.max()), -np.inf, np.float32)
+        more_index = np.zeros(more.shape, np.int32)
+        more[row, column], more_index[row, column] = scores[row, place], start + place
+        score, index = (np.concatenate(both, axis=1) for both in ((score, more), (index, more_index)))
+        order = np.argsort(-score, axis=1, kind="stable")[:, :k]
+        score, index = (np.take_along_axis(a, order, axis=1) for a in (score, index))
+    return score, index
+
+
+def _on_devices(
+    mesh: Mesh,
+    query_emb: Float[np.ndarray, "R E"],
+    corpus: Any,
+    k: int,
+    ceiling: Float[np.ndarray, " R"] | None,
+    recall_target: float,
+) -> tuple[Float[np.ndarray, "R K"], Int[np.ndarray, "R K"]]:
+    """`top_k` of which each device scores a share of every block."""
+    num_passages = len(corpus)
+    rows = min(max(SCORES_AT_A_TIME // len(query_emb), 1) * mesh.size, num_passages)
+    rows = -(-rows // mesh.size) * mesh.size
+    queries, best = _put(mesh, query_emb, P()), _nothing(mesh, len(query_emb), k)
+    limit = None if ceiling is None else _put(mesh, ceiling, P())
+    for start in range(0, num_passages, rows):
+        values, scale = corpus.block(start, min(start + rows, num_passages))
+        scale = np.ones(len(values), np.float32) if scale is None else scale
+        if missing := rows - len(values):
+            values, scale = np.pad(values, ((0, missing), (0, 0))), np.pad(scale, (0, missing))
+        block = [_put(mesh, array, P("all")) for array in (values, scale)]
+        jax.block_until_ready(best)  # one block waits while another is scored; more would only take memory
+        best = _advance(mesh, recall_target, queries, *block, *best, start, num_passages, limit)
+    score, index = _merge(mesh, *best)
+    return sharding.to_host(score), sharding.to_host(index)
+
+
+def _put(mesh: Mesh, array: np.ndarray, spec: PartitionSpec) -> jax.Array:
+    """A global array of what every process has whole."""
+    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
+
+
+def _nothing(mesh: Mesh, num_queries: int, k: int) -> tuple[jax.Array, jax.Array]:
+    """The best (R, D k) of no passage: k of each device, side by side."""
+    shape = (num_queries, mesh.size * k)
+    score, index = np.full(shape, -np.inf, np.float32), np.full(shape, np.iinfo(np.int32).max, np.int32)
+    return _put(mesh, score, P(None, "all")), _put(mesh, index, P(None, "all"))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(5, 6))
+def _advance(
+    mesh: Mesh,
+    recall_target: float,
+    query_emb: Float[Array, "R E"],
+    passages: Shaped[Array, "m E"],
+    scale: Float[Array, " m"],
+    score: Float[Array, "R Dk"],
+    index: Int[Array, "R Dk"],
+    start: Int[Array, ""] | int,
+    num_passages: Int[Array, ""] | int,
+    ceiling: Float[Array, " R"] | None,
+) -> tuple[Float[Array, "R Dk"], Int[Array, "R Dk"]]:
+    """Each device's k best so far and of its share of the block that begins with passage `start`."""
+
+    def own(
+        query_emb: Any, passages: Any, scale: Any, score: Any, index: Any, start: Any, num_passages: Any, ceiling: Any
+    ) -> Any:
+        (m, _), k = passages.shape, score.shape[1]
+        first = start + jax.lax.axis_index("all") * m
+        # The default precision of a product on TPU and GPU is lower than float32 and would change ranks.
+        product = functools.partial(jnp.einsum, "RE,mE->Rm", precision=jax.lax.Precision.HIGHEST)
+        scores = product(query_emb, passages.astype(jnp.float32)) * scale
+        scores = jnp.where(first + jnp.arange(m) < num_passages, scores, -jnp.inf)
+        if ceiling is not None:
+            scores = jnp.where(scores > ceiling[:, None], -jnp.inf, scores)
+        block_score, place = best_of_rows(scores, min(k, m), recall_target)
+        # What was found before stands in front: of equals it wins, and its indices are lower.
+        joined = jnp.concatenate([score, block_score], axis=1)
+        score, chosen = jax.lax.top_k(joined, k)
+        return score, jnp.take_along_axis(jnp.concatenate([index, first + place], axis=1), chosen, axis=1)
+
+    best = P(None, "all")
+    specs = (P(), P("all"), P("all"), best, best, P(), P(), P())
+    split = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=(best, best), check_vma=False)
+    return split(query_emb, passages, scale, score, index, jnp.int32(start), jnp.int32(num_passages), ceiling)
+
+
+def best_of_rows(
+    scores: Float[Array, "R m"], k: int, recall_target: float = 1.0
+) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
+    """`jax.lax.top_k`, of equals the lower index first, without sorting long rows.
+
+    The k best of a row lie in the k runs of `RUN` neighbours with the highest maxima (of equals the earlier ones), so
+    only these are sorted.
+    """
+    if recall_target < 1:
+        score, index = jax.lax.approx_max_k(scores, k, recall_target=recall_target)
+        return score, index.astype(jnp.int32)
+    R, m = scores.shape
+    if m <= 2 * k * RUN:
+        score, index = jax.lax.top_k(scores, k)
+        return score, index
+    runs = jnp.pad(scores, ((0, 0), (0, -m % RUN)), constant_values=-jnp.inf).reshape(R, -1, RUN)
+    highest = jnp.sort(jax.lax.top_k(runs.max(axis=2), k)[1], axis=1)
+    score, place = jax.lax.top_k(jnp.take_along_axis(runs, highest[:, :, None], axis=1).reshape(R, k * RUN), k)
+    return score, jnp.take_along_axis(highest, place // RUN, axis=1) * RUN + place % RUN
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _merge(
+    mesh: Mesh, score: Float[Array, "R Dk"], index: Int[Array, "R Dk"]
+) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
+    """The best of all devices, on all of them."""
+    k = score.shape[1] // mesh.size
+    score, index = (jax.lax.with_sharding_constraint(a, NamedSharding(mesh, P())) for a in (score, index))
+    descending, index = jax.lax.sort((-score, index), num_keys=2)
+    return -descending[:, :k], index[:, :k]

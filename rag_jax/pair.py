@@ -1,0 +1,169 @@
+"""What a run's config stands for: the models it names, how they read, and the composite of both."""
+
+import dataclasses
+import os
+import pathlib
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from rag_jax import data, files, hf, models, rag
+from rag_jax.distributed import sharding
+from rag_jax.errors import UserError
+
+ROLES = ("retriever", "generator")
+# How the predecessor's retriever reads, where the config says nothing else.
+DALM_PREFIXES = ("#query# ", "#passage# ")
+# Of compiled programs kept on disk; those used longest ago go first.
+COMPILED_BYTES = 4 * 10**9
+_cache_events: Counter[str] = Counter()
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The models of a run before any weight is read. What the config does not name is None."""
+
+    config: Any
+    sources: dict[str, hf.Source]  # by role
+    model: rag.Rag
+    retriever_text: data.RetrieverText | None
+    prompt: data.Prompt | None
+    whole_string: data.WholeString | None  # objective "dalm": what its generator trains on
+
+    def shapes(self) -> dict[str, Any]:
+        """Shapes of all parameters, by role."""
+        return {role: models.abstract(source.model_config)[1] for role, source in self.sources.items()}
+
+
+def keep_compiled() -> None:
+    """What is compiled from now on is found again by later processes; in the user's own folder for it, if set.
+
+    Not by several processes on CPUs: only the first of them finds what was kept, and a program from the disk and one
+    just compiled exchange in different orders (jaxlib 0.10.2), at which gloo ends the run.
+    """
+    if jax.distributed.is_initialized() and jax.default_backend() == "cpu":
+        jax.config.update("jax_enable_compilation_cache", False)
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(files.folder() / "compiled"))
+        jax.config.update("jax_compilation_cache_max_size", COMPILED_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # small programs too
+    if not _cache_events:
+        _cache_events["listening"] = 1
+        jax.monitoring.register_event_listener(lambda event, **_: _cache_events.update([event]))
+
+
+def compiled_found() -> int:
+    """How many programs this process has found compiled by an earlier one."""
+    return _cache_events["/jax/compilation_cache/cache_hits"]
+
+
+def open_run(config: Any, workdir: pathlib.Path | None = None) -> Run:
+    """Configs and tokenizers of the models, from the copies in the workdir where it has them. Reads no weights."""
+    sources = {}
+    for role in ROLES:
+        if config[role].path is not None:
+            copy = None if workdir is None else workdir / "models" / role
+            path = str(copy) if copy is not None and copy.is_dir() else config[role].path
+            sources[role] = hf.open_model(path, f"{role}.path", role)
+    check_lengths(config, sources)
+    text, prompt_text = retriever_text(config, sources), prompt(config, sources)
+    whole = None
+    if prompt_text is not None and config.objective.name == "dalm":
+        whole = data.WholeString(prompt_text.tokenizer, string_len(config))
+    return Run(config, sources, composite(config, sources), text, prompt_text, whole)
+
+
+def string_len(config: Any) -> int:
+    """Tokens of a generator's whole prompt: all three segments."""
+    return config.data.prompt_passage_len + config.data.prompt_query_len + config.data.answer_len
+
+
+def check_lengths(config: Any, sources: dict[str, hf.Source]) -> None:
+    """UserError for texts longer than the positions that a model has."""
+    lengths = {
+        "retriever": {name: config.data[name] for name in ("query_len", "passage_len")},
+        "generator": {"prompt_passage_len + data.prompt_query_len + data.answer_len": string_len(config)},
+    }
+    problems = [
+        f"data.{name}={length}: {role}.path={source.path!r} has {source.model_config.max_positions} positions"
+        for role, source in sources.items()
+        for name, length in lengths[role].items()
+        if length > source.model_config.max_positions
+    ]
+    if problems:
+        raise UserError(f"{'; '.join(problems)}; lower what is too long")
+
+
+def composite(config: Any, sources: dict[str, hf.Source]) -> rag.Rag:
+    graphs = {role: models.abstract(model_config(config, role, source))[0] for role, source in sources.items()}
+    pooling = config.retriever.pooling
+    if pooling == "auto":
+        pooling = sources["retriever"].pooling.mode if "retriever" in sources else "mean"
+    return rag.Rag(
+        rag.Objective(**config.objective.to_dict()),
+        graphs.get("retriever"),
+        graphs.get("generator"),
+        pooling,
+        config.group_size,
+        jnp.dtype(config.dtype),
+        config.retriever.chunk_size,
+    )
+
+
+def model_config(config: Any, role: str, source: hf.Source) -> models.ModelConfig:
+    """The model's own config, with what the run decides: rematerialisation and dropout."""
+    changes: dict[str, Any] = {"remat": config[role].remat}
+    if config.dropout is not None:
+        changes |= dict.fromkeys(dropouts(source.model_config), config.dropout)
+    return dataclasses.replace(source.model_config, **changes)
+
+
+def dropouts(model_config: models.ModelConfig) -> dict[str, float]:
+    """The dropout rates of a model, by the names of its config."""
+    return {name: rate for name, rate in vars(model_config).items() if name.endswith("dropout")}
+
+
+def retriever_text(config: Any, sources: dict[str, hf.Source]) -> data.RetrieverText | None:
+    if "retriever" not in sources:
+        return None
+    source, section = sources["retriever"], config.retriever
+    folder_says = (source.pooling.query_prefix, source.pooling.passage_prefix)
+    query, passage = DALM_PREFIXES if config.objective.name == "dalm" else folder_says
+    return data.RetrieverText(
+        source.tokenizer,
+        query if section.query_prefix is None else section.query_prefix,
+        passage if section.passage_prefix is None else section.passage_prefix,
+        config.data.query_len,
+        config.data.passage_len,
+    )
+
+
+def prompt(config: Any, sources: dict[str, hf.Source]) -> data.Prompt | None:
+    if "generator" not in sources:
+        return None
+    texts, lengths = config.prompt, config.data
+    return data.Prompt(
+        sources["generator"].tokenizer, texts.passage, texts.query, texts.answer,
+        lengths.prompt_passage_len, lengths.prompt_query_len, lengths.answer_len,
+    )  # fmt: skip
+
+
+def abstract_params(run: Run, mesh: Mesh | None = None) -> dict[str, Any]:
+    """Shapes of all parameters, with their places on a mesh, if none is given one of all devices."""
+    shapes = run.shapes()
+    places = sharding.param_shardings(mesh or sharding.make_mesh(1, -1, 1), shapes)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, jnp.float32, sharding=s), shapes, places)
+
+
+def pretrained_params(run: Run, mesh: Mesh | None = None) -> dict[str, Any]:
+    """The parameters in the models' folders, placed as `abstract_params` says."""
+    return {
+        role: hf.load_params(
+            run.sources[role].folder, run.sources[role].model_config, jax.tree.map(lambda a: a.sharding, places)
+        )
+        for role, places in abstract_params(run, mesh).items()
+    }

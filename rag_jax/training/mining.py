@@ -1,0 +1,167 @@
+"""Mining inside training: what the retriever of the moment takes for near, as groups of rows and as negatives.
+
+The plan of the coming steps is all that mining leaves behind. It is kept in the workdir, `mining/step_N.npz`: a run
+that goes on from a later checkpoint has other parameters by then and could not make it again.
+
+**n** rows, **R** distinct queries, **M** distinct passages, **H** negatives of a row, **E** embedding width.
+"""
+
+import dataclasses
+import os
+import pathlib
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Float, Int
+
+from rag_jax import data, files, rag
+from rag_jax.errors import UserError
+from rag_jax.inference import search
+from rag_jax.training import hard_groups
+
+# Of each row, for a start: groups grow from these, and from all rows where these are taken.
+NEIGHBOURS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is trained on from one mining to the next."""
+
+    rows: np.ndarray  # (steps, batch_size) int32 of the steps that follow
+    met: np.ndarray  # (n,) int32, how often each row was met before them
+    negatives: np.ndarray | None = None  # (steps, batch_size, H) int32 passages that the rows bring, -1: none
+
+    def after(self, steps: int) -> "Plan":
+        """Without the first steps."""
+        later = None if self.negatives is None else self.negatives[steps:]
+        return dataclasses.replace(self, rows=self.rows[steps:], negatives=later)
+
+    def met_after(self) -> np.ndarray:
+        return self.met + np.bincount(self.rows.ravel(), minlength=len(self.met)).astype(np.int32)
+
+
+def mine(
+    model: rag.Rag, params: dict, examples: data.Examples, met: Int[np.ndarray, " n"], config: Any, step: int
+) -> tuple[Plan, dict[str, float]]:
+    """The plan of the next `mining.every_steps` steps, a function of (seed, step, parameters), and how hard it is.
+
+    Metrics of the plan's groups beside random groups of all rows; see `groups.hardness` and `groups.masked_shares`.
+    """
+    query_emb, passage_emb = embeddings(model, params, examples, config.eval.batch_size)
+    near = neighbourhood(query_emb, passage_emb, examples, config.mining.margin)
+    rng = np.random.default_rng([config.seed, step])
+    shape = (config.mining.every_steps, config.batch_size)
+    rows, size = np.zeros(shape, np.int32), config.group_size
+    if jax.process_index() == 0:
+        rows = hard_groups.plan(near, met, group_size=size, batch_size=shape[1], num_steps=shape[0], rng=rng)
+    # One says, lest processes whose products differ in the last bit train on different rows.
+    plan, brought = Plan(np.asarray(multihost_utils.broadcast_one_to_all(rows)), met), {}
+    if config.objective.negatives and config.data.columns.negative is None:
+        found, scores = negatives(near, passage_emb, plan.rows.reshape(-1, size), config.objective.negatives)
+        found = np.asarray(multihost_utils.broadcast_one_to_all(found)).reshape(*shape, -1)
+        plan, there = dataclasses.replace(plan, negatives=found), scores > -np.inf
+        brought = {
+            "mining/negatives_similarity": float(scores[there].mean()) if there.any() else 0.0,
+            "mining/negatives_missing": float(1 - there.mean()),
+        }
+    random = rng.permutation(len(examples))[: len(examples) // size * size].reshape(-1, size)
+    mined, by_chance = (hard_groups.hardness(near, each) for each in (plan.rows.reshape(-1, size), random))
+    values = {f"mining/{name}": value for name, value in mined.items()}
+    values |= {f"mining/random_{name}": value for name, value in by_chance.items()} | brought
+    return plan, values | {f"mining/masked_{name}": value for name, value in hard_groups.masked_shares(near).items()}
+
+
+def embeddings(
+    model: rag.Rag, params: dict, examples: data.Examples, batch_size: int
+) -> tuple[Float[np.ndarray, "R E"], Float[np.ndarray, "M E"]]:
+    """All distinct queries and passages as the retriever sees them now."""
+    queries, passages = examples.retriever_queries, examples.retriever_passages
+    assert queries is not None and passages is not None
+    query_emb = search.embed(model, params, queries, batch_size=batch_size, label="mining: queries")
+    return query_emb, search.embed(model, params, passages, batch_size=batch_size, label="mining: passages")
+
+
+def neighbourhood(
+    query_emb: Float[np.ndarray, "R E"],
+    passage_emb: Float[np.ndarray, "M E"],
+    examples: data.Examples,
+    margin: float | None,
+) -> hard_groups.Near:
+    """All rows with their nearest other rows."""
+    query_key, passage_key = examples.query_key, examples.passage_key
+    query_emb, passage_emb = query_emb[query_key], passage_emb[passage_key]
+    neighbours = nearest_rows(query_emb, passage_emb, NEIGHBOURS)
+    return hard_groups.Near(query_emb, passage_emb, query_key, passage_key, neighbours, margin)
+
+
+def nearest_rows(
+    query_emb: Float[np.ndarray, "n E"], passage_emb: Float[np.ndarray, "n E"], num: int
+) -> Int[np.ndarray, "n m"]:
+    """The `num` other rows of highest affinity to each row, exact, the highest first; at most all others."""
+    left, right = hard_groups.affinity_sides(query_emb, passage_emb)
+    _, found = search.top_k(left, right, num + 1)
+    itself = found == np.arange(len(found))[:, None]
+    # Itself to the end, if it is there at all; the others keep their order.
+    return np.take_along_axis(found, np.argsort(itself, axis=1, kind="stable"), axis=1)[:, :-1]
+
+
+def negatives(
+    near: hard_groups.Near, passage_emb: Float[np.ndarray, "M E"], rows_Gg: Int[np.ndarray, "G g"], num: int
+) -> tuple[Int[np.ndarray, "G g H"], Float[np.ndarray, "G g H"]]:
+    """`groups.negatives` among as many of each row's nearest passages as its group can hold, and `NEIGHBOURS` more."""
+    at_most = None if near.margin is None else near.positive + near.margin
+    many = rows_Gg.shape[1] * (1 + num) + NEIGHBOURS
+    scores, passages = search.top_k(near.query_emb, passage_emb, many, at_most=at_most)
+    return hard_groups.negatives(near, rows_Gg, passages, scores, num)
+
+
+def path_of(workdir: pathlib.Path, step: int) -> pathlib.Path:
+    return workdir / "mining" / f"step_{step}.npz"
+
+
+def save(workdir: pathlib.Path, step: int, plan: Plan) -> None:
+    arrays = {name: array for name, array in vars(plan).items() if array is not None}
+    files.write(path_of(workdir, step), arrays)
+
+
+def load(workdir: pathlib.Path, step: int) -> Plan | None:
+    """The plan that was mined after this step; None where there is none. UserError for a damaged file."""
+    path = path_of(workdir, step)
+    try:
+        return Plan(**files.read(path))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{os.fspath(path)} cannot be read ({error}); it is damaged: put it back from a copy, or move the "
+            f"checkpoints after step {step} and this file away to go on from there"
+        ) from None
+
+
+def kept(workdir: pathlib.Path, start_step: int, every: int) -> Iterator[tuple[int, Plan]]:
+    """(step, plan of the steps after it), plan by plan as a run left them behind, from `start_step` on."""
+    step = start_step
+    while plan := load(workdir, since := step - step % every):
+        yield step, plan.after(step - since)
+        step = since + every
+
+
+def resume(workdir: pathlib.Path, step: int, every: int) -> tuple[int, Plan | None, np.ndarray | None]:
+    """What was mined before a run stopped after `step`: (when, plan, None), or (step, None, met) if it is due now.
+
+    UserError where the plan is missing and the parameters it came from are gone too.
+    """
+    since = step - step % every
+    if plan := load(workdir, since):
+        return since, plan, None
+    before = load(workdir, since - every) if since == step else None
+    if before is None:
+        raise UserError(
+            f"{path_of(workdir, since)} is missing, and the rows of the steps after {since} cannot be known without "
+            f"it: put it back, or move the checkpoints after step {max(since, every) - every} away"
+        )
+    return step, None, before.met_after()

@@ -1,0 +1,197 @@
+"""The record of a run: metrics.jsonl, TensorBoard, the line of progress; and the peak FLOP/s that MFU is a share of."""
+
+import json
+import math
+import os
+import pathlib
+import socket
+import struct
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import jax
+import jax.numpy as jnp
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.record_writer import masked_crc32c
+from tqdm import tqdm
+
+from rag_jax.errors import UserError
+from rag_jax.planning import chips
+
+# Between lines of progress where there is no terminal, seconds.
+LINE_EVERY_S = 20.0
+
+
+class Writer:
+    """Scalars of a run to `metrics.jsonl` (one object a line) and `tensorboard/`, both handed to the system at once.
+
+    `start_step` is the step restored: what an earlier process wrote about later steps, and a line it did not finish,
+    is taken out, so that every step stands there once. With `active=False` (all processes but one) nothing is written.
+    """
+
+    def __init__(self, workdir: str | pathlib.Path, start_step: int = 0, *, active: bool = True):
+        self._file: BinaryIO | None = None
+        self._board: BinaryIO | None = None
+        self._kept: list[dict[str, Any]] = []
+        if not active:
+            return
+        workdir = pathlib.Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        self._kept = _cut_back(workdir / "metrics.jsonl", start_step)
+        # Unbuffered: what was written stays, however the process ends.
+        self._file = open(workdir / "metrics.jsonl", "ab", buffering=0)
+        self._board = open(_next_board(workdir / "tensorboard"), "xb", buffering=0)
+        self._event(Event(file_version="brain.Event:2"))
+        # Makes TensorBoard forget what earlier files hold about this step and later ones.
+        restart = SessionLog(status=SessionLog.START)
+        self._event(Event(session_log=restart, step=start_step + 1 if start_step else 0))
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def written(self, name: str) -> list[float | None]:
+        """The values of a metric in the lines that earlier processes wrote; None for one that was no number."""
+        return [record[name] for record in self._kept if name in record]
+
+    def train(self, step: int, values: Mapping[str, Any]) -> None:
+        """Metrics of one step, by their names of the contract."""
+        self._write(step, values)
+
+    def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
+        """Metrics of one evaluation."""
+        self._write(step, values)
+
+    def close(self) -> None:
+        if self._file and self._board:
+            self._file.close()
+            self._board.close()
+            self._file = self._board = None
+
+    def _write(self, step: int, values: Mapping[str, Any]) -> None:
+        if not (self._file and self._board):
+            return
+        scalars = {name: float(value) for name, value in values.items() if value is not None}
+        # JSON knows no NaN: null stands for it, so that every reader can go on reading.
+        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        _write_whole(self._file, json.dumps({"step": int(step), **finite}).encode() + b"\n")
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
+        self._event(Event(summary=summary, step=int(step)))
+
+    def _event(self, event: Any) -> None:
+        """Append to TensorBoard's file: length, its checksum, the event, its checksum."""
+        assert self._board is not None
+        event.wall_time = time.time()
+        content = event.SerializeToString()
+        size = struct.pack("<Q", len(content))
+        sums = [struct.pack("<I", masked_crc32c(part)) for part in (size, content)]
+        _write_whole(self._board, size + sums[0] + content + sums[1])
+
+
+def _write_whole(file: BinaryIO, content: bytes) -> None:
+    """UserError where the disk does not take all of it; the next start cuts off what it took."""
+    try:
+        while content:
+            content = content[file.write(content) :]
+    except OSError as error:
+        raise UserError(f"{file.name}: {error.strerror}; mend that, and the same command goes on") from error
+
+
+def _next_board(folder: pathlib.Path) -> pathlib.Path:
+    """TensorBoard reads its files in the order of their numbers: this one last, whatever the clock says."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.[0-9]*.*")]
+    number = max([int(time.time()), *(number + 1 for number in numbers)])
+    return folder / f"events.out.tfevents.{number:010d}.{socket.gethostname()}"
+
+
+def _cut_back(path: pathlib.Path, step: int) -> list[dict[str, Any]]:
+    """Keep the whole lines of steps up to `step`; none of them for step 0, where a run begins anew. What they hold."""
+    if not path.is_file():
+        return []
+    kept, records = [], []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if step and isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= step:
+            kept.append(line + "\n")
+            records.append(record)
+    new = path.with_name(path.name + ".new")
+    new.write_text("".join(kept), encoding="utf-8")
+    os.replace(new, path)
+    return records
+
+
+class Progress:
+    """Steps done, loss and time left: a bar on a terminal, elsewhere a line now and then."""
+
+    def __init__(self, total_steps: int, start_step: int = 0, *, active: bool = True):
+        self.total, self.start, self.active = total_steps, start_step, active
+        self.began = self.last_line = time.monotonic()
+        bar = active and sys.stderr.isatty()
+        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True) if bar else None
+
+    def update(self, step: int, loss: float) -> None:
+        """`step` steps are done; `loss` is the newest total."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif self.active:
+            now = time.monotonic()
+            if step in (self.start + 1, self.total) or now - self.last_line >= LINE_EVERY_S:
+                self.last_line = now
+                step_s = (now - self.began) / max(1, step - self.start)
+                left = clock(step_s * (self.total - step))
+                self.print(f"step {step}/{self.total}  loss {loss:.4f}  {step_s:.2f} s a step  {left} left")
+
+    def pause(self, seconds: float) -> None:
+        """Leave time that was no step's out of the time left."""
+        self.began += seconds
+        if self._bar is not None:
+            self._bar.start_t += seconds
+
+    def print(self, text: str) -> None:
+        """A line of text that does not tear the bar."""
+        if self.active:
+            tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def clock(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def peak_flops() -> float:
+    """FLOP/s of all devices of the run together: from the table, else (CPUs) as a float32 matrix product shows."""
+    known = chips.peak_flops(jax.devices()[0].device_kind)
+    if known is not None:
+        return known * jax.device_count()
+    # The CPU devices of a process share its cores, so one of them shows what all have.
+    shared = jax.process_count() if jax.default_backend() == "cpu" else jax.device_count()
+    return measured_flops() * shared
+
+
+def measured_flops(size: int = 1024, repeats: int = 5) -> float:
+    """FLOP/s of a float32 product of square matrices on one device, the best of several."""
+    a = jax.device_put(jnp.ones((size, size), jnp.float32), jax.local_devices()[0])
+    product = jax.jit(lambda a: a @ a).lower(a).compile()
+    jax.block_until_ready(product(a))
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(product(a))
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds)

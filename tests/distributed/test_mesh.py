@@ -1,0 +1,198 @@
+"""Every mesh computes the same: loss, every gradient, and ten steps of training, against one device."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_rag import BERT, GENERATORS, assert_trees_close, make, make_rows, value_and_grad, with_dropout
+
+from rag_jax import models, rag
+from rag_jax.distributed import sharding
+from rag_jax.training import optim
+from rag_jax.training import step as train_step
+from rag_jax.workdir import checkpoint
+
+
+def also_slow(quick, *slow):
+    return [*quick, *(pytest.param(case, marks=pytest.mark.slow) for case in slow)]
+
+
+MESHES = also_slow([(2, 2, 2)], (1, 8, 1), (1, 1, 8), (1, 2, 1), (1, 4, 1), (8, 1, 1), (1, 4, 2))
+ALL = ((".*", 1.0),)
+COLLECTIVE = re.compile(r"= (\(.*?\)|\S+) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\(")
+
+
+def mesh_of(shape):
+    return sharding.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+
+
+def gradients_on(mesh, model, params, rows, dropout_seed=None, rules=ALL):
+    """Total loss and gradients as the training step computes them, and the text of the compiled program."""
+    trainable, frozen = optim.split_frozen(params, rules)
+    places = [sharding.param_shardings(mesh, tree) for tree in (trainable, frozen)]
+    gradients = jax.jit(train_step.make_gradients(model, *places, dropout_seed))
+    placed = [jax.device_put(tree, place) for tree, place in zip((trainable, frozen), places, strict=True)]
+    split = jax.device_put(rows, jax.sharding.NamedSharding(mesh, sharding.BATCH))
+    compiled = gradients.lower(*placed, split, jnp.zeros((), jnp.int32)).compile()
+    grads, metrics = compiled(*placed, split, jnp.zeros((), jnp.int32))
+    return metrics["loss/total"], jax.device_get(grads), compiled.as_text()
+
+
+def assert_same_on(shape, model, params, rows, dropout_seed=None):
+    key = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), 0)
+    loss, gradients = value_and_grad(model, params, rows, key)
+    meshed, meshed_gradients, text = gradients_on(mesh_of(shape), model, params, rows, dropout_seed)
+    np.testing.assert_allclose(meshed, loss, rtol=1e-5)
+    assert_trees_close(meshed_gradients, jax.device_get(gradients), 1e-5)
+    return text
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_loss_and_gradients(shape):
+    """Duplicates, so that masks of negatives cross devices; several groups a device; the retriever in chunks."""
+    model, params = make("llama")
+    rows = make_rows(32, passages=[0, 1, 0, *range(2, 31)])
+    assert_same_on(shape, dataclasses.replace(model, chunk_size=3), params, rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1)])
+@pytest.mark.parametrize("name", ["token", "sequence"])
+def test_tied_head_and_dropout(shape, name):
+    """A row's noise depends on its place in the whole batch, not on the device it lies on."""
+    model, params = make("gpt2", name=name)
+    assert_same_on(shape, with_dropout(model), params, make_rows(32), dropout_seed=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
+def test_negatives_that_queries_bring(shape):
+    """Of all devices' rows; some bring none, some the own passage of a row elsewhere; dropout and chunks."""
+    model, params = make("gpt2", candidates=6, negatives=2)
+    model = dataclasses.replace(with_dropout(model), chunk_size=3)
+    negatives = np.random.default_rng(0).integers(-1, 60, (32, 2))
+    assert (negatives < 0).any() and ((0 <= negatives) & (negatives < 31)).any()
+    rows = make_rows(32, passages=[0, 1, 0, *range(2, 31)], negatives=negatives)
+    assert_same_on(shape, model, params, rows, dropout_seed=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 2, 4), (1, 8, 1)])
+def test_rematerialisation(shape):
+    model, params = make("gpt2")
+    config = dataclasses.replace(GENERATORS["gpt2"], remat="full")
+    assert_same_on(shape, dataclasses.replace(model, generator=models.abstract(config)[0]), params, make_rows(32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vocab_size", [50257, 30522, 49152, 32000])
+@pytest.mark.parametrize("shape", [(1, 8, 1), (1, 1, 8)])
+def test_vocabularies_that_8_divides_and_does_not(vocab_size, shape):
+    config = dataclasses.replace(GENERATORS["gpt2"], vocab_size=vocab_size)
+    model, params = make("gpt2")
+    graphdef, shapes = models.abstract(config)
+    rng = np.random.default_rng(0)
+    generator = jax.tree.map(lambda a: jnp.asarray(rng.normal(0, 0.1, a.shape), a.dtype), shapes)
+    model = dataclasses.replace(model, generator=graphdef)
+    assert_same_on(shape, model, params | {"generator": generator}, make_rows(32))
+
+
+@pytest.mark.slow
+def test_frozen_parameters():
+    rules = (("^generator/layers/", 0.0), (".*", 1.0))
+    model, params = make("llama")
+    rows = make_rows(32)
+    _, expected = value_and_grad(model, params, rows)
+    _, got, _ = gradients_on(mesh_of((1, 4, 2)), model, params, rows, rules=rules)
+    assert_trees_close(got, jax.device_get(optim.split_frozen(expected, rules)[0]), 1e-5)
+
+
+@pytest.mark.slow
+def test_bfloat16_gradients_are_summed_in_float32():
+    """Eight devices with a share of the batch each are as near to float32 as one device with all of it."""
+    model, params = make("llama")
+    rows, half = make_rows(32), dataclasses.replace(model, dtype=jnp.bfloat16)
+    _, exact = value_and_grad(model, params, rows)
+    _, one = value_and_grad(half, params, rows)
+    _, eight, text = gradients_on(mesh_of((1, 8, 1)), half, params, rows)
+
+    def distance(tree):
+        return float(optax.tree.norm(jax.tree.map(lambda a, b: a - b, jax.device_get(tree), jax.device_get(exact))))
+
+    assert distance(eight) < 1.2 * distance(one)
+    assert not re.search(r"bf16\S* (reduce-scatter|all-reduce)\(", text)
+
+
+@pytest.mark.slow
+def test_only_weights_and_embeddings_cross_devices():
+    """No collective is as large as keys, values or logits, by count: all have the size of a weight or of embeddings."""
+    model, params = make("llama", candidates=4)
+    rows = make_rows(64)
+    text = assert_same_on((1, 8, 1), model, params, rows)
+    weights = {leaf.size for leaf in jax.tree.leaves(params)} | {
+        leaf.size // leaf.shape[0] for model in params.values() for leaf in jax.tree.leaves(model["layers"])
+    }
+    allowed = weights | {size // 8 for size in weights} | {64 * BERT.width, 8 * BERT.width, 64, 1}
+    found = [shape for result, _ in COLLECTIVE.findall(text) for shape in re.findall(r"\w+\[([\d,]*)\]", result)]
+    sizes = {int(np.prod([int(n) for n in shape.split(",") if n])) for shape in found}
+    assert sizes and sizes <= allowed, sizes - allowed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1), (1, 1, 8)])
+def test_ten_steps(shape):
+    model, params = make("gpt2")
+    model = with_dropout(model, 0.1)
+
+    def losses_on(mesh):
+        trainable, frozen = optim.split_frozen(params, ALL)
+        optimizer = optax.adamw(1e-2)
+        abstract = train_step.abstract_state(trainable, frozen, optimizer, mesh)
+        places = jax.tree.map(lambda a: a.sharding, abstract)
+        step = train_step.make_train_step(model, optimizer, lambda step: 1e-2, places, dropout_seed=1)
+        placed = jax.device_put(jax.tree.map(np.array, trainable), sharding.param_shardings(mesh, trainable))
+        state = train_step.init_state(placed, frozen, optimizer, mesh)
+        found = []
+        for n in range(10):
+            state, metrics = step(state, sharding.put_batch(mesh, make_rows(32, seed=n % 2), 32))
+            found.append(float(metrics["loss/total"]))
+        return np.array(found)
+
+    expected = losses_on(mesh_of((1, 1, 1)))
+    assert expected[-1] < 0.9 * expected[0]
+    np.testing.assert_allclose(losses_on(mesh_of(shape)), expected, rtol=1e-4)
+
+
+def test_a_parameter_without_a_rule_is_named():
+    with pytest.raises(ValueError, match=r"no sharding rule matches generator/adapter/a"):
+        sharding.param_shardings(mesh_of((1, 8, 1)), {"generator": {"adapter": {"a": jnp.zeros((8, 8))}}})
+
+
+def test_blocks_divide_the_rows():
+    assert [rag.even_size(8, n) for n in (0, 1, 3, 8, 100)] == [1, 1, 2, 8, 8]
+
+
+@pytest.mark.slow
+def test_a_state_moves_from_mesh_to_mesh_bit_for_bit(tmp_path):
+    """8 devices of FSDP -> 4 with tensor parallelism -> 8 of tensor parallelism -> 1, through checkpoints."""
+    _, params = make("gpt2")
+    optimizer = optax.adamw(1e-2)
+    trainable, frozen = optim.split_frozen(params, ALL)
+    placed = jax.device_put(jax.tree.map(np.array, trainable), sharding.param_shardings(mesh_of((1, 8, 1)), trainable))
+    state = train_step.init_state(placed, frozen, optimizer, mesh_of((1, 8, 1)))
+    state = dataclasses.replace(state, opt_state=jax.tree.map(lambda a: a + 1, state.opt_state))
+    first = jax.device_get((state.params, state.opt_state))
+    with checkpoint.Checkpoints(tmp_path, keep=9) as checkpoints:
+        for step, shape in enumerate([(1, 2, 2), (1, 1, 8), (1, 1, 1)], start=1):
+            checkpoints.save(step, {"params": state.params, "opt_state": state.opt_state})
+            abstract = train_step.abstract_state(trainable, frozen, optimizer, mesh_of(shape))
+            wanted = {"params": abstract.params, "opt_state": abstract.opt_state}
+            found = checkpoints.restore(wanted, step)
+            state = dataclasses.replace(abstract, params=found["params"], opt_state=found["opt_state"])
+            kernel = state.params["generator"]["layers"]["mlp"]["up"]["kernel"]
+            assert kernel.sharding.mesh.size == int(np.prod(shape))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get((state.params, state.opt_state)), first)

@@ -1,0 +1,307 @@
+"""Our models against `transformers` in PyTorch, float32: hidden states, logits and the gradient of every parameter."""
+
+import dataclasses
+import functools
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import safetensors.numpy
+import transformers
+from flax import nnx
+
+from rag_jax import hf, models
+from rag_jax.distributed import sharding
+from rag_jax.hf import config as configs
+
+VOCAB, WIDTH, LENGTH = 53, 32, 11
+LENGTHS = (11, 4, 8)
+TOLERANCE = 1e-4
+
+LLAMA = dict(
+    vocab_size=VOCAB,
+    hidden_size=WIDTH,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    pad_token_id=None,
+)
+# Eight channels turn by 1, 0.1, 0.01 and 0.001 a position: over 16 positions all but the first are slow.
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=10000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
+# Of each family its model type and what its config says.
+FAMILIES = {
+    "bert": (
+        "bert",
+        dict(
+            vocab_size=VOCAB,
+            hidden_size=WIDTH,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=16,
+            pad_token_id=None,
+        ),
+    ),
+    "gpt2": ("gpt2", dict(vocab_size=VOCAB, n_embd=WIDTH, n_inner=48, n_layer=2, n_head=4, n_positions=16)),
+    "llama2": ("llama", LLAMA | dict(num_key_value_heads=4)),
+    "llama-llama3-rope": ("llama", LLAMA | dict(rope_parameters=LLAMA3)),
+    "llama-linear-rope": (
+        "llama",
+        LLAMA | dict(rope_parameters=dict(rope_type="linear", rope_theta=500.0, factor=4.0)),
+    ),
+    "llama-tied": ("llama", LLAMA | dict(tie_word_embeddings=True)),
+    "llama-biases": ("llama", LLAMA | dict(attention_bias=True, mlp_bias=True)),
+    "mistral": ("mistral", LLAMA | dict(sliding_window=3)),
+    "qwen2": ("qwen2", LLAMA),
+    "qwen3": ("qwen3", LLAMA | dict(head_dim=10, tie_word_embeddings=True)),
+}
+
+
+class Batch(NamedTuple):
+    ids: np.ndarray
+    mask: np.ndarray
+    picks: np.ndarray  # the token whose log-probability counts
+    weights: np.ndarray  # of every number of the hidden states
+
+    @property
+    def positions(self):
+        return np.clip(np.cumsum(self.mask, axis=1) - 1, 0, None)
+
+
+def make_batch(side):
+    """Ragged rows; padding holds tokens too, which nothing may notice."""
+    rng = np.random.default_rng(5)
+    lengths = np.array(LENGTHS)[:, None]
+    slots = np.arange(LENGTH)
+    mask = slots < lengths if side == "right" else slots >= LENGTH - lengths
+    shape = (len(LENGTHS), LENGTH)
+    ids, picks = rng.integers(0, VOCAB, (2, *shape))
+    return Batch(ids, mask, picks, rng.standard_normal((*shape, WIDTH)).astype(np.float32))
+
+
+def hf_config(family):
+    model_type, values = FAMILIES[family]
+    return transformers.AutoConfig.for_model(model_type, **values)
+
+
+def make_model(family, **changes):
+    """Graphdef and parameters without PyTorch, all of them away from their usual values."""
+    problems = []
+    config = configs.from_hf(hf_config(family).to_dict(), problems)
+    assert not problems
+    graphdef, shapes = models.abstract(dataclasses.replace(config, **changes))
+    rng = np.random.default_rng(3)
+
+    def draw(path, leaf):
+        return jnp.asarray(rng.normal(path[-1].key == "scale", 0.2, leaf.shape), leaf.dtype)
+
+    return graphdef, jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def ours(graphdef, params, batch):
+    """(loss, (hidden, logits)) and the gradients of the loss: one program for both sides of padding."""
+
+    def loss(params):
+        model = nnx.merge(graphdef, params)
+        hidden = model(batch.ids, batch.mask)
+        total = (hidden * batch.weights * batch.mask[:, :, None]).sum() / batch.mask.sum()
+        if not isinstance(model, models.Decoder):
+            return total, (hidden, None)
+        logits = model.logits(hidden)
+        log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.picks[:, :, None], axis=-1)[:, :, 0]
+        return total + (log_probs * batch.mask).sum() / batch.mask.sum(), (hidden, logits)
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+
+def theirs(model, batch, folder, config):
+    """The same of PyTorch; its gradients take the way of the weights: a file, read by the table of names."""
+    import torch
+
+    ids, mask, picks, positions = (torch.tensor(a) for a in (batch.ids, batch.mask, batch.picks, batch.positions))
+    count = mask.sum()
+    inputs = dict(input_ids=ids, attention_mask=mask.long(), position_ids=positions)
+    if isinstance(config, models.BertConfig):
+        hidden, logits = model(**inputs).last_hidden_state, None
+    else:
+        output = model(**inputs, output_hidden_states=True, use_cache=False)
+        hidden, logits = output.hidden_states[-1], output.logits
+    loss = (hidden * torch.tensor(batch.weights) * mask[:, :, None]).sum() / count
+    if logits is not None:
+        log_probs = torch.log_softmax(logits, dim=-1).gather(-1, picks[:, :, None])[:, :, 0]
+        loss = loss + (log_probs * mask).sum() / count
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    gradients = {n: p.grad.numpy() for n, p in model.named_parameters() if not n.startswith("pooler.")}
+    safetensors.numpy.save_file(gradients, folder / "model.safetensors")
+    outputs = (hidden.detach().numpy(), None if logits is None else logits.detach().numpy())
+    return (loss.item(), outputs), hf.load_params(folder, config)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """`pair(family, side)`: what ours and what PyTorch's model gives, from the same files."""
+    torch = pytest.importorskip("torch")
+
+    @functools.cache
+    def load(family):
+        folder = tmp_path_factory.mktemp("model")
+        config = hf_config(family)
+        auto = transformers.AutoModel if config.model_type == "bert" else transformers.AutoModelForCausalLM
+        model = auto.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                is_norm = name.endswith("weight") and any(kind in name.lower() for kind in ("norm", ".ln_"))
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator) + is_norm)
+        model.save_pretrained(folder)
+        model_type, read = configs.read_config(folder, family)
+        assert model_type == config.model_type
+        return model, read, jax.tree.map(jnp.asarray, hf.load_params(folder, read))
+
+    @functools.cache
+    def run(family, side):
+        model, config, params = load(family)
+        batch = make_batch(side)
+        got = ours(models.abstract(config)[0], params, batch)
+        return batch, got, theirs(model, batch, tmp_path_factory.mktemp("gradients"), config)
+
+    return run
+
+
+def relative(a, b, floor=0.0):
+    return float(np.linalg.norm(np.asarray(a) - b) / max(np.linalg.norm(b), floor))
+
+
+def assert_trees_close(got, expected, tolerance):
+    """Every tensor by its norm, but none by less than a thousandth of all.
+
+    A key bias without rotation shifts all of a query's scores alike: its gradient is zero but for rounding,
+    and both sides must be nothing beside the whole.
+    """
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    total = float(optax.tree.norm(expected))
+    errors = []
+    pairs = zip(*(jax.tree_util.tree_leaves_with_path(tree) for tree in (got, expected)), strict=True)
+    for (key_path, a), (_, b) in pairs:
+        path = sharding.path_of(key_path)
+        if path.endswith("key/bias") and np.linalg.norm(b) < 1e-6 * total:
+            errors.append((float(np.linalg.norm(a)) / total, path))
+        else:
+            errors.append((relative(a, b, 1e-3 * total), path))
+    assert max(errors)[0] < tolerance, max(errors)
+
+
+sides = pytest.mark.parametrize("side", ["right", "left"])
+
+
+@sides
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_and_logits_equal_pytorch(pair, family, side):
+    batch, ((_, (hidden, logits)), _), ((_, (their_hidden, their_logits)), _) = pair(family, side)
+    assert relative(hidden[batch.mask], their_hidden[batch.mask]) < TOLERANCE
+    assert (logits is None) == (family == "bert")
+    if logits is not None:
+        assert relative(logits[batch.mask], their_logits[batch.mask]) < TOLERANCE
+
+
+@sides
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_every_parameter_equal_pytorch(pair, family, side):
+    _, ((loss, _), gradients), ((their_loss, _), their_gradients) = pair(family, side)
+    np.testing.assert_allclose(loss, their_loss, rtol=TOLERANCE)
+    assert_trees_close(gradients, their_gradients, TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_left_and_right_padding_agree(family):
+    graphdef, params = make_model(family)
+    (_, (left, _)), _ = ours(graphdef, params, make_batch("left"))
+    right_batch = make_batch("right")
+    ids = np.zeros_like(right_batch.ids)
+    ids[right_batch.mask] = make_batch("left").ids[make_batch("left").mask]
+    (_, (right, _)), _ = ours(graphdef, params, right_batch._replace(ids=ids))
+    got = np.asarray(left)[make_batch("left").mask]
+    assert relative(got, np.asarray(right)[right_batch.mask]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [("llama-llama3-rope", {"rope_scaling": None}), ("llama-linear-rope", {"rope_scaling": None})]
+    + [("mistral", {"sliding_window": None}), ("llama2", {"rope_theta": 500.0})],
+)
+def test_what_tells_the_llamas_apart_matters_here(family, change):
+    """Else agreement with PyTorch would say nothing about it."""
+    batch = make_batch("right")
+    (graphdef, params), (changed, _) = make_model(family), make_model(family, **change)
+    hidden, other = (np.asarray(ours(g, params, batch)[0][1][0])[batch.mask] for g in (graphdef, changed))
+    assert relative(hidden, other) > 0.01
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def prefill(graphdef, params, ids, mask, max_len):
+    return nnx.merge(graphdef, params).prefill(ids, mask, max_len)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def decode(graphdef, params, ids, cache):
+    return nnx.merge(graphdef, params).decode(ids, cache)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama-llama3-rope", "mistral"])
+def test_prefill_and_decode_equal_the_plain_forward(family):
+    graphdef, params = make_model(family)
+    prompt, batch = 6, make_batch("right")
+    lengths = np.array([6, 2, 3])
+    steps = LENGTH - prompt
+    mask = np.arange(LENGTH) < (lengths + steps)[:, None]
+    (_, (hidden, _)), _ = ours(graphdef, params, batch._replace(mask=mask))
+    prompt_mask = mask[:, :prompt] & (np.arange(prompt) < lengths[:, None])
+    got, cache = prefill(graphdef, params, batch.ids[:, :prompt], prompt_mask, LENGTH)
+    assert relative(got[prompt_mask], np.asarray(hidden)[:, :prompt][prompt_mask]) < 1e-5
+    rows = np.arange(len(lengths))
+    for step in range(steps):
+        got, cache = decode(graphdef, params, batch.ids[rows, lengths + step], cache)
+        assert relative(got, np.asarray(hidden)[rows, lengths + step]) < 1e-5
+    np.testing.assert_array_equal(cache.length, lengths + steps)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama2", "qwen3"])
+def test_every_product_is_in_the_dtype_of_the_parameters(family):
+    """One float32 value on the way would make all that follows float32."""
+    graphdef, params = make_model(family)
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    ids, mask = map(jnp.asarray, make_batch("right")[:2])
+    lowered = jax.jit(lambda params: nnx.merge(graphdef, params)(ids, mask)).lower(half)
+    assert lowered.out_info.dtype == jnp.bfloat16
+    operands = re.findall(r"dot_general .* : \(tensor<[^>]*x(\w+)>, tensor<[^>]*x(\w+)>\)", lowered.as_text())
+    assert len(operands) >= 8
+    assert set(operands) == {("bf16", "bf16")}
+
+
+@pytest.mark.parametrize("policy", ["dots", "full"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama2"])
+def test_rematerialisation_changes_nothing(family, policy):
+    batch = make_batch("right")
+    (graphdef, params), (remat, _) = make_model(family), make_model(family, remat=policy)
+    assert graphdef != remat
+    (loss, _), gradients = ours(graphdef, params, batch)
+    (again, _), gradients_again = ours(remat, params, batch)
+    np.testing.assert_allclose(again, loss, rtol=1e-5)
+    assert_trees_close(gradients_again, jax.tree.map(np.asarray, gradients), 1e-5)

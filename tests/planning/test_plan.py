@@ -1,0 +1,265 @@
+"""Plans: what is read from compiled programs against counts by hand, and real compilers on accelerators not here."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+import transformers
+from command import ROOT, TINY, environment, words
+
+from rag_jax import config, hf, models, plan
+from rag_jax.distributed import sharding
+from rag_jax.errors import UserError
+from rag_jax.hf import known
+from rag_jax.planning import chips, hlo
+
+LARGE = str(ROOT / "configs" / "bge_large_llama2_7b.py")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("v9:4x4", "must be DEVICE:SHAPE with a device of v4, v5e"),
+        ("v5e", "must be DEVICE:SHAPE"),
+        ("v5e:4y4", "'4y4' is no shape"),
+        ("v5e:0x4", "'0x4' is no shape"),
+        ("v5e:16", "v5e is given by 2 numbers, as in v5e:16x16"),
+        ("v5p:4x4", "v5p is given by 3 numbers, as in v5p:4x4x4"),
+        ("h100:2x4", "h100 is given by 1 number, as in h100:64"),
+        ("h100:12", "more than one node of 8 must be whole nodes"),
+    ],
+)
+def test_topologies_that_there_are_not(text, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        chips.topology(text)
+
+
+def test_topologies_and_their_slowest_link():
+    assert chips.topology("v5e:16x16").devices == 256 and chips.topology("v5p:4x4x4").devices == 64
+    within, across = chips.topology("h100:8"), chips.topology("h100:64")
+    assert within.bandwidth == 450e9 and across.bandwidth == 50e9
+    assert all(chip.peak > 1e14 for chip in chips.CHIPS.values())
+
+
+def test_a_missing_compiler_is_named_with_the_line_that_installs_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"its compiler is not installed; pip install --no-deps 'libtpu"):
+        plan.check_compiler(chips.topology("v5e:4x4"))
+    line = rf"pip install --no-deps 'jax-cuda13-pjrt=={re.escape(jax.__version__)}' 'jax-cuda13-plugin=="
+    with pytest.raises(UserError, match=line):
+        plan.check_compiler(chips.topology("h100:8"))
+
+
+# Parameters in millions as the models' papers and pages state them.
+MILLIONS = {
+    "sentence-transformers/all-MiniLM-L6-v2": 22.6,
+    "BAAI/bge-large-en": 334,
+    "openai-community/gpt2": 124,
+    "HuggingFaceTB/SmolLM2-135M": 134.5,
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1100,
+    "meta-llama/Llama-2-7b-hf": 6738,
+    "meta-llama/Llama-2-13b-hf": 13016,
+    "meta-llama/Llama-3.1-8B": 8030,
+    "meta-llama/Llama-3.2-1B": 1236,
+    "mistralai/Mistral-7B-v0.1": 7242,
+    "Qwen/Qwen2.5-0.5B": 494,
+    "Qwen/Qwen2.5-7B": 7616,
+    "Qwen/Qwen3-0.6B": 596,
+    "Qwen/Qwen3-8B": 8191,
+}
+
+
+@pytest.mark.parametrize("name", known.KNOWN)
+def test_known_models_have_their_sizes(name):
+    source = hf.open_config(name, "generator.path", "generator")
+    count = sum(leaf.size for leaf in jax.tree.leaves(models.abstract(source.model_config)[1])) / 1e6
+    if name in MILLIONS:
+        assert count == pytest.approx(MILLIONS[name], rel=0.01)
+    kind, sizes = known.KNOWN[name]
+    assert transformers.AutoConfig.for_model(kind, **sizes).model_type == source.model_type
+
+
+def test_a_hub_name_that_nobody_knows_is_one_line():
+    with pytest.raises(UserError, match=r"generator\.path='nobody/knows'"):
+        hf.open_config("nobody/knows", "generator.path", "generator")
+
+
+def ring(fn, *shapes):
+    """The text of `fn` on 4 devices, each with its share of the last axis."""
+    mesh = sharding.make_mesh(1, 4, 1, devices=jax.devices()[:4])
+    split = jax.sharding.PartitionSpec(None, "data")
+    mapped = jax.shard_map(fn, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
+    placed = [jax.ShapeDtypeStruct(s, np.float32, sharding=jax.sharding.NamedSharding(mesh, split)) for s in shapes]
+    return jax.jit(mapped).lower(*placed).compile().as_text()
+
+
+def test_exchanges_count_once_a_turn_of_their_loop():
+    def layers(weights):  # (6, 8) a device: rows gathered one at a time
+        def one(total, row):
+            return total + jax.lax.all_gather(row, "data", tiled=True).sum(), None
+
+        return weights * jax.lax.scan(one, 0.0, weights)[0]
+
+    found = hlo.collective_bytes(hlo.collectives(ring(layers, (6, 32))))
+    assert found == {"all-gather": 6 * 3 * 8 * 4}  # layers x other devices x floats x bytes
+
+
+def test_what_a_ring_sends_of_sums():
+    text = ring(lambda a: jax.lax.psum(a, "data") + a, (6, 32))
+    assert hlo.collective_bytes(hlo.collectives(text)) == {"all-reduce": 2 * 6 * 8 * 4 * 3 / 4}
+    text = ring(lambda a: jax.lax.psum_scatter(jax.numpy.tile(a, 4), "data", scatter_dimension=1, tiled=True), (6, 32))
+    assert hlo.collective_bytes(hlo.collectives(text)) == {"reduce-scatter": 6 * 32 * 4 * 3 / 4}
+
+
+TPU_TEXT = """
+ENTRY %main (a: f32[4,8,16], b: f32[4,16,32]) -> f32[4,8,32] {
+  %a = f32[4,8,16]{2,1,0} parameter(0)
+  %b = f32[4,16,32]{2,1,0:S(1)} parameter(1)
+  %counter = s32[] constant(0)
+  %start = (s32[], f32[8,16]) tuple(%counter, %a)
+  %loop = (s32[], f32[8,16]) while(%start), condition=%cond, body=%body
+  ROOT %c = f32[4,8,32]{2,1,0} convolution(%a, %b), window={size=4 stride=3 lhs_dilate=4}, dim_labels=0bf_0io->0bf
+}
+%cond (p: (s32[], f32[8,16])) -> pred[] {
+  %p = (s32[], f32[8,16]) parameter(0)
+  %bound = s32[] constant(5)
+  %n = s32[] get-tuple-element(%p), index=0
+  ROOT %less = pred[] compare(%n, %bound), direction=LT
+}
+%part (x: f32[8,16]) -> f32[8,64] {
+  %x = f32[8,16] parameter(0)
+  ROOT %g = f32[8,64] all-gather(%x), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={1}
+}
+%body (p: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %p = (s32[], f32[8,16]) parameter(0)
+  %x = f32[8,16] get-tuple-element(%p), index=1
+  %begin = f32[8,64] fusion(%x), kind=kCustom, calls=%part
+  %end = f32[8,64] fusion(%x), kind=kCustom, calls=%part
+  %w = f32[16,16] constant({...})
+  %y = f32[8,16] convolution(%x, %w), dim_labels=bf_io->bf
+  %n = s32[] get-tuple-element(%p), index=0
+  ROOT %t = (s32[], f32[8,16]) tuple(%n, %y)
+}
+"""
+
+
+def test_a_tpu_program_by_hand():
+    """Products as convolutions, a loop that its condition counts, an exchange in two fusions of one channel."""
+    program = hlo.Program(TPU_TEXT)
+    assert program.flops() == 2 * 4 * 8 * 16 * 32 + 5 * 2 * 8 * 16 * 16
+    assert hlo.collective_bytes(hlo.collectives(TPU_TEXT)) == {"all-gather": 5 * 3 * 8 * 16 * 4}
+    product = next(op for op in program.operations() if op.name == "c")
+    assert product.bytes == 4 * (4 * 8 * 16 + 4 * 8 * 32)  # the operand in S(1) is on the chip already
+    assert next(op for op in program.operations() if op.name == "y").times == 5
+
+
+def test_advice_names_keys():
+    loaded = config.load(LARGE)
+    facts = {"fits": False, "batch_per_device": 4, "batch_size": 1024, "parameter_bytes": 9, "optimizer_bytes": 9}
+    tips = plan.advice(facts | {"hbm_limit_bytes": 10}, loaded)
+    assert "objective.candidates=4 and group_size with it" in tips
+    assert tips[-1] == "more devices: parameters and moments are shared by all"
+    given = config.load(LARGE, {"objective.negatives": "4", "data.columns.negative": "N"})
+    assert "objective.negatives=2" in plan.advice(facts | {"hbm_limit_bytes": 10}, given)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def planned(cache, config_file, topology, *flags, **values):
+    """The plan as JSON; skipped where the compiler is not installed."""
+    command = words("plan", f"--config={config_file}", f"--topology={topology}", "--json", *flags, **values)
+    there = environment(cache)
+    there["PYTHONPATH"] += f"{os.pathsep}{ROOT / '.venv' / 'compilers'}"
+    done = subprocess.run(command, cwd=ROOT, env=there, capture_output=True, text=True)
+    if "its compiler is not installed" in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "" or "--sweep" in flags  # what compilers say to themselves stays with them
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("topology", "devices"), [("v5e:2x4", 8), ("h100:8", 8), ("b200:16", 16)])
+def test_a_small_plan(cache, topology, devices):
+    result = planned(cache, TINY, topology, batch_size=4 * devices)
+    assert result["devices"] == devices and result["fits"] and result["mesh"]["data"] == devices
+    assert 0 < result["hbm_bytes_per_device"] < 1e9 < result["hbm_limit_bytes"]
+    assert 1.0 <= result["flops_per_device"] / result["model_flops_per_device"] < 1.3
+    assert set(result["collective_bytes_per_device"]) <= set(hlo.COLLECTIVES)
+    assert result["predicted_step_s"] > 0 and 0 < result["predicted_mfu"] < 1
+
+
+@pytest.mark.slow
+def test_a_sweep_lists_what_fits_best_first(cache):
+    found = planned(cache, TINY, "h100:8", "--sweep", "--most=2")
+    rates = [result["batch_size"] / result["predicted_step_s"] for result in found]
+    assert len(found) == 2 and rates == sorted(rates, reverse=True) and "generator.remat" in found[0]["changes"]
+
+
+def large(cache, topology, devices):
+    """bge-large and Llama 2 7B with AdamW, K = 8, one group of 8 queries a device."""
+    return planned(cache, LARGE, topology, batch_size=8 * devices)
+
+
+def weight_shares(devices):
+    """Shapes of a device's share of every weight of the large pair, one layer at a time, without axes of 1, sorted."""
+    loaded = config.load(LARGE)
+    mesh = jax.sharding.AbstractMesh((1, devices, 1), sharding.AXES)
+    found = set()
+    for role in ("retriever", "generator"):
+        source = hf.open_config(loaded[role].path, f"{role}.path", role)
+        shapes = {role: models.abstract(source.model_config)[1]}
+        places = sharding.param_shardings(mesh, shapes)
+        for (path, leaf), place in zip(jax.tree.leaves_with_path(shapes), jax.tree.leaves(places), strict=True):
+            share = place.shard_shape(leaf.shape)[sharding.path_of(path).startswith(f"{role}/layers/") :]
+            found.add(tuple(sorted(n for n in share if n != 1)))
+    return found
+
+
+def assert_only_weights_and_embeddings(result):
+    """What is gathered is a device's share of some weight, or embeddings of 1024 or keys of its 8 rows.
+
+    Its keys and values are (8 or 64, 32 heads, 256 or 128 tokens, 128 channels), its logits (512, 32000): with 8
+    devices as large as a share of the output matrix, with more not.
+    """
+    shares = weight_shares(result["devices"])
+    assert (512, 32000) not in shares or result["devices"] == 8
+    for exchange in result["exchanged"]:
+        kind, shape = exchange.split(" ")
+        if kind in ("all-gather", "all-to-all"):
+            sizes = [int(n) for n in re.search(r"\[([\d,]*)\]", shape)[1].split(",") if n not in ("", "1")]
+            is_of_rows = int(np.prod(sizes)) in (8, 8 * 1024, 16 * 1024)
+            assert tuple(sorted(sizes)) in shares or is_of_rows, exchange
+
+
+def test_keys_values_and_logits_are_told_from_weights():
+    good = ["all-gather bf16[4096,256]", "all-gather f32[8,1,1024]", "all-to-all bf16[64,1024]", "all-reduce f32[9,9]"]
+    assert_only_weights_and_embeddings({"devices": 16, "exchanged": good})
+    for bad in ("all-gather bf16[8,32,256,128]", "all-to-all bf16[64,32,128,128]", "all-gather f32[512,32000]"):
+        with pytest.raises(AssertionError, match=re.escape(bad)):
+            assert_only_weights_and_embeddings({"devices": 16, "exchanged": [*good, bad]})
+
+
+@pytest.mark.slow
+def test_seven_billion_parameters_on_tpus(cache):
+    few, many = large(cache, "v5e:4x4", 16), large(cache, "v5e:16x16", 256)
+    assert many["fits"] and many["predicted_mfu"] >= 0.5
+    assert many["flops_per_device"] == pytest.approx(few["flops_per_device"], rel=0.03)
+    assert many["hbm_bytes_per_device"] <= few["hbm_bytes_per_device"]
+    assert_only_weights_and_embeddings(many)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [8, 64])
+def test_seven_billion_parameters_on_gpus(cache, devices):
+    result = large(cache, f"h100:{devices}", devices)
+    assert result["fits"]
+    assert_only_weights_and_embeddings(result)

@@ -1,0 +1,134 @@
+"""Imports point downwards, and each part knows only what it may: found by parsing, not by running."""
+
+import ast
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / "rag_jax"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# A folder or a module of the top may import those of the lines above its own, never a neighbour. Each stands here once.
+LAYERS = (
+    ("errors",),
+    ("untrusted", "planning"),
+    ("files", "losses", "distributed"),
+    ("models", "data"),
+    ("hf", "rag", "workdir"),
+    ("pair",),
+    ("inference",),
+    ("evaluation",),
+    ("config",),
+    ("cli", "training"),
+    ("main", "evaluate", "export", "ask", "plan", "quickstart", "replay"),
+)
+RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
+COMMANDS = {"main", "evaluate", "export", "ask", "plan", "quickstart", "replay"}
+# Beyond the order above: what these may not import although it lies below, or is not ours.
+MAY_NOT = {
+    "data": {"jax", "jaxlib", "flax", "optax", "orbax"},
+    "planning": {"jax", "jaxlib", "flax", "optax", "orbax"},
+    "models": {"transformers", "tokenizers", "datasets", "ml_collections", "safetensors", "rag_jax.losses"},
+    "losses": {"flax", "optax", "transformers", "ml_collections"},
+    "rag": {"transformers", "tokenizers", "datasets", "ml_collections", "rag_jax.distributed", "rag_jax.data"},
+    "inference": {"rag_jax.hf", "rag_jax.workdir"},
+    "evaluation": {"rag_jax.hf", "rag_jax.workdir"},
+}
+
+
+def part_of(path: pathlib.Path) -> str:
+    """losses for rag_jax/losses.py, models for rag_jax/models/bert.py."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(source: str, package: str) -> set[str]:
+    """Dotted names of all that a source text imports anywhere, `from rag_jax import losses` as rag_jax.losses."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: -node.level + 1 or None] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def imports_of(path: pathlib.Path) -> set[str]:
+    return imports(path.read_text(), ".".join(path.relative_to(ROOT).parent.parts))
+
+
+def ours(names: set[str]) -> set[str]:
+    """The parts of this package among the names; `__version__` and the like are none."""
+    parts = {name.split(".")[1] for name in names if name.startswith("rag_jax.")}
+    return parts - {"__version__"}
+
+
+def starts_with(name: str, prefixes: set[str]) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import jax.numpy as jnp", {"jax.numpy"}),
+        ("from rag_jax import losses, models", {"rag_jax.losses", "rag_jax.models"}),
+        ("def f():\n    from rag_jax.models.bert import Bert", {"rag_jax.models.bert.Bert"}),
+        ("from . import layers", {"rag_jax.models.layers"}),
+        ("from ..errors import UserError", {"rag_jax.errors.UserError"}),
+    ],
+)
+def test_the_parser_sees_every_form(source, expected):
+    assert imports(source, "rag_jax.models") == expected
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    part = part_of(path)
+    if part == "__init__":
+        assert not ours(imports_of(path)), "importing rag_jax must stay free of side effects"
+        return
+    assert part in RANK, f"rag_jax/{part} has no place in LAYERS"
+    others = ours(imports_of(path)) - {part}
+    assert others <= set(RANK), f"{others - set(RANK)} have no place in LAYERS"
+    upwards = {other for other in others if RANK[other] >= RANK[part]}
+    assert not upwards, f"{path.name} imports {sorted(upwards)}, not below it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_parts_know_only_what_they_may(path):
+    names = imports_of(path)
+    banned = {"torch", "pickle"} | MAY_NOT.get(part_of(path), set())
+    assert not {name for name in names if starts_with(name, banned)}
+
+
+def test_only_commands_read_flags():
+    flags = {"argparse", "absl", "rag_jax.cli", "sys.argv"}
+    readers = {part_of(path) for path in FILES if any(starts_with(name, flags) for name in imports_of(path))}
+    assert readers <= COMMANDS | {"cli"}
+
+
+def test_only_the_loop_and_the_commands_see_the_run_config():
+    readers = {part_of(path) for path in FILES if any(starts_with(n, {"rag_jax.config"}) for n in imports_of(path))}
+    assert readers <= COMMANDS | {"cli", "training"}
+
+
+def test_families_share_only_layers_and_decoder():
+    for path in (PACKAGE / "models").glob("*.py"):
+        if path.stem != "__init__":
+            inside = {name.split(".")[2] for name in imports_of(path) if name.startswith("rag_jax.models.")}
+            assert inside <= {"layers", "decoder"} - {path.stem} or path.stem == "flops", path.name
+
+
+def test_configs_hold_values_only():
+    for path in (ROOT / "configs").glob("*.py"):
+        outside = {name.split(".")[0] for name in imports_of(path)} - set(sys.stdlib_module_names)
+        assert outside <= {"ml_collections", "configs"}, path.name
+
+
+def test_every_part_stands_in_one_layer_and_exists():
+    assert sum(map(len, LAYERS)) == len(RANK)
+    missing = {part for part in RANK if not (PACKAGE / part).is_dir() and not (PACKAGE / f"{part}.py").exists()}
+    assert not missing

@@ -1,0 +1,364 @@
+"""The loop, end to end: trained, stopped, gone on with, evaluated; on tiny models through the real commands."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+from command import ROOT, TINY, environment, run, words
+
+from rag_jax import config, data, hf, models
+from rag_jax import pair as runs
+from rag_jax.errors import UserError
+from rag_jax.models import flops
+from rag_jax.training import loop
+from rag_jax.workdir import checkpoint, provenance
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """One for all of these tests and for nobody else: here it is counted what is compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("JAX_COMPILATION_CACHE_DIR")
+        yield tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache):
+    """A run of all steps without a stop."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    printed = run(cache, "main", f"--config={TINY}", f"--workdir={workdir}", total_steps=STEPS, eval__every_steps=3)
+    return workdir, printed
+
+
+def records(workdir, prefix="loss/"):
+    """The lines of metrics.jsonl that hold such a metric, without times."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in line.items() if not k.startswith(("time/", "throughput/"))} for line in lines]
+    return [line for line in kept if any(name.startswith(prefix) for name in line)]
+
+
+def state_of(workdir, step, cache):
+    """Every array of a checkpoint, by path."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAG_JAX_CACHE", str(cache))
+        opened = runs.open_run(config.load_workdir(workdir), workdir)
+        abstract = runs.abstract_params(opened)
+        optimizer = loop.optim.make_optimizer(opened.config.optimizer, opened.config.total_steps, abstract)
+        moments = jax.eval_shape(optimizer.init, abstract)
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        items = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device),
+            {"params": abstract, "opt_state": moments},
+        )
+        with checkpoint.Checkpoints(workdir) as checkpoints:
+            return checkpoint.flatten(checkpoints.restore(items, step))
+
+
+def test_the_record_has_every_step_once_and_the_names_of_the_contract(whole):
+    workdir, printed = whole
+    steps = records(workdir)
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    line = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[1])
+    assert set(line) == {
+        "step", "loss/total", "loss/contrastive", "loss/marginal", "optim/learning_rate",
+        "optim/grad_norm", "optim/grad_norm_retriever", "optim/grad_norm_generator",
+        "time/step_s", "time/data_wait_s", "time/compile_s", "time/eval_s", "time/checkpoint_s", "time/mining_s",
+        "throughput/queries_per_s", "throughput/mfu", "throughput/padding_share",
+    }  # fmt: skip
+    of_models = line["optim/grad_norm_retriever"], line["optim/grad_norm_generator"]
+    assert math.isclose(math.hypot(*of_models), line["optim/grad_norm"], rel_tol=1e-6) and min(of_models) > 0
+    assert steps[-1]["loss/total"] < steps[0]["loss/total"]
+    assert {path.name for path in workdir.iterdir()} == {
+        "config.json", "inputs.json", "metrics.jsonl", "checkpoints", "tensorboard", "eval", "models", ".lock"
+    }  # fmt: skip
+    for word in ("devices", "retriever", "generator", "29 rows", "7 in-batch negatives", "K = 3", "6 (", "output"):
+        assert word in printed, word
+
+
+def test_evaluation_in_the_loop_and_by_command_are_the_same(whole, cache):
+    workdir, _ = whole
+    assert [line["step"] for line in records(workdir, "eval/")] == [0, 3, 6]
+    in_loop = json.loads((workdir / "eval" / f"step_{STEPS}.json").read_text())
+    by_command = json.loads(run(cache, "evaluate", f"--workdir={workdir}", "--json").splitlines()[-1])
+    assert by_command == in_loop
+    untrained = json.loads(run(cache, "evaluate", f"--config={TINY}", "--json").splitlines()[-1])
+    assert untrained == json.loads((workdir / "eval" / "step_0.json").read_text())
+    assert in_loop["eval/answer_nll"] < untrained["eval/answer_nll"]
+
+
+def test_the_second_start_compiles_nothing(whole, cache, tmp_path):
+    programs = {path.name for path in (cache / "compiled").glob("*-cache")}
+    assert programs
+    values = {"total_steps": STEPS, "eval__every_steps": 3}
+    printed = run(cache, "main", f"--config={TINY}", f"--workdir={tmp_path / 'run'}", **values)
+    assert {path.name for path in (cache / "compiled").glob("*-cache")} == programs
+    assert records(tmp_path / "run") == records(whole[0])
+    assert "waiting for data" in printed and "of the tokens padding" in printed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_a_stopped_run_goes_on_to_the_same_bits(whole, cache, tmp_path, number):
+    workdir = tmp_path / "run"
+    flags = (f"--config={TINY}", f"--workdir={workdir}")
+    values = {"total_steps": STEPS, "eval__every_steps": 3, "checkpoint__every_steps": 2}
+    process = subprocess.Popen(
+        words("main", *flags, **values),
+        cwd=ROOT,
+        env=environment(cache),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    while process.poll() is None and not any((workdir / "checkpoints").glob("[0-9]*")):
+        time.sleep(0.02)
+    process.send_signal(number)
+    printed, complaint = process.communicate(timeout=60)
+    if number == signal.SIGTERM:
+        assert process.returncode == 128 + number and b"stopped by SIGTERM after step" in printed
+        assert b"Traceback" not in complaint
+    assert 0 < len(records(workdir)) <= STEPS
+    run(cache, "main", *flags, **values)
+    assert records(workdir) == records(whole[0])
+    assert records(workdir, "eval/") == records(whole[0], "eval/")
+    ours, theirs = state_of(workdir, STEPS, cache), state_of(whole[0], STEPS, cache)
+    assert ours.keys() == theirs.keys() and len(ours) > 80
+    for path in ours:
+        np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)
+
+
+def test_a_finished_run_says_so_and_a_longer_one_goes_on(whole, cache):
+    workdir, _ = whole
+    flags = (f"--config={TINY}", f"--workdir={workdir}")
+    before = (workdir / "metrics.jsonl").read_text()
+    assert f"is trained to step {STEPS} already" in run(cache, "main", *flags, total_steps=STEPS, eval__every_steps=3)
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_another_config_is_refused_with_the_difference(whole, cache, monkeypatch):
+    workdir, _ = whole
+    longer = config.load_workdir(workdir, {"total_steps": 9, "log.every_steps": 2, "mesh.data": 1})
+    assert loop.resumable(longer, workdir)
+    other = config.load_workdir(workdir, {"seed": 1, "objective.name": "sequence"})
+    with pytest.raises(UserError, match="objective.name was 'token' and is 'sequence'; seed was 0 and is 1"):
+        loop.resumable(other, workdir)
+
+
+@pytest.mark.slow
+def test_patience_ends_a_run_that_gets_no_better_and_more_of_it_goes_on(cache, tmp_path):
+    workdir = tmp_path / "run"
+    values = {
+        "total_steps": 9, "eval__every_steps": 1, "objective__name": "none", "generator__path": None,
+        "optimizer__learning_rate": 1e-15, "eval__metric": "recall@1", "checkpoint__every_steps": 5,
+    }  # fmt: skip
+    flags = ("main", f"--config={TINY}", f"--workdir={workdir}")
+    assert "trained to step 2; ended early: 2 evaluations" in run(cache, *flags, **values, eval__patience=2)
+    assert [line["step"] for line in records(workdir, "eval/")] == [0, 1, 2]
+    assert "has ended early at step 2; raise eval.patience" in run(cache, *flags, **values, eval__patience=2)
+    assert "trained to step 4; ended early: 4 evaluations" in run(cache, *flags, **values, eval__patience=4)
+    assert json.loads((workdir / "eval" / "step_4.json").read_text())["best_by"] == "eval/recall@1"
+    assert len((workdir / "eval" / "step_4.rows.jsonl").read_text().splitlines()) == 30
+
+
+SLOW = pytest.mark.slow
+OBJECTIVES = [
+    pytest.param({"objective__name": "sequence"}, id="sequence", marks=SLOW),
+    pytest.param({"objective__name": "dalm", "objective__contrastive_weight": 0.5}, id="dalm", marks=SLOW),
+    pytest.param({"objective__name": "none", "generator__path": None}, id="retriever only", marks=SLOW),
+    pytest.param({"objective__name": "none"}, id="generator unused", marks=SLOW),
+    pytest.param({"generator__path": "random:llama", "retriever__path": "random:qwen3"}, id="llama", marks=SLOW),
+    pytest.param(
+        {"dtype": "bfloat16", "retriever__remat": "dots", "generator__remat": "full"}, id="bfloat16", marks=SLOW
+    ),
+]
+
+
+@pytest.mark.parametrize("changes", OBJECTIVES)
+def test_every_objective_trains(cache, tmp_path, changes):
+    """What is not named is not there, what is not used stays as it is."""
+    workdir = tmp_path / "run"
+    printed = run(
+        cache, "main", f"--config={TINY}", f"--workdir={workdir}", total_steps=2, eval__every_steps=0, **changes
+    )
+    losses = records(workdir)
+    assert len(losses) == 2 and all(np.isfinite(line["loss/total"]) for line in losses)
+    assert ("loss/marginal" in losses[0]) == (changes.get("objective__name") != "none")
+    assert (" 0% trained" in printed) == (changes == {"objective__name": "none"})
+    assert ("\ngenerator " in printed) == ("generator__path" not in changes or changes["generator__path"] is not None)
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(whole, cache, tmp_path):
+    workdir = tmp_path / "run"
+    flags = (f"--config={TINY}", f"--workdir={workdir}")
+    values = {"total_steps": STEPS, "eval__every_steps": 3, "checkpoint__every_steps": 0}
+    # By the clock, and so fast that it is after every step: saving changes no bit either.
+    run(cache, "main", *flags, **values, checkpoint__every_minutes=1e-6)
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"5", "6"}
+    damaged = next((workdir / "checkpoints" / "6" / "params" / "ocdbt.process_0" / "d").iterdir())
+    damaged.write_bytes(flipped := bytes([damaged.read_bytes()[0] ^ 1]) + damaged.read_bytes()[1:])
+    out = tmp_path / "export"
+    ended = subprocess.run(
+        words("export", f"--workdir={workdir}", f"--out={out}"),
+        cwd=ROOT,
+        env=environment(cache),
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0 and "step 5 of" in ended.stdout and "checkpoints/6 is damaged" in ended.stderr
+    printed = run(cache, "main", *flags, **values)
+    assert f"checkpoint {workdir}/checkpoints/6 is damaged (params/ocdbt.process_0/d/{damaged.name} is not" in printed
+    assert "kept as damaged-6" in printed and "from step 5 of" in printed
+    assert (
+        workdir / "checkpoints" / "damaged-6" / damaged.relative_to(workdir / "checkpoints" / "6")
+    ).read_bytes() == flipped
+    assert records(workdir) == records(whole[0])
+    assert records(workdir, "eval/") == records(whole[0], "eval/")
+
+
+def test_other_rows_or_models_are_refused_with_the_difference(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAG_JAX_CACHE", str(tmp_path / "cache"))
+    rows, model = tmp_path / "rows.csv", tmp_path / "model"
+    model.mkdir()
+    rows.write_text("Question,Abstract,Answer\n" + "".join(f"q{n},p{n},a{n}\n" for n in range(9)))
+    hf.tiny.build("gpt2", model)
+    values = {"data.train": str(rows), "generator.path": str(model)}
+    loaded = config.load(TINY, values)
+
+    def found():
+        columns = loaded.data.columns.to_dict()
+        examples, _ = data.load_examples(
+            str(rows), key="data.train", columns=columns, bad_rows="drop", retriever=None, prompt=None
+        )
+        return provenance.of_run(loaded, examples)
+
+    provenance.write(tmp_path, first := found())
+    provenance.check(tmp_path, loaded, found())
+    rows.write_text(rows.read_text() + "q9,p9,a9\n")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(UserError) as error:
+        provenance.check(tmp_path, loaded, second := found())
+    assert f"data.train='{rows}': rows was 9 and is 10" in str(error.value)
+    was, now = (files["generator.path"]["model.safetensors"] for files in (first, second))
+    assert f"generator.path='{model}': model.safetensors was {was} and is {now}" in str(error.value)
+    assert "config.json" not in str(error.value)
+    shutil.rmtree(model)
+    rows.write_text("Question,Abstract,Answer\n" + "".join(f"q{n},p{n},a{n}\n" for n in range(9)))
+    provenance.check(tmp_path, loaded, found())
+    (tmp_path / "inputs.json").write_text("[]")
+    with pytest.raises(UserError, match="inputs.json is damaged"):
+        provenance.check(tmp_path, loaded, found())
+
+
+def test_of_a_large_file_any_of_many_blocks_tells_it_from_another(tmp_path):
+    content = np.random.default_rng(0).bytes(6_000_000)
+    (tmp_path / "a").write_bytes(content)
+    (tmp_path / "b").write_bytes(content)
+    assert provenance.digest(tmp_path / "a") == provenance.digest(tmp_path / "b")
+    for changed in (content[:-1] + b"x", b"x" + content[1:], content + b"x"):
+        (tmp_path / "b").write_bytes(changed)
+        assert provenance.digest(tmp_path / "a") != provenance.digest(tmp_path / "b")
+
+
+@pytest.mark.slow
+def test_a_full_and_a_read_only_disk_end_it_in_one_line_and_cost_no_checkpoint(whole, cache, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(*options):
+        return subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(disk)], capture_output=True
+        )
+
+    def train_there():
+        values = {"total_steps": STEPS, "eval__every_steps": 3, "checkpoint__every_steps": 1, "checkpoint__keep": 9}
+        command = words("main", f"--config={TINY}", f"--workdir={disk / 'run'}", **values)
+        return subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True)
+
+    if mount("size=9m").returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    try:
+        for options, reason in ((None, "no space left on the device"), ("remount,ro,size=9m", "Read-only file system")):
+            if options:
+                assert mount(options).returncode == 0
+            ended = train_there()
+            assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
+            (line,) = (line for line in ended.stderr.splitlines() if line.startswith("rag_jax: error: "))
+            assert reason in line and line == ended.stderr.splitlines()[-1]
+            with checkpoint.Checkpoints(disk / "run") as checkpoints:
+                newest, damaged = checkpoints.newest_good()
+            out = disk / "export"
+            exported = subprocess.run(
+                words("export", f"--workdir={disk / 'run'}", f"--out={out}"),
+                cwd=ROOT,
+                env=environment(cache),
+                capture_output=True,
+                text=True,
+            )
+            assert exported.returncode == 2 and "Traceback" not in exported.stderr
+            assert f"--out={out}: cannot be written (" in exported.stderr and not out.exists()
+            assert newest and newest < STEPS and not damaged
+        assert mount("remount,rw,size=64m").returncode == 0
+        assert train_there().returncode == 0
+        assert records(disk / "run") == records(whole[0])
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_locale_umask_time_zone_and_names_do_not_matter(whole, cache, tmp_path):
+    folder = tmp_path / "ein 'Lauf' ü#%20 文"
+    folder.mkdir()
+    rows, workdir, out = folder / "Fragen & Antworten ß\udcff.csv", folder / "läuft $HOME", folder / "-out {x}"
+    shutil.copy(ROOT / "tests" / "data" / "rows.csv", rows)
+    odd = {"LC_ALL": "C", "TZ": "Asia/Kathmandu"}
+
+    def command(*flags, **values):
+        ended = subprocess.run(
+            words(*flags, **values), cwd=ROOT, env=environment(cache) | odd, umask=0o077, capture_output=True
+        )
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
+
+    values = {"total_steps": STEPS, "eval__every_steps": 3, "data__train": rows, "data__eval": rows}
+    command("main", f"--config={TINY}", f"--workdir={workdir}", **values)
+    assert records(workdir) == records(whole[0]) and records(workdir, "eval/") == records(whole[0], "eval/")
+    command("export", f"--workdir={workdir}", f"--out={out}")
+    evaluated = command("evaluate", f"--config={TINY}", f"--models={out}", "--json", data__eval=rows)
+    there = json.loads((workdir / "eval" / f"step_{STEPS}.json").read_text(encoding="utf-8"))
+    assert json.loads(evaluated.splitlines()[-1]) | {"step": STEPS} == there
+    assert not [path for path in folder.rglob("*") if path != rows and path.stat().st_mode & 0o077]
+
+
+def test_signals_are_noted_once_then_as_before():
+    before = signal.getsignal(signal.SIGTERM)
+    with loop.stop_signals() as received:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+        # A second one of either is the system's: nothing of ours stands in its way.
+        assert {signal.getsignal(number) for number in loop.SIGNALS} == {signal.SIG_DFL}
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_flops_of_a_step_by_hand():
+    bert = models.BertConfig(50, 2, 2, 8, 16, 64, 2, 1e-12, "gelu", 0.0, 0.0)
+    gpt2 = models.Gpt2Config(100, 3, 2, 8, 32, 64, 1e-5, "gelu_tanh", 0.0, 0.0, 0.0)
+    lengths = data.Lengths(query=4, passage=6, prefix=10, suffix=5, answer=3)
+    encoder = 2 * 2 * (4 * 8 * 8 + 2 * 8 * 16)  # weights met by a token, twice, in two layers
+    retriever = 7 * (4 * encoder + 6 * encoder + 2 * 4 * 8 * (4 * 4 + 6 * 6))
+    decoder = 3 * 2 * (4 * 8 * 8 + 2 * 8 * 32)
+    prefixes = 7 * 10 * (decoder + 3 * 4 * 8 * 5)
+    suffixes = 7 * 2 * 5 * (decoder + 3 * 4 * 8 * 12.5)
+    head = 7 * 2 * 3 * 2 * 8 * 100
+    got = flops.training_step({"retriever": bert, "generator": gpt2}, 7, 2, lengths)
+    assert got == 3 * (retriever + prefixes + suffixes + head)
+    further = 2 * 7 * (6 * encoder + 2 * 4 * 8 * 6 * 6) + 2 * prefixes  # two more passages a row for both models
+    assert flops.training_step({"retriever": bert, "generator": gpt2}, 7, 2, lengths, 2) == got + 3 * further

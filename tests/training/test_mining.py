@@ -1,0 +1,201 @@
+"""Mining in the loop: what it finds and leaves in the workdir, going on from it to the same bits, and harder steps."""
+
+import json
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from command import ROOT, TINY, environment, run, words
+from test_loop import records, state_of
+from test_processes import run_together
+
+from rag_jax import config, data
+from rag_jax.errors import UserError
+from rag_jax.training import hard_groups, mining
+
+STEPS = 8
+ROWS = 30  # mined in the middle of the first epoch and of the second.
+VALUES = {
+    "total_steps": STEPS, "mining__every_steps": 3, "eval__every_steps": 0, "checkpoint__every_steps": 2,
+    "checkpoint__keep": 9, "objective__name": "none", "generator__path": None, "objective__negatives": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache):
+    """A run of all steps without a stop."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    printed = run(cache, "main", f"--config={TINY}", f"--workdir={workdir}", **VALUES)
+    return workdir, printed
+
+
+def plans(workdir, steps=(0, 3, 6)):
+    found = [mining.load(workdir, step) for step in steps]
+    assert all(found)
+    return found
+
+
+def test_the_plans_and_their_metrics(whole):
+    workdir, printed = whole
+    rows, _ = data.load_examples(
+        str(ROOT / "tests/data/rows.csv"), key="data.train", bad_rows="drop", retriever=None, prompt=None,
+        columns={"query": "Question", "passage": "Abstract", "answer": "Answer"},
+    )  # fmt: skip
+    assert sorted(path.name for path in (workdir / "mining").iterdir()) == [f"step_{m}.npz" for m in (0, 3, 6)]
+    met = np.zeros(ROWS, int)
+    for plan in plans(workdir):
+        assert plan.rows.shape == (3, 8)
+        np.testing.assert_array_equal(plan.met, met)
+        met += np.bincount(plan.rows.ravel(), minlength=ROWS)
+        assert met.max() - met.min() <= 1
+        assert plan.negatives.shape == (3, 8, 2)
+        for group, brought in zip(plan.rows.reshape(-1, 4), plan.negatives.reshape(-1, 4 * 2), strict=True):
+            there = brought[brought >= 0]
+            assert len(set(there)) == len(there) and not set(there) & set(rows.passage_key[group])
+    assert met.sum() == 9 * 8
+    lines = records(workdir, "mining/")
+    assert [line["step"] for line in lines] == [0, 3, 6]
+    for line in lines:
+        assert line["mining/similarity"] > line["mining/random_similarity"]
+        assert 0 < line["mining/masked_identity"] < 1 and 0 <= line["mining/masked_margin"] < 1
+        assert 0 < line["mining/random_not_first"] <= 1
+        assert line["mining/negatives_similarity"] > line["mining/random_similarity"]
+        assert 0 <= line["mining/negatives_missing"] < 0.5
+    first = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["step"] == 0 and first["time/mining_share"] == 1  # nothing trained yet
+    assert "mining     groups of near passages, anew every 3 steps; kept apart: " in printed
+    assert "of training)" in printed
+    assert "negatives  2 more that each query brings, of those mined for it" in printed
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(whole, cache, tmp_path):
+    workdir = tmp_path / "run"
+    command = words("main", f"--config={TINY}", f"--workdir={workdir}", **VALUES)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and not (workdir / "checkpoints" / "4").exists():
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    run(cache, "main", f"--config={TINY}", f"--workdir={workdir}", **VALUES)
+    assert records(workdir) == records(whole[0])
+    assert records(workdir, "mining/") == records(whole[0], "mining/")
+    for ours, theirs in zip(plans(workdir), plans(whole[0]), strict=True):
+        np.testing.assert_array_equal(ours.rows, theirs.rows)
+        np.testing.assert_array_equal(ours.met, theirs.met)
+        np.testing.assert_array_equal(ours.negatives, theirs.negatives)
+    ours, theirs = state_of(workdir, STEPS, cache), state_of(whole[0], STEPS, cache)
+    for path in ours:
+        np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)
+
+
+def test_what_is_due_now_is_mined_and_what_is_lost_is_named(whole, tmp_path):
+    workdir, _ = whole
+    first, second, _ = plans(workdir)
+    since, plan, met = mining.resume(workdir, 4, 3)
+    assert (since, met) == (3, None)
+    np.testing.assert_array_equal(plan.rows, second.rows)
+    ((step, later), (_, last)) = mining.kept(workdir, 4, 3)
+    assert step == 4 and len(last.rows) == 3
+    np.testing.assert_array_equal(later.rows, second.rows[1:])
+    np.testing.assert_array_equal(later.negatives, second.negatives[1:])
+    mining.save(tmp_path, 0, first)
+    since, plan, met = mining.resume(tmp_path, 3, 3)  # killed between checkpoint and mining
+    assert (since, plan) == (3, None)
+    np.testing.assert_array_equal(met, second.met)
+    with pytest.raises(UserError, match=r"step_3.npz is missing.*move the checkpoints after step 0 away"):
+        mining.resume(tmp_path, 4, 3)
+    path = mining.path_of(tmp_path, 0)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(UserError, match=r"step_0.npz cannot be read"):
+        mining.resume(tmp_path, 1, 3)
+
+
+@pytest.mark.parametrize("margin", [None, 0.1, -0.2])
+def test_negatives_are_the_nearest_that_may_be(margin):
+    """Against loops over a full sort; queries of several rows, passages of several rows, a group with a row twice."""
+    rng = np.random.default_rng(0)
+    query_key, passage_key = rng.integers(0, 30, 40), np.concatenate([np.arange(25), rng.integers(0, 25, 15)])
+    query_emb, passage_emb = (rng.normal(size=(n, 6)).astype(np.float32) for n in (30, 25))
+    query_emb, passage_emb = (a / np.linalg.norm(a, axis=1, keepdims=True) for a in (query_emb, passage_emb))
+    sides = (query_emb[query_key], passage_emb[passage_key], query_key, passage_key)
+    near = hard_groups.Near(*sides, np.zeros((40, 0), np.int64), margin)
+    chosen = rng.integers(0, 40, (20, 3))
+    found, scores = mining.negatives(near, passage_emb, chosen, 2)
+    assert found.shape == scores.shape == (20, 3, 2) and found.dtype == np.int32
+    cosine, missing = query_emb @ passage_emb.T, 0
+    for group, brought, of in zip(chosen, found, scores, strict=True):
+        held = {passage_key[i] for i in range(40) if query_key[i] in query_key[group]}
+        for row, got, score in zip(group, brought, of, strict=True):
+            own = cosine[query_key[row]]
+            limit = np.inf if margin is None else own[passage_key[row]] + margin
+            expected = [p for p in np.argsort(-own, kind="stable") if p not in held and own[p] <= limit][:2]
+            held |= set(expected)
+            missing += 2 - len(expected)
+            assert got.tolist() == expected + [-1] * (2 - len(expected))
+            np.testing.assert_allclose(score[: len(expected)], own[expected], atol=1e-6)
+    assert (missing > 0) == (margin is not None)
+
+
+def test_a_run_with_given_negatives(cache, tmp_path):
+    rows = [line.split("|") for line in ("q {0}|p {0}|a {0}", "r {0}|p {0}|b", "s {0}|o {0}|c")]
+    lines = [
+        dict(zip(("Question", "Abstract", "Answer"), (text.format(n) for text in row), strict=True))
+        | {"Wrong": [f"no {n}", f"p {n}", "nowhere"][: n % 4]}
+        for n in range(6)
+        for row in rows
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    values = dict(
+        data__train=tmp_path / "rows.jsonl", data__eval=None, data__columns__negative="Wrong", objective__negatives=2,
+        objective__candidates=9, total_steps=2, checkpoint__every_steps=0, eval__every_steps=0,
+    )  # fmt: skip
+    printed = run(cache, "main", f"--config={TINY}", f"--workdir={tmp_path / 'run'}", **values)
+    # "p n" is a passage of query "q n" and of "r n", and none of "s n".
+    assert "given negatives: 2 a row, 14 rows bring fewer, 4 left out as passages of their own query" in printed
+    assert "negatives  2 more that each query brings, of those given in column 'Wrong'" in printed
+    losses = [line["loss/total"] for line in records(tmp_path / "run")]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+
+
+@pytest.mark.slow
+def test_mined_batches_are_harder(cache, tmp_path):
+    """The same models, hardly moved, on all rows: the in-batch loss of near passages lies above that of random ones."""
+    still = {
+        "optimizer__learning_rate": 1e-12, "total_steps": 7, "group_size": 4, "batch_size": 4, "eval__every_steps": 0,
+        "checkpoint__every_steps": 0, "objective__name": "none", "generator__path": None, "mining__margin": None,
+    }  # fmt: skip
+    losses = {}
+    for every in (0, 7):
+        workdir = tmp_path / str(every)
+        run(cache, "main", f"--config={TINY}", f"--workdir={workdir}", **still, mining__every_steps=every)
+        losses[every] = np.mean([line["loss/contrastive"] for line in records(workdir)])
+    assert losses[7] > 1.05 * losses[0]
+    (line,) = records(tmp_path / "7", "mining/")
+    assert line["mining/not_first"] >= line["mining/random_not_first"]
+
+
+@pytest.mark.slow
+def test_processes_train_on_one_plan(whole, cache, tmp_path):
+    workdir = tmp_path / "run"
+    ended = run_together(2, 1, cache, f"--config={TINY}", f"--workdir={workdir}", **VALUES)
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    for name in ("rows", "negatives"):
+        np.testing.assert_array_equal(*(getattr(plans(place)[0], name) for place in (workdir, whole[0])))
+    ours, theirs = records(workdir), records(whole[0])
+    np.testing.assert_allclose(
+        [line["loss/total"] for line in ours[:3]], [line["loss/total"] for line in theirs[:3]], rtol=1e-4
+    )
+    assert [line["step"] for line in ours] == list(range(1, STEPS + 1))
+
+
+def test_mining_needs_a_retriever_and_groups():
+    with pytest.raises(UserError, match=r"mining.every_steps=5, group_size=1.*mining fills groups"):
+        config.load(TINY, {"mining.every_steps": 5, "group_size": 1, "objective.candidates": 1})

@@ -1,0 +1,183 @@
+"""What is on disk after writing, after a crash and after going on; the line of progress; peak FLOP/s."""
+
+import io
+import json
+import sys
+
+import jax
+import pytest
+
+from rag_jax.errors import UserError
+from rag_jax.training import writer as writers
+from rag_jax.training.writer import Progress, Writer
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def scalars(workdir, as_list=False):
+    """{tag: {step: value}} as TensorBoard shows them, or {tag: [(step, value), ...]}."""
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = event_accumulator.EventAccumulator(str(workdir / "tensorboard")).Reload()
+    kind = list if as_list else dict
+    return {tag: kind((e.step, e.value) for e in events.Scalars(tag)) for tag in events.Tags()["scalars"]}
+
+
+def test_lines_are_on_disk_at_once_with_the_names_given(tmp_path):
+    writer = Writer(tmp_path / "run")
+    writer.train(1, {"loss/total": jax.numpy.float32(0.5), "optim/learning_rate": 1e-4})
+    assert lines(tmp_path / "run") == [{"step": 1, "loss/total": 0.5, "optim/learning_rate": 1e-4}]
+    writer.evaluation(1, {"eval/recall@1": 0.25, "eval/em": None})
+    assert lines(tmp_path / "run")[1] == {"step": 1, "eval/recall@1": 0.25}
+    writer.close()
+    assert scalars(tmp_path / "run")["eval/recall@1"] == {1: 0.25}
+
+
+def test_going_on_takes_out_what_was_written_about_later_steps(tmp_path):
+    with Writer(tmp_path) as writer:
+        for step in range(1, 6):
+            writer.train(step, {"loss/total": step})
+        writer.evaluation(3, {"eval/mrr@10": 0.3})
+        writer.evaluation(5, {"eval/mrr@10": 0.5})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "loss/to')
+    with Writer(tmp_path, start_step=3) as writer:
+        for step in range(4, 7):
+            writer.train(step, {"loss/total": 10 + step})
+    train = [(line["step"], line["loss/total"]) for line in lines(tmp_path) if "loss/total" in line]
+    assert train == [(1, 1), (2, 2), (3, 3), (4, 14), (5, 15), (6, 16)]
+    assert [line["step"] for line in lines(tmp_path) if "eval/mrr@10" in line] == [3]
+    board = scalars(tmp_path)
+    assert board["loss/total"] == {1: 1, 2: 2, 3: 3, 4: 14, 5: 15, 6: 16}
+    assert board["eval/mrr@10"] == {3: pytest.approx(0.3)}
+
+
+def test_every_step_stands_there_once_after_any_number_of_kills(tmp_path, monkeypatch):
+    """Nothing is closed or flushed, the last line is torn, and the clock of each start is behind the one before."""
+    killed, resumed = [], 0
+    for start, clock in enumerate([2e9, 1.9e9, 1.9e9, 1.8e9]):
+        monkeypatch.setattr(writers.time, "time", lambda clock=clock: clock)
+        writer = Writer(tmp_path, start_step=resumed)
+        for step in range(resumed + 1, resumed + 6):
+            writer.train(step, {"loss/total": 100 * start + step})
+        killed.append(writer)
+        resumed += 3
+        with open(tmp_path / "metrics.jsonl", "ab") as file, open(killed[-1]._board.name, "ab") as board:
+            file.write(b'{"step": 3, "lo\xff')
+            board.write(b"\x18\x00\x00")
+    expected = {1: 1, 2: 2, 3: 3, 4: 104, 5: 105, 6: 106, 7: 207, 8: 208, 9: 209}
+    expected |= {step: 300 + step for step in range(10, 15)}
+    Writer(tmp_path, start_step=14).close()
+    assert {line["step"]: line["loss/total"] for line in lines(tmp_path)} == expected
+    assert len(lines(tmp_path)) == len(expected)
+    assert scalars(tmp_path, as_list=True)["loss/total"] == list(expected.items())
+
+
+def test_what_a_full_disk_does_not_take_is_one_clear_line(tmp_path, monkeypatch):
+    writer = Writer(tmp_path)
+    writer._file.close()
+    with open("/dev/full", "wb", buffering=0) as full:
+        writer._file = full
+        with pytest.raises(UserError, match="/dev/full: No space left on device"):
+            writer.train(1, {"loss/total": 1.0})
+
+
+def test_a_run_that_begins_anew_keeps_nothing_of_the_one_before(tmp_path):
+    with Writer(tmp_path) as writer:
+        writer.evaluation(0, {"eval/mrr@10": 0.1})
+        writer.train(1, {"loss/total": 1})
+    with Writer(tmp_path) as writer:
+        writer.evaluation(0, {"eval/mrr@10": 0.2})
+    assert lines(tmp_path) == [{"step": 0, "eval/mrr@10": 0.2}]
+    assert scalars(tmp_path)["eval/mrr@10"] == {0: pytest.approx(0.2)}
+    assert not scalars(tmp_path).get("loss/total"), (
+        "TensorBoard keeps an emptied tag when the file is of another second"
+    )
+
+
+def test_a_loss_that_is_no_number_leaves_valid_json(tmp_path):
+    with Writer(tmp_path) as writer:
+        writer.train(1, {"loss/total": float("nan"), "optim/grad_norm": float("inf")})
+
+    def refuse(name):
+        raise ValueError(name)
+
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=refuse) == {"step": 1, "loss/total": None, "optim/grad_norm": None}
+
+
+def test_other_processes_write_nothing(tmp_path):
+    with Writer(tmp_path / "run", active=False) as writer:
+        writer.train(1, {"loss/total": 1.0})
+    assert not (tmp_path / "run").exists()
+
+
+def test_progress_without_a_terminal_is_a_few_plain_lines(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(writers.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    progress = Progress(total_steps=200, start_step=50)
+    for step in range(51, 201):
+        now[0] += 0.5
+        progress.update(step, 2.0)
+    progress.close()
+    text = sys.stderr.getvalue()
+    assert "\r" not in text
+    assert text.splitlines() == [
+        "step 51/200  loss 2.0000  0.50 s a step  1:14 left",
+        "step 91/200  loss 2.0000  0.50 s a step  0:54 left",
+        "step 131/200  loss 2.0000  0.50 s a step  0:34 left",
+        "step 171/200  loss 2.0000  0.50 s a step  0:14 left",
+        "step 200/200  loss 2.0000  0.50 s a step  0:00 left",
+    ]
+
+
+def test_progress_on_a_terminal_is_a_bar_with_loss_and_time_left(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    progress = Progress(total_steps=4)
+    progress.update(2, 1.25)
+    progress.print("evaluated")
+    progress.update(4, 1.0)
+    progress.close()
+    text = sys.stderr.getvalue()
+    assert "4/4" in text and "loss 1.0000" in text and "evaluated\n" in text
+
+
+def test_durations_read_as_clocks():
+    assert [writers.clock(s) for s in (0.0, 59.6, 125.0, 3723.0)] == ["0:00", "1:00", "2:05", "1:02:03"]
+
+
+class Device:
+    def __init__(self, device_kind):
+        self.device_kind = device_kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("TPU v4", 275e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+    ],
+)
+def test_the_peak_of_known_devices_is_in_the_table(monkeypatch, kind, peak):
+    monkeypatch.setattr(writers.jax, "devices", lambda: [Device(kind)] * 4)
+    monkeypatch.setattr(writers.jax, "device_count", lambda: 4)
+    assert writers.peak_flops() == 4 * peak
+
+
+def test_the_peak_of_cpus_is_measured_and_shared_by_their_devices():
+    one, all_devices = writers.measured_flops(512), writers.peak_flops()
+    assert 1e8 < one < 1e14
+    assert all_devices < 4 * one, "eight devices on the same cores are not eight times as fast"
