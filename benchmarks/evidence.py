@@ -110,7 +110,9 @@ def evidence(model: rag.Rag, params: dict, batch: data.Batch) -> jax.Array:
     (prior_bK, token_log_probs_bKT), to_embs = jax.vjp(log_probs, embs)
     answer_bK = jnp.sum(jnp.where(batch.answer_mask[:, None], token_log_probs_bKT, 0.0), axis=-1)
     posterior_bK = jax.nn.softmax(prior_bK + answer_bK, axis=-1)
-    by_label = along_sphere(jax.grad(functools.partial(rag.contrastive_share, model, batch))(embs), embs)
+    by_label = along_sphere(
+        jax.grad(lambda embs: jnp.mean(rag.contrastive_term(model, batch, embs).nats_B))(embs), embs
+    )
     # The row's own passage is its first candidate.
     measured = [
         jnp.mean(jnp.exp(prior_bK[:, 0])),
@@ -122,7 +124,7 @@ def evidence(model: rag.Rag, params: dict, batch: data.Batch) -> jax.Array:
     for name in ("token", "sequence"):
 
         def mean_nll(prior_bK, name=name):
-            summed = losses.marginal_nll(name, prior_bK, token_log_probs_bKT, batch.answer_mask)
+            summed = -losses.log_marginal(name, prior_bK, token_log_probs_bKT, batch.answer_mask).sum()
             return summed / jnp.sum(batch.answer_mask)
 
         (grads,) = to_embs((jax.grad(mean_nll)(prior_bK), jnp.zeros_like(token_log_probs_bKT)))

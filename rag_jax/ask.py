@@ -27,6 +27,7 @@ from rag_jax import cli, data
 from rag_jax.data import rows, segments
 from rag_jax.errors import UserError
 from rag_jax.inference import answering
+from rag_jax.objectives import OBJECTIVES
 from rag_jax.workdir import checkpoint
 
 # Questions of a file that are answered at a time.
@@ -193,7 +194,7 @@ def settings_of(
             f"{source.model_config.max_positions - prompt_len} positions left; lower it"
         )
     decoding = answering.Decoding(
-        name="sequence" if decoding_of(args, loaded) == "sequence" else "token",
+        likelihood={"top1": "token"}.get(decoding := decoding_of(args, loaded), decoding),
         num_tokens=num_tokens,
         eos_id=segments.eos_id(source.tokenizer),
         num_beams=args.beams,
@@ -205,7 +206,7 @@ def settings_of(
 
 
 def decoding_of(args: argparse.Namespace, loaded: Any) -> str:
-    return args.decoding or ("sequence" if loaded.objective.name == "sequence" else "token")
+    return args.decoding or OBJECTIVES[loaded.objective.name].likelihood
 
 
 def open_pairs(
@@ -255,9 +256,10 @@ def described(
 ) -> dict[str, Any]:
     """What the record says of how its answers were made."""
     pair = list(pairs.values())[-1]
-    decoding = dataclasses.asdict(settings.decoding) | {"seed": settings.seed}
-    decoding["name"] = decoding_of(args, pair.opened.config)
-    del decoding["eos_id"]
+    how = decoding_of(args, pair.opened.config)
+    decoding = {"name": how} | dataclasses.asdict(settings.decoding) | {"seed": settings.seed}
+    for internal in ("likelihood", "eos_id"):
+        del decoding[internal]
     return {
         "step": pair.step,
         "decoding": decoding,

@@ -1,14 +1,24 @@
 """The maths of the objectives: arrays in, arrays out, float32 throughout.
 
-**B** queries, **P** passages in the batch, **K** candidates a query's generator reads, **T** answer tokens.
-scores_BP are inner products of normalised embeddings, already divided by a temperature; row b's positive is column b.
+**B** queries, **b** some of them, **P** passages of the batch, **K** candidates a query's generator reads, **T** answer
+tokens, **L** tokens of a whole string. scores_BP are inner products of normalised embeddings, already divided by a
+temperature; row b's positive is column b.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 DALM_LOGIT_SCALE = 100.0
+
+
+class Term(NamedTuple):
+    """A term of the loss, row by row: its value is the sum of `nats_B` divided by the sum of `count_B`."""
+
+    nats_B: Float[Array, " B"]
+    count_B: Shaped[Array, " B"]  # 1 where the term is a mean over rows, a number of tokens where it is over tokens
 
 
 def contrastive_loss(
@@ -30,9 +40,21 @@ def contrastive_loss(
     excluded_BP = jnp.zeros((B, P), dtype=bool)
     for same_BP in (same_passage_BP, same_query_BP):
         excluded_BP = excluded_BP if same_BP is None else excluded_BP | same_BP
-    by_row_B = positive_nll(scores_BP, jnp.arange(B), excluded_BP)
-    by_column_B = positive_nll(scores_BP[:, :B].T, jnp.arange(B), excluded_BP[:, :B].T)
-    return 0.5 * (jnp.mean(by_row_B) + jnp.mean(by_column_B))
+    both = ((scores_BP, excluded_BP), (scores_BP[:, :B].T, excluded_BP[:, :B].T))
+    return jnp.mean(contrastive_nll(jnp.arange(B), *both))
+
+
+def contrastive_nll(
+    positive_b: Int[Array, " b"],
+    by_row: tuple[Float[Array, "b P"], Bool[Array, "b P"]],
+    by_column: tuple[Float[Array, "b B"], Bool[Array, "b B"]],
+) -> Float[Array, " b"]:
+    """What some rows of the batch bring to `contrastive_loss`: half of each one's row and column, nats.
+
+    `by_row`: the scores of their queries with all passages, and which passages are excluded; `by_column`: of their
+    passages with all queries. `positive_b`: where in the batch they stand.
+    """
+    return 0.5 * (positive_nll(by_row[0], positive_b, by_row[1]) + positive_nll(by_column[0], positive_b, by_column[1]))
 
 
 def positive_nll(
@@ -76,41 +98,69 @@ def sequence_marginal(
 
 
 def log_marginal(
-    name: str,
+    likelihood: str,
     doc_log_probs_BK: Float[Array, "B K"],
     token_log_probs_BKT: Float[Array, "B K T"],
     answer_mask_BT: Bool[Array, "B T"],
 ) -> Float[Array, " B"]:
-    """log p(y | q) of each answer, nats: RAG-Sequence for the objective "sequence", RAG-Token for every other."""
-    if name == "sequence":
-        return sequence_marginal(doc_log_probs_BK, token_log_probs_BKT, answer_mask_BT)
-    return jnp.sum(jnp.where(answer_mask_BT, token_marginal(doc_log_probs_BK, token_log_probs_BKT), 0.0), axis=-1)
+    """log p(y | q) of each answer, nats, by RAG-Token ("token") or RAG-Sequence ("sequence")."""
+    match likelihood:
+        case "token":
+            marginal_BT = token_marginal(doc_log_probs_BK, token_log_probs_BKT)
+            return jnp.sum(jnp.where(answer_mask_BT, marginal_BT, 0.0), axis=-1)
+        case "sequence":
+            return sequence_marginal(doc_log_probs_BK, token_log_probs_BKT, answer_mask_BT)
+    raise ValueError(f"likelihood={likelihood!r}: must be token or sequence")
 
 
-def marginal_nll(
-    name: str,
+def evidence(
+    likelihood: str,
     doc_log_probs_BK: Float[Array, "B K"],
     token_log_probs_BKT: Float[Array, "B K T"],
     answer_mask_BT: Bool[Array, "B T"],
-) -> Float[Array, ""]:
-    """Negative log marginal of the answers, summed over rows and tokens (nats); divide by the global token count."""
-    return -jnp.sum(log_marginal(name, doc_log_probs_BK, token_log_probs_BKT, answer_mask_BT))
+) -> Float[Array, "B K"]:
+    """Each passage's share in the answer: the posterior p(k | q, y); for RAG-Token the mean over tokens of theirs.
+
+    sequence   r_k = softmax_k [ log p(k | q) + sum_t log p(y_t | k, q, y_<t) ]
+    token      mean_t r_tk,    r_tk = softmax_k [ log p(k | q) + log p(y_t | k, q, y_<t) ]
+    """
+    answer_B1T = answer_mask_BT[:, None, :]
+    kept_BKT = jnp.where(answer_B1T, token_log_probs_BKT, 0.0)
+    match likelihood:
+        case "token":
+            shares_BKT = jax.nn.softmax(doc_log_probs_BK[:, :, None] + kept_BKT, axis=1)
+            return jnp.sum(jnp.where(answer_B1T, shares_BKT, 0.0), axis=-1) / answer_mask_BT.sum(axis=-1, keepdims=True)
+        case "sequence":
+            return jax.nn.softmax(doc_log_probs_BK + kept_BKT.sum(axis=-1), axis=-1)
+    raise ValueError(f"likelihood={likelihood!r}: must be token or sequence")
 
 
-def dalm_nll(
+def marginal_terms(
+    likelihood: str,
+    doc_log_probs_BK: Float[Array, "B K"],
+    token_log_probs_BKT: Float[Array, "B K T"],
+    answer_mask_BT: Bool[Array, "B T"],
+) -> dict[str, Term]:
+    """The negative log marginal of the answers, nats an answer token."""
+    log_marginal_B = log_marginal(likelihood, doc_log_probs_BK, token_log_probs_BKT, answer_mask_BT)
+    return {"marginal": Term(-log_marginal_B, jnp.sum(answer_mask_BT, axis=-1))}
+
+
+def dalm_terms(
     cosine_BP: Float[Array, "B P"],
     positive_B: Int[Array, " B"],
     string_log_probs_BL: Float[Array, "B L"],
     scored_BL: Bool[Array, "B L"],
     answer_BL: Bool[Array, "B L"],
-) -> Float[Array, ""]:
+) -> dict[str, Term]:
     """What DALM's `train-rag-e2e` calls the marginal; it is none, and nothing flows from generator to retriever.
 
-        sum_{b,l scored} -log p(w_l | w_<l)  +  sum_b A_b CE_b,    CE_b = -log softmax_P(100 cosine_b:)_positive
+        sum_{l scored} -log p(w_l | w_<l)  +  A_b CE_b,    CE_b = -log softmax_P(100 cosine_b:)_positive
 
-    Divide by the number of scored tokens. A_b is how many of row b's are of the answer: the predecessor adds the
+    divided by the number of scored tokens. A_b is how many of row b's are of the answer: the predecessor adds the
     log-probability of the row's own passage to each of them. Duplicates stay negatives there, and so they do here.
     """
     ce_B = positive_nll(DALM_LOGIT_SCALE * cosine_BP.astype(jnp.float32), positive_B)
     answer_tokens_B = jnp.sum(answer_BL & scored_BL, axis=-1)
-    return jnp.sum(answer_tokens_B * ce_B) - jnp.sum(jnp.where(scored_BL, string_log_probs_BL, 0.0))
+    string_nll_B = -jnp.sum(jnp.where(scored_BL, string_log_probs_BL, 0.0), axis=-1)
+    return {"marginal": Term(answer_tokens_B * ce_B + string_nll_B, jnp.sum(scored_BL, axis=-1))}

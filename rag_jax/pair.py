@@ -14,10 +14,9 @@ from jax.sharding import Mesh
 from rag_jax import data, files, hf, models, rag
 from rag_jax.distributed import sharding
 from rag_jax.errors import UserError
+from rag_jax.objectives import OBJECTIVES
 
 ROLES = ("retriever", "generator")
-# How the predecessor's retriever reads, where the config says nothing else.
-DALM_PREFIXES = ("#query# ", "#passage# ")
 # Of compiled programs kept on disk; those used longest ago go first.
 COMPILED_BYTES = 4 * 10**9
 _cache_events: Counter[str] = Counter()
@@ -72,7 +71,7 @@ def open_run(config: Any, workdir: pathlib.Path | None = None) -> Run:
     check_lengths(config, sources)
     text, prompt_text = retriever_text(config, sources), prompt(config, sources)
     whole = None
-    if prompt_text is not None and config.objective.name == "dalm":
+    if prompt_text is not None and OBJECTIVES[config.objective.name].reads == "strings":
         whole = data.WholeString(prompt_text.tokenizer, string_len(config))
     return Run(config, sources, composite(config, sources), text, prompt_text, whole)
 
@@ -132,7 +131,7 @@ def retriever_text(config: Any, sources: dict[str, hf.Source]) -> data.Retriever
         return None
     source, section = sources["retriever"], config.retriever
     folder_says = (source.pooling.query_prefix, source.pooling.passage_prefix)
-    query, passage = DALM_PREFIXES if config.objective.name == "dalm" else folder_says
+    query, passage = OBJECTIVES[config.objective.name].prefixes or folder_says
     return data.RetrieverText(
         source.tokenizer,
         query if section.query_prefix is None else section.query_prefix,

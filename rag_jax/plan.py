@@ -19,6 +19,7 @@ from typing import Any
 
 from rag_jax import cli, config
 from rag_jax.errors import UserError
+from rag_jax.objectives import OBJECTIVES
 from rag_jax.planning import chips
 
 INSIDE = "--in-this-process"
@@ -218,7 +219,7 @@ def batch_lengths(loaded: Any, used: set[str]) -> Any:
     if "retriever" in used:
         lengths |= {"query": section.query_len, "passage": section.passage_len}
     suffix = section.prompt_query_len + section.answer_len
-    if "generator" in used and loaded.objective.name == "dalm":
+    if "generator" in used and OBJECTIVES[loaded.objective.name].reads == "strings":
         lengths |= {"string": section.prompt_passage_len + suffix}
     elif "generator" in used:
         lengths |= {"prefix": section.prompt_passage_len, "suffix": suffix, "answer": section.answer_len}

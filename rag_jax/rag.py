@@ -1,10 +1,11 @@
 """The composite of both models: encode, choose candidates, answer log-probabilities, marginal, total loss.
 
-**B** queries of the whole batch, **P** passages, **b** rows of one device or of a group, **K** candidates, **T** answer
-tokens, **L** sequence (**Lp** prefix, **Ls** suffix), **E** embedding width, **D** model width, **V** vocabulary,
-**H** negatives that each query brings besides its own passage: the passages of b rows are p = b (1 + H), see `joined`.
+**B** queries of the global batch, **P** its passages, **b** rows of one device, **g** rows of a group and **p** its
+passages, **K** candidates, **T** answer tokens, **L** sequence (**Lp** prefix, **Ls** suffix), **E** embedding width,
+**D** model width, **V** vocabulary, **n** rows of any kind, **J** negatives that each query brings besides its own
+passage: p = g (1 + J), see `joined`.
 
-`loss` runs on each device's own rows. Embeddings are all that it fetches of the others' (`Rag.from_all`): candidates,
+`loss` runs on each device's own rows. Embeddings are all that it fetches of the others' (`Shard.from_all`): candidates,
 and with them the generator's keys and values, are of a group, and a group lies on one device.
 """
 
@@ -19,8 +20,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from rag_jax import losses
+from rag_jax.data.batches import Batch
+from rag_jax.losses import Term
 from rag_jax.models.decoder import Decoder
 from rag_jax.models.layers import named_keys, several_keys
+from rag_jax.objectives import OBJECTIVES, Formula
 
 # Tokens whose (tokens, V) logits exist at one time in `gold_log_probs`.
 HEAD_CHUNK = 512
@@ -30,29 +34,56 @@ SCORES_AT_A_TIME = 2**22
 # (path of the parameters, the parameters or one layer of them, compute dtype) -> whole ones in that dtype.
 Gather = Callable[[tuple[str, ...], Any, Any], Any]
 # Of the same rows' queries, passages and negatives; no negatives: None.
-Embs = tuple[Float[Array, "b E"], Float[Array, "b E"], Float[Array, "b H E"] | None]
+Embs = tuple[Float[Array, "b E"], Float[Array, "b E"], Float[Array, "b J E"] | None]
+Keys = Key[Array, " b"] | None  # dropout's, one a row; None: no dropout
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """The loss as the config states it."""
 
-    name: str  # "token" | "sequence" | "dalm" | "none"
+    name: str  # a key of objectives.OBJECTIVES
     candidates: int  # K
     temperature: float
     marginal_temperature: float
     contrastive_weight: float
     marginal_weight: float
-    negatives: int = 0  # H
+    negatives: int = 0  # J
+
+    @property
+    def formula(self) -> Formula:
+        return OBJECTIVES[self.name]
 
     @property
     def uses_generator(self) -> bool:
-        return self.name != "none" and self.marginal_weight != 0
+        return self.formula.uses_generator(self.marginal_weight)
 
     @property
     def uses_retriever(self) -> bool:
-        """With one candidate, the positive, the marginal is plain answer likelihood and asks for no scores."""
-        return self.contrastive_weight != 0 or (self.uses_generator and (self.candidates > 1 or self.name == "dalm"))
+        return self.formula.uses_retriever(self.candidates, self.contrastive_weight, self.marginal_weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Where one device's rows stand in the global batch, and what it asks of the other devices."""
+
+    axes: tuple[str, ...] = ()  # of the mesh, over which the batch is split; (): all of it is here
+
+    def from_all(self, rows_b: Shaped[Array, "b ..."]) -> Shaped[Array, "B ..."]:
+        """The rows of the global batch, of which this device has b, in their order."""
+        return jax.lax.all_gather(rows_b, self.axes, tiled=True) if self.axes else rows_b
+
+    def total(self, count: Array) -> Array:
+        """The sum over all devices, of counts and metrics only: never of what is differentiated.
+
+        The transpose of a psum is a psum here, so its gradient would be summed once more for each device.
+        """
+        return jax.lax.psum(count, self.axes) if self.axes else count
+
+    def positions(self, num_rows: int) -> Int[Array, " b"]:
+        """Where in the global batch this device's rows stand."""
+        first = jax.lax.axis_index(self.axes) * num_rows if self.axes else 0
+        return first + jnp.arange(num_rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +94,10 @@ class Rag:
     retriever: nnx.GraphDef | None
     generator: nnx.GraphDef | None
     pooling: str  # "cls" | "mean" | "last"
-    group_size: int  # b
+    group_size: int  # g
     dtype: Any = jnp.float32
     chunk_size: int = 0  # rows that the retriever encodes at a time on a device; 0: all
-    batch_axes: tuple[str, ...] = ()  # mesh axes over which the batch is split; (): all of it is here
+    shard: Shard = Shard()
     gather: Gather | None = None  # brings shared parameters together; None: they are whole
 
     def model(self, name: str, params: dict) -> Any:
@@ -83,17 +114,41 @@ class Rag:
             return self.gather(path, params, self.dtype)
         return jax.tree.map(lambda a: a.astype(self.dtype), params)
 
-    def from_all(self, rows_b: Shaped[Array, "b ..."]) -> Shaped[Array, "B ..."]:
-        """The rows of the whole batch, of which this device has b, in their order."""
-        return jax.lax.all_gather(rows_b, self.batch_axes, tiled=True) if self.batch_axes else rows_b
 
-    def sum_of_all(self, value: Array) -> Array:
-        return jax.lax.psum(value, self.batch_axes) if self.batch_axes else value
+def loss(
+    rag: Rag, params: dict, batch: Batch, key: Key[Array, ""] | None
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Total = contrastive_weight * contrastive + marginal_weight * the generator's terms; and each by its metric name.
 
-    def place_of(self, num_rows: int) -> Int[Array, " b"]:
-        """Where in the whole batch this device's rows stand."""
-        first = jax.lax.axis_index(self.batch_axes) * num_rows if self.batch_axes else 0
-        return first + jnp.arange(num_rows)
+    Of a batch split over devices each computes its rows' share; the loss is their sum, and so is its gradient.
+    """
+    keys = row_keys(rag, batch, key)
+    embs = embed(rag, params, batch, keys) if rag.objective.uses_retriever else None
+    shares: dict[str, Float[Array, ""]] = {}
+    total = jnp.zeros(())
+    for name, (nats_b, count_b) in terms(rag, params, batch, embs, keys).items():
+        share = jnp.sum(nats_b) / jnp.maximum(rag.shard.total(jnp.sum(count_b)), 1)
+        weight = rag.objective.contrastive_weight if name == "contrastive" else rag.objective.marginal_weight
+        shares[f"loss/{name}"] = share
+        total += weight * share
+    return total, shares | {"loss/total": total}
+
+
+def terms(rag: Rag, params: dict, batch: Batch, embs: Embs | None, keys: Keys) -> dict[str, Term]:
+    """The terms of the loss that have a weight, for this device's rows."""
+    objective, named = rag.objective, {}
+    if embs is not None and objective.contrastive_weight != 0:
+        named["contrastive"] = contrastive_term(rag, batch, embs)
+    if objective.uses_generator:
+        named |= READS[objective.formula.reads](rag, params, batch, embs, named_keys(keys, "generator"))
+    return named
+
+
+def row_keys(rag: Rag, batch: Batch, key: Key[Array, ""] | None) -> Keys:
+    """A key for each row by its place in the global batch, so that dropout does not depend on the devices."""
+    if key is None:
+        return None
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, rag.shard.positions(len(batch.query_key)))
 
 
 def pool(hidden_BLD: Float[Array, "B L D"], mask_BL: Bool[Array, "B L"], mode: str) -> Float[Array, "B D"]:
@@ -115,59 +170,73 @@ def encode(
     dropout_keys: Key[Array, " B"] | None = None,
 ) -> Float[Array, "B E"]:
     """Pooled and L2-normalised embeddings, float32."""
-    emb_BE = pool(retriever(ids_BL, mask_BL, dropout_keys), mask_BL, pooling)
-    return emb_BE / jnp.maximum(jnp.linalg.norm(emb_BE, axis=-1, keepdims=True), 1e-12)
+    return normalised(pool(retriever(ids_BL, mask_BL, dropout_keys), mask_BL, pooling))
 
 
-def joined(own_b: Shaped[Array, "b ..."], negatives_bH: Shaped[Array, "b H ..."] | None) -> Shaped[Array, "p ..."]:
+def normalised(emb_nE: Float[Array, "n E"]) -> Float[Array, "n E"]:
+    """Each row divided by its norm. A row of zeros stays zeros, with a zero gradient where that of its norm is NaN."""
+    square_n1 = jnp.sum(emb_nE**2, axis=-1, keepdims=True)
+    norm_n1 = jnp.sqrt(jnp.where(square_n1 > 0, square_n1, 1.0))
+    return jnp.where(square_n1 > 0, emb_nE / jnp.maximum(norm_n1, 1e-12), 0.0)
+
+
+def joined(own_g: Shaped[Array, "g ..."], negatives_gJ: Shaped[Array, "g J ..."] | None) -> Shaped[Array, "p ..."]:
     """What the passages of some rows have: their own ones', then that of each row's negatives in turn."""
-    if negatives_bH is None:
-        return own_b
-    return jnp.concatenate([own_b, negatives_bH.reshape(-1, *own_b.shape[1:])])
+    if negatives_gJ is None:
+        return own_g
+    return jnp.concatenate([own_g, negatives_gJ.reshape(-1, *own_g.shape[1:])])
 
 
-def passage_keys(batch: Any) -> Int[Array, " p"]:
-    """Of all passages of the rows; -1 where a row brings no passage."""
-    return joined(batch.passage_key, None if batch.negatives is None else batch.negatives.passage_key)
+def first_copies(keys_n: Int[Array, " n"]) -> Bool[Array, " n"]:
+    """Which keys no earlier one equals."""
+    order = jnp.argsort(keys_n, stable=True)
+    ordered = keys_n[order]
+    is_first = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
+    return is_first[jnp.argsort(order)]
 
 
-def choose_candidates(
-    cosine_bp: Float[Array, "b p"], passage_key_p: Int[Array, " p"], num_candidates: int
-) -> Int[Array, "b K"]:
-    """Each row's positive, then the group's highest-scoring others; further copies of a passage come last."""
-    b, p = cosine_bp.shape
-    same_pp = passage_key_p[:, None] == passage_key_p[None, :]
-    positive_bp = jnp.eye(b, p, dtype=bool)
-    first_copy_p = jnp.argmax(same_pp, axis=1) == jnp.arange(p)
-    again_bp = same_pp[:b] | ~first_copy_p[None, :]
-    # Cosines lie within [-1, 1]: 4 sets the three ranks apart without touching the order inside one.
-    order_bp = cosine_bp + jnp.where(positive_bp, 4.0, jnp.where(again_bp, -4.0, 0.0))
-    return jax.lax.top_k(jax.lax.stop_gradient(order_bp), num_candidates)[1].astype(jnp.int32)
+def may_read(passage_key_p: Int[Array, " p"], num_rows: int) -> Bool[Array, "g p"]:
+    """Which passages of the group may be whose candidates: the own one, of all others one copy each.
+
+    A second copy would be read again and take probability twice. -1: there is no passage.
+    """
+    own_gp = jnp.eye(num_rows, len(passage_key_p), dtype=bool)
+    same_as_own_gp = passage_key_p[:num_rows, None] == passage_key_p
+    return own_gp | (~same_as_own_gp & first_copies(passage_key_p) & (passage_key_p >= 0))
+
+
+def choose_candidates(cosine_gp: Float[Array, "g p"], num_candidates: int) -> Int[Array, "g K"]:
+    """Each row's positive, on the diagonal, then the highest-scoring others; -inf comes last."""
+    # Cosines lie within [-1, 1]: 4 puts the positive first without touching the order of the others.
+    first_gp = 4.0 * jnp.eye(*cosine_gp.shape)
+    return jax.lax.top_k(jax.lax.stop_gradient(cosine_gp + first_gp), num_candidates)[1].astype(jnp.int32)
 
 
 def gold_log_probs(
-    hidden_MD: Float[Array, "M D"], kernel_VD: Float[Array, "V D"], ids_M: Int[Array, " M"]
-) -> Float[Array, " M"]:
-    """log softmax_V(hidden kernel)[ids], float32, in chunks of tokens: (M, V) never exists, not even for gradients.
+    hidden_nD: Float[Array, "n D"], kernel_VD: Float[Array, "V D"], ids_n: Int[Array, " n"]
+) -> Float[Array, " n"]:
+    """log softmax_V(hidden kernel)[ids], float32, in chunks of tokens: (n, V) never exists, not even for gradients.
 
     Fused kernels (tokamax, Liger) give the loss summed over tokens, but a marginal needs each token's.
     """
-    M, D = hidden_MD.shape
-    num_chunks = -(-M // HEAD_CHUNK)
-    size = -(-M // num_chunks)
-    room = num_chunks * size - M
-    chunks = jnp.pad(hidden_MD, ((0, room), (0, 0))).reshape(num_chunks, size, D)
-    chunk_ids = jnp.pad(ids_M, (0, room)).reshape(num_chunks, size)
+    # Float32 stays float32 also where a device's products are rougher by default; bfloat16 has one way to multiply.
+    precision = jax.lax.Precision.HIGHEST if hidden_nD.dtype == jnp.float32 else None
+    n, D = hidden_nD.shape
+    num_chunks = -(-n // HEAD_CHUNK)
+    size = -(-n // num_chunks)
+    room = num_chunks * size - n
+    chunks = jnp.pad(hidden_nD, ((0, room), (0, 0))).reshape(num_chunks, size, D)
+    chunk_ids = jnp.pad(ids_n, (0, room)).reshape(num_chunks, size)
 
     @jax.checkpoint
     def one(chunk: tuple[Array, Array]) -> Array:
         hidden, ids = chunk
-        logits = jnp.einsum("MD,VD->MV", hidden, kernel_VD, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("nD,VD->nV", hidden, kernel_VD, precision=precision, preferred_element_type=jnp.float32)
         # A sum over V, not a gather: of a vocabulary split over devices each has a part of it.
         gold = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == ids[:, None], logits, 0.0), axis=-1)
         return gold - jax.nn.logsumexp(logits, axis=-1)
 
-    return jax.lax.map(one, (chunks, chunk_ids)).reshape(-1)[:M]
+    return jax.lax.map(one, (chunks, chunk_ids)).reshape(-1)[:n]
 
 
 def answer_log_probs(
@@ -188,65 +257,65 @@ def answer_log_probs(
 
 
 def group_log_probs(
-    generator: Decoder, objective: Objective, group: Any, group_embs: Embs | None, keys: Any
-) -> tuple[Float[Array, "b K"], Float[Array, "b K T"]]:
-    """Of a group's rows with K passages of the group each, the own one first: doc_log_probs and token_log_probs."""
-    b, negatives = group.suffix_ids.shape[0], group.negatives
+    generator: Decoder, objective: Objective, group: Batch, group_embs: Embs | None, keys: Keys
+) -> tuple[Float[Array, "g K"], Float[Array, "g K T"]]:
+    """Of a group's rows with K passages of the group each, the own one first: doc_log_probs and token_log_probs.
+
+    Where a row may read fewer than K passages, the others have a doc_log_prob of -inf.
+    """
+    g, negatives = group.suffix_ids.shape[0], group.negatives
     prefix = (group.prefix_ids, group.prefix_mask)
     if group_embs is None:
-        candidates_bK, scores_bK = jnp.arange(b, dtype=jnp.int32)[:, None], jnp.zeros((b, 1))
+        candidates_gK, scores_gK = jnp.arange(g, dtype=jnp.int32)[:, None], jnp.zeros((g, 1))
     else:
         query_emb, passage_emb, negative_emb = group_embs
-        cosine_bp, key_p = cosines(query_emb, joined(passage_emb, negative_emb)), passage_keys(group)
+        key_p = group.passage_key
         if negatives is not None:
-            # What is not there comes last, and where it is read all the same, its probability is zero.
-            cosine_bp = jnp.where(key_p >= 0, cosine_bp, -jnp.inf)
+            key_p = joined(key_p, negatives.passage_key)
             prefix = (joined(prefix[0], negatives.prefix_ids), joined(prefix[1], negatives.prefix_mask))
-        candidates_bK = choose_candidates(cosine_bp, key_p, objective.candidates)
-        scores_bK = jnp.take_along_axis(cosine_bp, candidates_bK, axis=1) / objective.marginal_temperature
-    hidden_bKLD = generator.prefix_suffix(prefix, (group.suffix_ids, group.suffix_mask), candidates_bK, keys)
-    token_log_probs_bKT = answer_log_probs(
-        generator, hidden_bKLD, group.suffix_ids, group.answer_start, group.answer_mask.shape[1]
+        cosine_gp = cosines(query_emb, joined(passage_emb, negative_emb))
+        cosine_gp = jnp.where(may_read(key_p, g), cosine_gp, -jnp.inf)
+        candidates_gK = choose_candidates(cosine_gp, objective.candidates)
+        scores_gK = jnp.take_along_axis(cosine_gp, candidates_gK, axis=1) / objective.marginal_temperature
+    hidden_gKLD = generator.prefix_suffix(prefix, (group.suffix_ids, group.suffix_mask), candidates_gK, keys)
+    token_log_probs_gKT = answer_log_probs(
+        generator, hidden_gKLD, group.suffix_ids, group.answer_start, group.answer_mask.shape[1]
     )
-    return losses.doc_log_probs(scores_bK), token_log_probs_bKT
+    return losses.doc_log_probs(scores_gK), token_log_probs_gKT
 
 
-def map_blocks(fn: Callable[[Any], Any], rows: Any, size: int) -> Any:
-    """`fn` of each block of `size` neighbouring rows, one after the other under rematerialisation.
+def map_rows(fn: Callable[[Any], Any], rows: Any, at_most: int) -> Any:
+    """`fn` of blocks of at most `at_most` neighbouring rows, one block after another under rematerialisation.
 
-    Results with a leading axis of blocks; memory is that of one block.
+    Memory is that of one block. Blocks are even: where they do not divide the rows, the last is filled up with copies
+    of the last row, whose results are dropped.
     """
-    blocks = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), rows)
-    if jax.tree.leaves(blocks)[0].shape[0] == 1:
-        return jax.tree.map(lambda a: a[None], fn(rows))
-    return jax.lax.map(jax.checkpoint(fn), blocks)
-
-
-def even_size(num_rows: int, at_most: int) -> int:
-    """The largest divisor of `num_rows` that is not above `at_most`; at least 1."""
-    return next(size for size in range(max(min(at_most, num_rows), 1), 0, -1) if num_rows % size == 0)
+    num_rows = jax.tree.leaves(rows)[0].shape[0]
+    num_blocks = -(-num_rows // max(at_most, 1))
+    if num_blocks <= 1:
+        return fn(rows)
+    size = -(-num_rows // num_blocks)
+    if num_blocks * size != num_rows:
+        filled = jnp.minimum(jnp.arange(num_blocks * size), num_rows - 1)
+        rows = jax.tree.map(lambda a: a[filled], rows)
+    blocks = jax.tree.map(lambda a: a.reshape(num_blocks, size, *a.shape[1:]), rows)
+    results = jax.lax.map(jax.checkpoint(fn), blocks)
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:num_rows], results)
 
 
 def encode_in_chunks(
-    rag: Rag,
-    retriever: Callable[..., Array],
-    ids_BL: Int[Array, "B L"],
-    mask_BL: Bool[Array, "B L"],
-    dropout_keys: Key[Array, " B"] | None,
-) -> Float[Array, "B E"]:
+    rag: Rag, retriever: Callable[..., Array], ids_nL: Int[Array, "n L"], mask_nL: Bool[Array, "n L"], keys: Keys
+) -> Float[Array, "n E"]:
     """`encode`, at most `rag.chunk_size` rows at a time on a device: of the others only embeddings are in memory.
 
     What GradCache (Gao et al., 2021) does by hand, the backward pass of a rematerialised loop does by itself.
     """
-    B = ids_BL.shape[0]
-    if not 0 < rag.chunk_size < B:
-        return encode(retriever, ids_BL, mask_BL, rag.pooling, dropout_keys)
 
-    def chunk(chunk_rows: Any) -> Array:
-        ids, mask, keys = chunk_rows
-        return encode(retriever, ids, mask, rag.pooling, keys)
+    def chunk(chunk_rows: Any) -> Float[Array, "n E"]:
+        ids, mask, chunk_keys = chunk_rows
+        return encode(retriever, ids, mask, rag.pooling, chunk_keys)
 
-    return map_blocks(chunk, (ids_BL, mask_BL, dropout_keys), even_size(B, rag.chunk_size)).reshape(B, -1)
+    return map_rows(chunk, (ids_nL, mask_nL, keys), rag.chunk_size or len(ids_nL))
 
 
 def cosines(query_emb_BE: Float[Array, "B E"], passage_emb_PE: Float[Array, "P E"]) -> Float[Array, "B P"]:
@@ -254,7 +323,7 @@ def cosines(query_emb_BE: Float[Array, "B E"], passage_emb_PE: Float[Array, "P E
     return jnp.matmul(query_emb_BE, passage_emb_PE.T, precision=jax.lax.Precision.HIGHEST)
 
 
-def embed(rag: Rag, params: dict, batch: Any, keys: Key[Array, " b"] | None) -> Embs:
+def embed(rag: Rag, params: dict, batch: Batch, keys: Keys) -> Embs:
     """What the retriever makes of the rows' texts."""
     retriever, negatives = rag.model("retriever", params), batch.negatives
     encode = functools.partial(encode_in_chunks, rag, retriever)
@@ -262,109 +331,77 @@ def embed(rag: Rag, params: dict, batch: Any, keys: Key[Array, " b"] | None) -> 
     passage_emb_bE = encode(batch.passage_ids, batch.passage_mask, named_keys(keys, "passage"))
     if negatives is None:
         return query_emb_bE, passage_emb_bE, None
-    b, H, L = negatives.passage_ids.shape
-    ids, mask = (a.reshape(b * H, L) for a in (negatives.passage_ids, negatives.passage_mask))
-    negative_emb = encode(ids, mask, several_keys(named_keys(keys, "negative"), H))
-    return query_emb_bE, passage_emb_bE, negative_emb.reshape(b, H, -1)
+    b, J, L = negatives.passage_ids.shape
+    ids, mask = (a.reshape(b * J, L) for a in (negatives.passage_ids, negatives.passage_mask))
+    negative_emb = encode(ids, mask, several_keys(named_keys(keys, "negative"), J))
+    return query_emb_bE, passage_emb_bE, negative_emb.reshape(b, J, -1)
 
 
-def no_columns(negative_key_bH: Int[Array, "b H"], all_passage_keys: Int[Array, " B"]) -> Bool[Array, "b H"]:
-    """Which negatives are no column of the contrastive loss: none is there, or the batch has it as a row's own passage.
+def contrastive_term(rag: Rag, batch: Batch, embs: Embs) -> Term:
+    """Symmetric InfoNCE of this device's rows over the global batch: rows, and columns as rows of their own.
 
-    That one is a column already, and the keys of its rows say whose negative it is and whose not.
-    """
-    return (negative_key_bH < 0) | jnp.isin(negative_key_bH, all_passage_keys)
-
-
-def contrastive_share(rag: Rag, batch: Any, embs: Embs) -> Float[Array, ""]:
-    """This device's rows' part of the symmetric InfoNCE over the whole batch: rows, and columns as rows of their own.
-
-    Every query's negatives are further columns of all rows, P = B (1 + H) in all. Scores are (b, P) of a device, in
+    Every query's negatives are further columns of all rows, P = B (1 + J) in all. Scores are (b, P) of a device, in
     blocks of rows where they are many; (P, P) never exists.
     """
-    (query_emb_bE, passage_emb_bE, negative_emb_bHE), b = embs, len(batch.query_key)
-    all_queries_BE, all_passages_PE = rag.from_all(query_emb_bE), rag.from_all(passage_emb_bE)
-    all_query_keys, all_passage_keys = rag.from_all(batch.query_key), rag.from_all(batch.passage_key)
-    excluded_further = None
-    if negative_emb_bHE is not None:
-        all_passages_PE = joined(all_passages_PE, rag.from_all(negative_emb_bHE))
-        excluded_further = rag.from_all(no_columns(batch.negatives.passage_key, all_passage_keys)).ravel()
+    (query_emb_bE, passage_emb_bE, negative_emb_bJE), b = embs, len(batch.query_key)
+    from_all, temperature = rag.shard.from_all, rag.objective.temperature
+    all_queries_BE, all_passages_PE = from_all(query_emb_bE), from_all(passage_emb_bE)
+    all_query_keys, all_passage_keys = from_all(batch.query_key), from_all(batch.passage_key)
+    never = jnp.zeros(0, bool)
+    if negative_emb_bJE is not None:
+        all_passages_PE = joined(all_passages_PE, from_all(negative_emb_bJE))
+        never = ~are_columns(from_all(batch.negatives.passage_key).ravel(), all_passage_keys)
 
-    def nll(rows: Any) -> Array:
-        query_emb, passage_emb, query_key, passage_key, positive = rows
+    def nll(rows: Any) -> Float[Array, " n"]:
+        query_emb, passage_emb, query_key, passage_key, position = rows
         excluded = (query_key[:, None] == all_query_keys) | (passage_key[:, None] == all_passage_keys)
-        by_row = cosines(query_emb, all_passages_PE) / rag.objective.temperature
-        by_column = cosines(passage_emb, all_queries_BE) / rag.objective.temperature
-        column_nll = losses.positive_nll(by_column, positive, excluded)
-        if excluded_further is not None:
-            further = jnp.broadcast_to(excluded_further, (len(excluded), excluded_further.size))
-            excluded = jnp.concatenate([excluded, further], axis=1)
-        return jnp.sum(losses.positive_nll(by_row, positive, excluded)) + jnp.sum(column_nll)
+        further = jnp.broadcast_to(never, (len(excluded), len(never)))
+        by_row = (cosines(query_emb, all_passages_PE) / temperature, jnp.concatenate([excluded, further], axis=1))
+        by_column = (cosines(passage_emb, all_queries_BE) / temperature, excluded)
+        return losses.contrastive_nll(position, by_row, by_column)
 
-    B, P = len(all_query_keys), len(all_passages_PE)
-    rows = (query_emb_bE, passage_emb_bE, batch.query_key, batch.passage_key, rag.place_of(b))
-    return 0.5 * jnp.sum(map_blocks(nll, rows, even_size(b, SCORES_AT_A_TIME // P))) / B
+    rows = (query_emb_bE, passage_emb_bE, batch.query_key, batch.passage_key, rag.shard.positions(b))
+    return Term(map_rows(nll, rows, SCORES_AT_A_TIME // len(all_passages_PE)), jnp.ones(b))
 
 
-def marginal_share(
-    rag: Rag, params: dict, batch: Any, embs: Embs | None, dropout_keys: Key[Array, " b"] | None
-) -> Float[Array, ""]:
-    """This device's rows' part of the mean negative log marginal per answer token of the whole batch, nats."""
+def are_columns(negative_keys_n: Int[Array, " n"], all_passage_keys: Int[Array, " B"]) -> Bool[Array, " n"]:
+    """Which of all negatives are columns of the contrastive loss: each passage once, and only if no row has it.
+
+    A row's own passage is a column already, and the keys of its rows say whose negative it is and whose not.
+    """
+    there = (negative_keys_n >= 0) & ~jnp.isin(negative_keys_n, all_passage_keys)
+    return there & first_copies(negative_keys_n)
+
+
+def pair_terms(rag: Rag, params: dict, batch: Batch, embs: Embs | None, keys: Keys) -> dict[str, Term]:
+    """The objective's terms from log p(y_t | passage k, query, y_<t) of every row's candidates, group by group."""
+    generator, formula = rag.model("generator", params), rag.objective.formula
+
+    def group_terms(rows: Any) -> dict[str, Term]:
+        group, group_embs, group_keys = rows
+        log_probs = group_log_probs(generator, rag.objective, group, group_embs, group_keys)
+        return getattr(losses, formula.terms)(formula.likelihood, *log_probs, group.answer_mask)
+
+    return map_rows(group_terms, (batch, embs, keys), rag.group_size)
+
+
+def string_terms(rag: Rag, params: dict, batch: Batch, embs: Embs, keys: Keys) -> dict[str, Term]:
+    """The objective's terms from the log-probabilities of whole strings, and the scores of the whole batch."""
     generator = rag.model("generator", params)
+    query_emb_bE, passage_emb_bE, _ = embs
+    cosine_bP = cosines(query_emb_bE, rag.shard.from_all(passage_emb_bE))
 
-    def nll(rows: Any) -> Array:
-        group, group_embs, keys = rows
-        log_probs = group_log_probs(generator, rag.objective, group, group_embs, keys)
-        return losses.marginal_nll(rag.objective.name, *log_probs, group.answer_mask)
-
-    nll_G = map_blocks(nll, (batch, embs, dropout_keys), rag.group_size)
-    return jnp.sum(nll_G) / jnp.maximum(rag.sum_of_all(jnp.sum(batch.answer_mask)), 1)
-
-
-def dalm_share(
-    rag: Rag, params: dict, batch: Any, embs: Embs, dropout_keys: Key[Array, " b"] | None
-) -> Float[Array, ""]:
-    """This device's rows' part of the predecessor's objective on its own strings; see `losses.dalm_nll`."""
-    generator = rag.model("generator", params)
-    (query_emb_bE, passage_emb_bE, _), b = embs, len(batch.query_key)
-    cosine_bP = cosines(query_emb_bE, rag.from_all(passage_emb_bE))
-
-    def string_log_probs(rows: Any) -> Array:
-        ids, mask, keys = rows
-        hidden = generator(ids, mask, keys)[:, :-1]
+    def string_log_probs(rows: Any) -> Float[Array, "g L"]:
+        ids, mask, group_keys = rows
+        hidden = generator(ids, mask, group_keys)[:, :-1]
         flat = gold_log_probs(hidden.reshape(-1, hidden.shape[-1]), generator.head_kernel(), ids[:, 1:].reshape(-1))
         return flat.reshape(ids.shape[0], -1)
 
-    rows = (batch.string_ids, batch.string_mask, dropout_keys)
-    log_probs_GgL = map_blocks(string_log_probs, rows, rag.group_size)
-    log_probs_bL, scored_bL = log_probs_GgL.reshape(b, -1), batch.string_mask[:, 1:]
+    log_probs_bL = map_rows(string_log_probs, (batch.string_ids, batch.string_mask, keys), rag.group_size)
     # Position l predicts token l + 1; `string_answer_start` counts in these positions.
     answer_bL = jnp.arange(log_probs_bL.shape[1])[None, :] >= batch.string_answer_start[:, None]
-    nll = losses.dalm_nll(cosine_bP, rag.place_of(b), log_probs_bL, scored_bL, answer_bL)
-    return nll / jnp.maximum(rag.sum_of_all(jnp.sum(scored_bL)), 1)
+    positions_b, scored_bL = rag.shard.positions(len(batch.query_key)), batch.string_mask[:, 1:]
+    return getattr(losses, rag.objective.formula.terms)(cosine_bP, positions_b, log_probs_bL, scored_bL, answer_bL)
 
 
-def loss(
-    rag: Rag, params: dict, batch: Any, key: Key[Array, ""] | None
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Total = contrastive_weight * contrastive + marginal_weight * marginal, and its parts by their metric names.
-
-    Of a batch split over devices each computes its rows' share; the loss is their sum, and so is its gradient.
-    """
-    objective = rag.objective
-    keys = None
-    if key is not None:
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rag.place_of(len(batch.query_key)))
-    parts: dict[str, Float[Array, ""]] = {}
-    embs = embed(rag, params, batch, keys) if objective.uses_retriever else None
-    if embs is not None and objective.contrastive_weight != 0:
-        parts["loss/contrastive"] = contrastive_share(rag, batch, embs)
-    if objective.uses_generator and objective.name == "dalm":
-        assert embs is not None
-        parts["loss/marginal"] = dalm_share(rag, params, batch, embs, named_keys(keys, "generator"))
-    elif objective.uses_generator:
-        parts["loss/marginal"] = marginal_share(rag, params, batch, embs, named_keys(keys, "generator"))
-    total = objective.contrastive_weight * parts.get("loss/contrastive", jnp.zeros(())) + (
-        objective.marginal_weight * parts.get("loss/marginal", jnp.zeros(()))
-    )
-    return total, parts | {"loss/total": total}
+READS = {"pairs": pair_terms, "strings": string_terms}

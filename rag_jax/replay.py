@@ -13,8 +13,6 @@ from typing import Any
 from rag_jax import cli, config
 from rag_jax.errors import UserError
 
-TERMS = ("|query|", "|passage|", "|negatives|", "contrastive", "marginal")
-
 
 def main() -> None:
     flags = cli.parser("replay", __doc__)
@@ -99,7 +97,7 @@ def row_lines(training: Any, params: Any, batch: Any, dropout_seed: int | None, 
 
     key = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), step)
     terms = jax.jit(functools.partial(row_terms, training.opened.model))(params, batch, key)
-    terms = {name: np.asarray(terms[name]) for name in TERMS if name in terms}
+    terms = {name: np.asarray(terms[name]) for name in sorted(terms, key=lambda name: (name[0] != "|", name))}
     lines = ["row      " + "  ".join(f"{name:>16}" for name in terms)]
     for place, row in enumerate(batch.row):
         shown = "  ".join(f"{values[place]:>16.6g}" for values in terms.values())
@@ -110,45 +108,23 @@ def row_lines(training: Any, params: Any, batch: Any, dropout_seed: int | None, 
 
 
 def row_terms(model: Any, params: Any, batch: Any, key: Any) -> dict[str, Any]:
-    """What each row brings to the loss, (B,) each, the batch on one device as the loss has it.
+    """What each row brings to the loss, (B,) each, the batch on one device.
 
-    |query|, |passage| and |negatives| (their mean) are lengths of embeddings, 1 where all is well; `contrastive` is
-    half the sum of the row's and the column's cross-entropy, `marginal` the negative log marginal of the answer, nats.
-    One row that is not finite makes the contrastive term of all others so, and the marginal of its group.
+    |query|, |passage| and |negatives| (their mean) are norms of embeddings, 1 where all is well; the others are the
+    terms of the loss in nats. One row that is not finite makes the contrastive term of all others so, and the marginal
+    of its group.
     """
-    import jax
     import jax.numpy as jnp
 
-    from rag_jax import losses, rag
+    from rag_jax import rag
 
-    B, terms, embs = len(batch.query_key), {}, None
-    keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
+    norms, embs, keys = {}, None, rag.row_keys(model, batch, key)
     if model.objective.uses_retriever:
-        query_emb, passage_emb, negative_emb = embs = rag.embed(model, params, batch, keys)
-        for name, emb in (("query", query_emb), ("passage", passage_emb), ("negatives", negative_emb)):
+        embs = rag.embed(model, params, batch, keys)
+        for name, emb in zip(("query", "passage", "negatives"), embs, strict=True):
             if emb is not None:
-                terms[f"|{name}|"] = jnp.linalg.norm(emb, axis=-1).reshape(B, -1).mean(axis=1)
-        scores = rag.cosines(query_emb, rag.joined(passage_emb, negative_emb)) / model.objective.temperature
-        excluded = (batch.query_key[:, None] == batch.query_key) | (batch.passage_key[:, None] == batch.passage_key)
-        by_column = losses.positive_nll(scores[:, :B].T, jnp.arange(B), excluded)
-        if batch.negatives is not None:
-            further = rag.no_columns(batch.negatives.passage_key, batch.passage_key).ravel()
-            excluded = jnp.concatenate([excluded, jnp.tile(further, (B, 1))], axis=1)
-        terms["contrastive"] = 0.5 * (losses.positive_nll(scores, jnp.arange(B), excluded) + by_column)
-    if model.objective.uses_generator and model.objective.name != "dalm":
-        generator, size = model.model("generator", params), model.group_size
-        generator_keys = rag.named_keys(keys, "generator")
-
-        def group_terms(parts: Any) -> Any:
-            group, group_embs, group_keys = parts
-            log_probs = rag.group_log_probs(generator, model.objective, group, group_embs, group_keys)
-            return -losses.log_marginal(model.objective.name, *log_probs, group.answer_mask)
-
-        def split(tree: Any) -> Any:
-            return jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), tree)
-
-        terms["marginal"] = jax.lax.map(group_terms, split((batch, embs, generator_keys))).reshape(-1)
-    return terms
+                norms[f"|{name}|"] = jnp.linalg.norm(emb, axis=-1).reshape(len(emb), -1).mean(axis=1)
+    return norms | {name: term.nats_B for name, term in rag.terms(model, params, batch, embs, keys).items()}
 
 
 if __name__ == "__main__":

@@ -69,13 +69,16 @@ def test_marginals_are_sums_of_probabilities(rng):
     by_sequence = [np.log(sum(p[b, k] * np.prod(y[b, k][mask[b]]) for k in range(4))) for b in range(3)]
     np.testing.assert_allclose(losses.sequence_marginal(doc, log_probs, jnp.asarray(mask)), by_sequence, rtol=2e-6)
     nll_token = -sum(by_token[b][t] for b in range(3) for t in range(5) if mask[b, t])
-    np.testing.assert_allclose(losses.marginal_nll("token", doc, log_probs, jnp.asarray(mask)), nll_token, rtol=2e-6)
-    nll_sequence = losses.marginal_nll("sequence", doc, log_probs, jnp.asarray(mask))
-    np.testing.assert_allclose(nll_sequence, -sum(by_sequence), rtol=2e-6)
+    for name, expected in (("token", nll_token), ("sequence", -sum(by_sequence))):
+        term = losses.marginal_terms(name, doc, log_probs, jnp.asarray(mask))["marginal"]
+        np.testing.assert_allclose(term.nats_B.sum(), expected, rtol=2e-6)
+        np.testing.assert_array_equal(term.count_B, [5, 1, 3])
+    with pytest.raises(ValueError, match="must be token or sequence"):
+        losses.marginal_terms("sequenze", doc, log_probs, jnp.asarray(mask))
 
 
 def nll(name, scores, log_probs, mask):
-    return losses.marginal_nll(name, losses.doc_log_probs(scores), log_probs, mask)
+    return losses.marginal_terms(name, losses.doc_log_probs(scores), log_probs, mask)["marginal"].nats_B.sum()
 
 
 def test_sequence_gradient_is_prior_minus_posterior(rng):
@@ -140,14 +143,19 @@ def test_dalm_against_loops(rng):
         for t in range(6):
             if scored[i, t]:
                 total += -float(log_probs[i, t]) + (cross_entropy if answer[i, t] else 0.0)
-    got = losses.dalm_nll(cosine, jnp.arange(3), log_probs, jnp.asarray(scored), jnp.asarray(answer))
-    np.testing.assert_allclose(got, total, rtol=1e-6)
+    term = losses.dalm_terms(cosine, jnp.arange(3), log_probs, jnp.asarray(scored), jnp.asarray(answer))["marginal"]
+    np.testing.assert_allclose(term.nats_B.sum(), total, rtol=1e-6)
+    np.testing.assert_array_equal(term.count_B, [6, 4, 5])
+
+
+def dalm_nll(*arrays):
+    return losses.dalm_terms(*arrays)["marginal"].nats_B.sum()
 
 
 def test_dalm_gradient_is_the_sequence_marginal_with_the_posterior_clamped_to_the_positive(rng):
     cosine, log_probs = normal(rng, 3, 3, scale=0.01), token_log_probs(rng, 3, 6)
     scored, answer = jnp.ones((3, 6), bool), jnp.arange(6)[None] >= jnp.asarray([[3], [2], [4]])
-    gradient = jax.grad(losses.dalm_nll)(cosine, jnp.arange(3), log_probs, scored, answer)
+    gradient = jax.grad(dalm_nll)(cosine, jnp.arange(3), log_probs, scored, answer)
     prior = np.asarray(jax.nn.softmax(100.0 * cosine))
     answer_tokens = np.array([3, 4, 2])[:, None]
     np.testing.assert_allclose(gradient, 100.0 * answer_tokens * (prior - np.eye(3)), atol=1e-4)
@@ -156,7 +164,7 @@ def test_dalm_gradient_is_the_sequence_marginal_with_the_posterior_clamped_to_th
 def test_dalm_generator_gradient_does_not_depend_on_the_retriever(rng):
     log_probs, scored = token_log_probs(rng, 3, 6), jnp.ones((3, 6), bool)
     answer = jnp.arange(6)[None] >= 3
-    to_generator = jax.grad(losses.dalm_nll, argnums=2)
+    to_generator = jax.grad(dalm_nll, argnums=2)
     one = to_generator(normal(rng, 3, 3), jnp.arange(3), log_probs, scored, jnp.broadcast_to(answer, (3, 6)))
     other = to_generator(normal(rng, 3, 3), jnp.arange(3), log_probs, scored, jnp.broadcast_to(answer, (3, 6)))
     np.testing.assert_array_equal(one, other)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from rag_jax import data, models, rag
+from rag_jax import data, losses, models, objectives, rag
 from rag_jax.distributed import sharding
 from rag_jax.models import BertConfig, Gpt2Config, LlamaConfig
 
@@ -26,23 +25,6 @@ GENERATORS = {
     ),
 }
 LP, LQ, T = 9, 5, 4
-
-
-class Rows(NamedTuple):
-    query_key: jax.Array
-    passage_key: jax.Array
-    query_ids: jax.Array
-    query_mask: jax.Array
-    passage_ids: jax.Array
-    passage_mask: jax.Array
-    prefix_ids: jax.Array
-    prefix_mask: jax.Array
-    suffix_ids: jax.Array
-    suffix_mask: jax.Array
-    answer_start: jax.Array
-    answer_mask: jax.Array
-    negatives: data.Negatives | None = None
-    stop: None = None
 
 
 def make_rows(num_rows, seed=0, passages=None, prefix_room=0, suffix_room=0, negatives=None):
@@ -67,7 +49,8 @@ def make_rows(num_rows, seed=0, passages=None, prefix_room=0, suffix_room=0, neg
         there = key[:, :, None] >= 0
         further = (jnp.where(there, a[key], (jnp.arange(a.shape[1]) == 0).astype(a.dtype)) for a in (*passage, *prefix))
         negatives = data.Negatives(jnp.asarray(key), *further)
-    return Rows(
+    return data.Batch(
+        jnp.arange(num_rows),
         jnp.arange(num_rows),
         jnp.asarray(passages),
         *query,
@@ -76,7 +59,10 @@ def make_rows(num_rows, seed=0, passages=None, prefix_room=0, suffix_room=0, neg
         *suffix,
         jnp.asarray(query_lengths, jnp.int32),
         jnp.asarray(np.arange(T) < answer_lengths[:, None]),
-        negatives,
+        string_ids=None,
+        string_mask=None,
+        string_answer_start=None,
+        negatives=negatives,
     )
 
 
@@ -121,12 +107,12 @@ def candidates_by_hand(cosine, keys, owners, group_size, num_candidates):
 
 
 def contrastive_by_hand(scores, keys):
-    """Sums of exponentials: no negative of its passage's rows, and what a row brings counts if no row has it."""
+    """Sums of exponentials: no negative of its passage's rows; what rows bring counts once, and if no row has it."""
     B, P = scores.shape
     allowed = np.ones((B, P), bool)
     for i in range(B):
         for j in range(P):
-            allowed[i, j] = i == j or (keys[i] != keys[j] if j < B else keys[j] >= 0 and keys[j] not in keys[:B])
+            allowed[i, j] = i == j or (keys[i] != keys[j] if j < B else keys[j] >= 0 and keys[j] not in keys[:j])
     weights, positive = jnp.exp(scores) * allowed, jnp.exp(jnp.diagonal(scores))
     by_row, by_column = (positive / weights[:, :n].sum(axis) for n, axis in ((P, 1), (B, 0)))
     return -0.5 * (jnp.log(by_row).mean() + jnp.log(by_column).mean())
@@ -232,6 +218,18 @@ def test_duplicate_passages_are_read_last_and_never_negatives(generator):
     assert_trees_close(gradients, expected_gradients, 1e-5)
 
 
+@pytest.mark.parametrize("name", ["token", "sequence"])
+def test_a_second_copy_of_a_passage_takes_no_probability(name):
+    """Groups of four with three distinct passages: a fourth candidate can only be a copy."""
+    rows = make_rows(8, passages=[0, 1, 0, 2, 3, 4, 3, 5])
+    model, params = make(name=name, candidates=3)
+    loss, gradients = value_and_grad(model, params, rows)
+    every, _ = make(name=name, candidates=4)
+    again, again_gradients = value_and_grad(every, params, rows)
+    np.testing.assert_allclose(again, loss, rtol=1e-6)
+    assert_trees_close(again_gradients, gradients, 1e-5)
+
+
 # Row 1 brings row 3's passage, row 3 what row 2 brings too, row 5 one passage, rows 0 and 4 none; 6 brings of group 0.
 NEGATIVES = [[-1, -1], [3, 9], [10, 11], [11, 12], [-1, -1], [13, -1], [14, 0], [9, 15]]
 
@@ -271,7 +269,7 @@ def test_each_negative_counts_in_both_losses_and_none_that_is_not_there():
     assert_trees_close(gradients, expected_gradients, 1e-5)
 
 
-def test_the_marginal_alone_trains_the_retriever_and_dalm_does_not_couple():
+def test_the_marginal_alone_trains_the_retriever():
     model, params = make(contrastive_weight=0.0)
     _, gradients = value_and_grad(model, params, make_rows(8))
     assert all(float(jnp.linalg.norm(g)) > 0 for g in jax.tree.leaves(gradients["retriever"]["layers"]["mlp"]))
@@ -336,9 +334,52 @@ def test_rematerialisation_changes_nothing():
 
 def test_candidates_are_the_positive_and_the_best_distinct_others():
     cosine = jnp.asarray([[0.1, 0.9, 0.5, 0.9], [0.2, 0.3, 0.4, 0.5], [0.0, 0.1, 0.2, 0.3], [0.9, 0.8, 0.7, 0.0]])
-    passages = jnp.asarray([5, 6, 7, 6])
-    got = rag.choose_candidates(cosine, passages, 3)
+    readable = rag.may_read(jnp.asarray([5, 6, 7, 6]), 4)
+    got = rag.choose_candidates(jnp.where(readable, cosine, -jnp.inf), 3)
     np.testing.assert_array_equal(got, [[0, 1, 2], [1, 2, 0], [2, 1, 0], [3, 0, 2]])
+    np.testing.assert_array_equal(readable.sum(axis=1), [3, 3, 3, 3])
+
+
+def test_first_copies_against_a_loop():
+    keys = np.random.default_rng(0).integers(-1, 9, 40)
+    np.testing.assert_array_equal(rag.first_copies(jnp.asarray(keys)), [k not in keys[:i] for i, k in enumerate(keys)])
+
+
+def test_a_row_of_zeros_has_a_zero_embedding_and_a_zero_gradient():
+    ids, mask = jnp.zeros((2, 3), jnp.int32), jnp.ones((2, 3), bool)
+    hidden = jnp.zeros((2, 3, 4)).at[1].set(1.0)
+
+    def total(hidden):
+        return jnp.sum(rag.encode(lambda *_: hidden, ids, mask, "mean") * jnp.arange(4.0))
+
+    gradient = np.asarray(jax.grad(total)(hidden))
+    assert np.isfinite(gradient).all() and np.abs(gradient[1]).max() > 0
+    np.testing.assert_array_equal(gradient[0], 0)
+
+
+def test_blocks_of_rows_are_few_whatever_the_number_of_rows():
+    """Also for prime numbers of rows, and what fills the last block up is dropped."""
+    rows, sizes = np.arange(254.0, dtype=np.float32), []
+
+    def square(block):
+        sizes.append(len(block))
+        return block**2
+
+    for num_rows in range(1, 255):
+        sizes.clear()
+        jax.eval_shape(lambda rows: rag.map_rows(square, rows, 32), rows[:num_rows])
+        num_blocks = -(-num_rows // sizes[0])
+        assert sizes[0] <= 32 and num_blocks <= max(1, 2 * num_rows / 32)
+    value, gradient = jax.value_and_grad(lambda rows: jnp.sum(rag.map_rows(square, rows, 32)))(rows[:37])
+    np.testing.assert_allclose(value, np.sum(rows[:37] ** 2), rtol=1e-6)
+    np.testing.assert_allclose(gradient, 2 * rows[:37], rtol=1e-6)
+
+
+def test_every_objective_names_formulas_that_exist():
+    for name, formula in objectives.OBJECTIVES.items():
+        assert formula.terms is None or (hasattr(losses, formula.terms) and formula.reads in rag.READS), name
+        mask, log_probs = jnp.ones((1, 2), bool), jnp.zeros((1, 3, 2))
+        assert np.isfinite(losses.log_marginal(formula.likelihood, jnp.zeros((1, 3)), log_probs, mask)), name
 
 
 def test_only_the_used_model_is_computed():
@@ -381,7 +422,7 @@ def test_dropout_is_a_function_of_the_key():
 
 
 def test_chunks_change_nothing_with_dropout(monkeypatch):
-    """Chunks of 3 do not divide 8 rows and become chunks of 2; scores are computed two rows at a time."""
+    """Chunks of 3 do not divide 8 rows, so that the last one is filled up; scores are computed two rows at a time."""
     model, params = make("gpt2")
     model, rows = with_dropout(model), make_rows(8)
     loss, gradients = value_and_grad(model, params, rows, jax.random.key(5))

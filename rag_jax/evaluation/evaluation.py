@@ -274,7 +274,9 @@ def answer_nll(
     lengths = answers.lengths[sample]
     mask = np.arange(token_log_probs.shape[2]) < lengths[:, None]
     doc_log_probs = losses.doc_log_probs(jax.numpy.asarray(cosine) / model.objective.marginal_temperature)
-    marginal = -np.asarray(_log_marginal(model.objective.name, doc_log_probs, token_log_probs[:, :K], mask), np.float64)
+    marginal = -np.asarray(
+        _log_marginal(model.objective.formula.likelihood, doc_log_probs, token_log_probs[:, :K], mask), np.float64
+    )
     each = -token_log_probs.sum(axis=2, dtype=np.float64)
     nlls = {"answer_nll": marginal, "answer_nll_none": each[:, K], "retrieval_utility": marginal - each[:, K]}
     if with_gold:

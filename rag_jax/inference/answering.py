@@ -1,6 +1,6 @@
 """Answers to questions: passages found, an answer decoded, and what each passage says to it; in few compiled programs.
 
-**M** passages of the corpus, **E** embedding width, other letters as in `generate`.
+**M** passages of the corpus, **E** embedding width, other letters as in `decoding`.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from rag_jax.models.decoder import Decoder
 class Decoding:
     """How an answer is looked for."""
 
-    name: str  # "token" | "sequence"
+    likelihood: str  # "token" | "sequence": the p(y | q) whose likeliest answer is looked for
     num_tokens: int  # T, at most, end-of-sequence included
     eos_id: int
     num_beams: int = 1  # W; more than one are not sampled
@@ -169,28 +169,43 @@ def answers(
         if keys is None or strategy.num_beams > 1:
             raise ValueError("sampling takes a key for each row and one beam")
         noise = Noise(keys, np.float32(strategy.temperature), np.float32(strategy.top_p))
-    sizes = {"num_tokens": strategy.num_tokens, "eos_id": strategy.eos_id}
-    beams = {"num_beams": strategy.num_beams, "length_penalty": strategy.length_penalty} | sizes
-    if strategy.name == "token" and strategy.num_beams == 1:
+    if strategy.likelihood == "token" and strategy.num_beams == 1:
+        sizes = {"num_tokens": strategy.num_tokens, "eos_id": strategy.eos_id}
         ids, token_log_probs = map(sharding.to_host, _one_by_one(model, params, reading, doc_log_probs, noise, **sizes))
     else:
-        if strategy.name == "token":
-            hypotheses = _beam(model, params, reading, doc_log_probs, **beams)[0][:, :1]
-        elif noise is not None:
-            hypotheses = _drawn(model, params, reading, doc_log_probs, noise, **sizes)
-        else:
-            hypotheses = _of_each_passage(model, params, reading, **beams)
-        ids, token_log_probs = _best(model, params, reading, sharding.to_host(hypotheses), doc_log_probs, strategy)
+        hypotheses = sharding.to_host(_hypotheses(model, params, reading, doc_log_probs, noise, strategy))
+        ids, token_log_probs = _best(model, params, reading, hypotheses, doc_log_probs, strategy)
     mask = decoding.up_to_end(ids, strategy.eos_id)
-    weighed = _weigh(strategy.name, doc_log_probs, token_log_probs, mask)
+    weighed = _weigh(strategy.likelihood, doc_log_probs, token_log_probs, mask)
     return Answers(ids, mask, token_log_probs, *map(np.asarray, weighed))
+
+
+def _hypotheses(
+    model: rag.Rag,
+    params: dict,
+    reading: Reading,
+    doc_log_probs: Float[np.ndarray, "B K"],
+    noise: Noise | None,
+    strategy: Decoding,
+) -> Int[Array, "B Y T"]:
+    """The answers of which the one with the highest marginal is given."""
+    sizes = {"num_tokens": strategy.num_tokens, "eos_id": strategy.eos_id}
+    beams = {"num_beams": strategy.num_beams, "length_penalty": strategy.length_penalty} | sizes
+    match strategy.likelihood:
+        case "token":
+            return _beam(model, params, reading, doc_log_probs, **beams)[0][:, :1]
+        case "sequence" if noise is not None:
+            return _drawn(model, params, reading, doc_log_probs, noise, **sizes)
+        case "sequence":
+            return _of_each_passage(model, params, reading, **beams)
+    raise ValueError(f"likelihood={strategy.likelihood!r}: must be token or sequence")
 
 
 def _best(
     model: rag.Rag,
     params: dict,
     reading: Reading,
-    hypotheses: Int[np.ndarray, "B H T"],
+    hypotheses: Int[np.ndarray, "B Y T"],
     doc_log_probs: Float[np.ndarray, "B K"],
     strategy: Decoding,
 ) -> tuple[Int[np.ndarray, "B T"], Float[np.ndarray, "B K T"]]:
@@ -205,24 +220,27 @@ def _best(
     length = min(segments.round_up(int(mask.sum(axis=-1).max())), ids.shape[-1])
     ids, mask = ids[:, :, :length], mask[:, :, :length]
     scored = sharding.to_host(_score(model, params, reading, ids, mask))
-    each = [_weigh(strategy.name, doc_log_probs, scored[:, h], mask[:, h])[0] for h in range(num_distinct)]
+    each = [_weigh(strategy.likelihood, doc_log_probs, scored[:, y], mask[:, y])[0] for y in range(num_distinct)]
     rows, best = np.arange(len(ids)), np.argmax(np.stack(each), axis=0)
     return ids[rows, best], scored[rows, best]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _weigh(
-    name: str, doc_log_probs: Float[Array, "B K"], token_log_probs: Float[Array, "B K T"], mask: Bool[Array, "B T"]
+    likelihood: str,
+    doc_log_probs: Float[Array, "B K"],
+    token_log_probs: Float[Array, "B K T"],
+    mask: Bool[Array, "B T"],
 ) -> tuple[Float[Array, " B"], Float[Array, "B K"]]:
     """log p(y | q) and the passages' evidence."""
-    log_probs = losses.log_marginal(name, doc_log_probs, token_log_probs, mask)
-    return log_probs, decoding.evidence(name, doc_log_probs, token_log_probs, mask)
+    log_probs = losses.log_marginal(likelihood, doc_log_probs, token_log_probs, mask)
+    return log_probs, losses.evidence(likelihood, doc_log_probs, token_log_probs, mask)
 
 
 def of_each_passage(
     generator: Decoder, reading: Reading, *, num_beams: int, length_penalty: float, **sizes: Any
-) -> Int[Array, "B H T"]:
-    """The answers that each passage alone gives, H = K W; one of them stands for those that beams did not find."""
+) -> Int[Array, "B Y T"]:
+    """The answers that each passage alone gives, Y = K W; one of them stands for those that beams did not find."""
     B, K, D = reading.hidden.shape
     alone, certain = reading._replace(hidden=reading.hidden.reshape(B * K, 1, D)), jnp.zeros((B * K, 1))
     if num_beams == 1:

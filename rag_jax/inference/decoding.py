@@ -5,7 +5,7 @@ RAG-Token mixes the passages' distributions at every token, RAG-Sequence weighs 
     token       p(y_t | q, y_<t) = sum_k p(k | q) p(y_t | k, q, y_<t)
     sequence    p(y | q)         = sum_k p(k | q) prod_t p(y_t | k, q, y_<t)
 
-**P** distinct passages of a batch, **B** queries, **K** candidates, **S** = B K streams, **W** beams, **H** hypotheses
+**P** distinct passages of a batch, **B** queries, **K** candidates, **S** = B K streams, **W** beams, **Y** hypotheses
 of a query, **T** tokens of an answer, **Lp** prefix (passage segment), **Lq** query segment, **V** vocabulary.
 """
 
@@ -220,8 +220,8 @@ def beam(
 
 
 def score(
-    generator: Decoder, reading: Reading, ids: Int[Array, "B H T"], mask: Bool[Array, "B H T"]
-) -> Float[Array, "B H K T"]:
+    generator: Decoder, reading: Reading, ids: Int[Array, "B Y T"], mask: Bool[Array, "B Y T"]
+) -> Float[Array, "B Y K T"]:
     """log p(y_t | k, query, y_<t) of given answers under every passage of their query; `mask`: up to their end."""
     B, K, D = reading.hidden.shape
 
@@ -233,21 +233,6 @@ def score(
         return log_probs.reshape(B, K, -1)
 
     return jnp.swapaxes(jax.lax.map(one, (jnp.swapaxes(ids, 0, 1), jnp.swapaxes(mask, 0, 1))), 0, 1)
-
-
-def evidence(
-    name: str, doc_log_probs: Float[Array, "B K"], token_log_probs: Float[Array, "B K T"], mask: Bool[Array, "B T"]
-) -> Float[Array, "B K"]:
-    """Each passage's share in the answer: the posterior p(k | q, y); for RAG-Token the mean over tokens of theirs.
-
-    sequence   r_k = softmax_k [ log p(k | q) + sum_t log p(y_t | k, q, y_<t) ]
-    token      mean_t r_tk,    r_tk = softmax_k [ log p(k | q) + log p(y_t | k, q, y_<t) ]
-    """
-    kept = jnp.where(mask[:, None, :], token_log_probs, 0.0)
-    if name == "sequence":
-        return jax.nn.softmax(doc_log_probs + kept.sum(axis=-1), axis=-1)
-    shares = jax.nn.softmax(doc_log_probs[:, :, None] + kept, axis=1)
-    return jnp.sum(jnp.where(mask[:, None, :], shares, 0.0), axis=-1) / mask.sum(axis=-1, keepdims=True)
 
 
 def up_to_end(ids: Int[Any, "... T"], eos_id: int) -> Bool[Any, "... T"]:

@@ -59,7 +59,7 @@ class Places:
         shardings = jax.tree.unflatten(self.structure, self.leaves)
         if self.axes:
             gather = functools.partial(sharding.gather_params, {role: shardings})
-            model = dataclasses.replace(model, batch_axes=self.axes, gather=gather)
+            model = dataclasses.replace(model, shard=rag.Shard(self.axes), gather=gather)
         of = functools.partial(NamedSharding, mesh)
         return jax.jit(sharding.on_each_device(whole, mesh, (shardings, *map(of, inputs)), tuple(map(of, results))))
 

@@ -128,7 +128,7 @@ def make_gradients(model: rag.Rag, trainable: Any, frozen: Any, dropout_seed: in
     whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, sharding.BATCH)
     if axes := sharding.batch_axes(mesh):
         gather = functools.partial(sharding.gather_params, optim.join(trainable, frozen))
-        model = dataclasses.replace(model, batch_axes=axes, gather=gather)
+        model = dataclasses.replace(model, shard=rag.Shard(axes), gather=gather)
 
     def own(params: Any, others: Any, batch: Any, step: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
         key = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), step)
@@ -137,7 +137,7 @@ def make_gradients(model: rag.Rag, trainable: Any, frozen: Any, dropout_seed: in
             return rag.loss(model, optim.join(params, others), batch, key)
 
         grads, metrics = jax.grad(share, has_aux=True)(params)
-        return sharding.sum_gradients(grads, trainable), jax.tree.map(model.sum_of_all, metrics)
+        return sharding.sum_gradients(grads, trainable), jax.tree.map(model.shard.total, metrics)
 
     def gradients(params: Any, others: Any, batch: Any, step: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
         inputs = (trainable, frozen, jax.tree.map(lambda _: rows, batch), whole)

@@ -10,7 +10,7 @@ import optax
 import pytest
 from test_rag import BERT, GENERATORS, assert_trees_close, make, make_rows, value_and_grad, with_dropout
 
-from rag_jax import models, rag
+from rag_jax import models
 from rag_jax.distributed import sharding
 from rag_jax.training import optim
 from rag_jax.training import step as train_step
@@ -170,10 +170,6 @@ def test_ten_steps(shape):
 def test_a_parameter_without_a_rule_is_named():
     with pytest.raises(ValueError, match=r"no sharding rule matches generator/adapter/a"):
         sharding.param_shardings(mesh_of((1, 8, 1)), {"generator": {"adapter": {"a": jnp.zeros((8, 8))}}})
-
-
-def test_blocks_divide_the_rows():
-    assert [rag.even_size(8, n) for n in (0, 1, 3, 8, 100)] == [1, 1, 2, 8, 8]
 
 
 @pytest.mark.slow

@@ -216,7 +216,7 @@ def test_training_scores_an_answer_as_decoding_did(name, how):
     log_probs = scored(params)
     mask = found.mask[:, None, :]
     np.testing.assert_allclose(np.where(mask, found.token_log_probs, 0), np.where(mask, log_probs, 0), atol=2e-4)
-    nll = losses.marginal_nll(objective, jnp.asarray(doc), log_probs, jnp.asarray(found.mask))
+    nll = -losses.log_marginal(objective, jnp.asarray(doc), log_probs, jnp.asarray(found.mask)).sum()
     np.testing.assert_allclose(-found.log_probs.sum(), nll, rtol=1e-4)
 
 
@@ -227,8 +227,10 @@ def test_evidence_is_what_the_gradient_of_the_likelihood_says():
     log_probs = jnp.asarray(rng.normal(size=(3, 4, 5)) * 2, jnp.float32)
     mask = jnp.arange(5) < jnp.asarray([[5], [2], [1]])
     for name in ("token", "sequence"):
-        slope = -jax.grad(lambda s, n=name: losses.marginal_nll(n, losses.doc_log_probs(s), log_probs, mask))(scores)
-        share = decoding.evidence(name, losses.doc_log_probs(scores), log_probs, mask)
+        slope = jax.grad(lambda s, n=name: losses.log_marginal(n, losses.doc_log_probs(s), log_probs, mask).sum())(
+            scores
+        )
+        share = losses.evidence(name, losses.doc_log_probs(scores), log_probs, mask)
         per = mask.sum(axis=1, keepdims=True) if name == "token" else 1
         np.testing.assert_allclose(share, slope / per + jax.nn.softmax(scores), atol=1e-5)
         np.testing.assert_allclose(share.sum(axis=1), 1, atol=1e-6)
