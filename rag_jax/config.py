@@ -16,16 +16,16 @@ from ml_collections import ConfigDict
 
 from rag_jax import untrusted
 from rag_jax.errors import UserError
+from rag_jax.objectives import OBJECTIVES
 
 MOST = 2**31
-OBJECTIVES = ("token", "sequence", "dalm", "none")
 RANKING_METRICS = (
     *(f"{name}@{k}" for k in (1, 5, 10) for name in ("recall", "hit_rate", "precision")),
     *("mrr@10", "ndcg@10", "map@100"),
 )
 ANSWER_METRICS = ("answer_nll", "answer_nll_gold", "answer_nll_top1", "retrieval_utility", "em", "f1")
 REMAT = ("none", "dots", "full")
-REMAT_MEANING = "what layers compute again in the backward pass: nothing, all but weight products, all"
+REMAT_MEANING = "what layers recompute in the backward pass: nothing, all but products with weights, everything"
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 Rules = tuple[tuple[str, float], ...]
@@ -72,7 +72,7 @@ def not_empty(v: str) -> str | None:
 
 
 def axis(v: int) -> str | None:
-    return None if v == -1 or 1 <= v < MOST else "must be -1 (what the other axes leave) or at least 1"
+    return None if v == -1 or 1 <= v < MOST else "must be -1 (the devices that the other axes leave) or at least 1"
 
 
 def one_of(*choices: str) -> Check:
@@ -127,7 +127,11 @@ KEYS: dict[str, Key] = {
     "retriever.chunk_size": Key(int, at_least(0), "rows encoded at a time on a device, to bound memory; 0: all"),
     "generator.path": Key(str | None, not_empty, "Hugging Face folder, hub name, or random:gpt2|llama|qwen3"),
     "generator.remat": Key(str, one_of(*REMAT), REMAT_MEANING),
-    "objective.name": Key(str, one_of(*OBJECTIVES), "how the generator's loss is put together; none: retriever only"),
+    "objective.name": Key(
+        str,
+        one_of(*OBJECTIVES),
+        "; ".join(f"{name}: {formula.meaning}" for name, formula in OBJECTIVES.items()),
+    ),
     "objective.candidates": Key(
         int, at_least(1), "K, passages the generator reads for a query; at most all of its group's"
     ),
@@ -139,37 +143,43 @@ KEYS: dict[str, Key] = {
     "objective.contrastive_weight": Key(float, at_least(0), "of the contrastive loss in the total"),
     "objective.marginal_weight": Key(float, at_least(0), "of the marginal loss in the total"),
     "optimizer.learning_rate": Key(float, positive, "highest learning rate"),
-    "optimizer.schedule": Key(str, one_of(*SCHEDULES), "course of the learning rate"),
-    "optimizer.warmup_steps": Key(int, at_least(0), "steps up to the highest learning rate"),
+    "optimizer.schedule": Key(str, one_of(*SCHEDULES), "schedule of the learning rate"),
+    "optimizer.warmup_steps": Key(int, at_least(0), "steps until the highest learning rate"),
     "optimizer.weight_decay": Key(float, at_least(0), "AdamW's, times the learning rate"),
     "optimizer.clip_norm": Key(float | None, positive, "highest norm of each model's gradients; None: no clipping"),
     "optimizer.rate_rules": Key(Rules, rules, "(regex of a parameter's path, multiplier of the rate); 0: frozen"),
     "optimizer.decay_rules": Key(Rules, rules, "(regex of a parameter's path, multiplier of weight_decay)"),
     "mining.every_steps": Key(
-        int, at_least(0), "group rows with near passages anew as often, from step 0 on; 0: never"
+        int, at_least(0), "regroup rows with similar passages every N steps, from step 0 on; 0: never"
     ),
     "mining.margin": Key(
-        float | None, anything, "passages that score above a query's own by more are kept out of its group; None: none"
+        float | None,
+        anything,
+        "keep passages out of a group that score above a query's own by more than this; None: keep all",
     ),
-    "mesh.replica": Key(int, axis, "copies of everything; -1: what is left"),
-    "mesh.data": Key(int, axis, "shares of the batch and of the parameters; -1: what is left"),
-    "mesh.model": Key(int, axis, "tensor parallel; -1: what is left"),
-    "checkpoint.every_steps": Key(int, at_least(0), "save as often; the last step too; 0: never"),
-    "checkpoint.every_minutes": Key(float, at_least(0), "save as often by the clock, besides; 0: never"),
-    "checkpoint.keep": Key(int, at_least(1), "newest checkpoints kept, and the best one by eval.metric"),
-    "checkpoint.keep_every": Key(int, at_least(0), "checkpoints of such steps are kept too, for good; 0: none"),
-    "guard.skip_nonfinite": Key(int, at_least(0), "updates that may be skipped for a loss that is no number; 0: end"),
-    "guard.spike_factor": Key(float, zero_or_above_one, "times the median loss from which a loss is noted; 0: never"),
-    "log.every_steps": Key(int, at_least(0), "write metrics as often; 0: never"),
-    "eval.every_steps": Key(int, at_least(0), "evaluate as often; 0: never"),
-    "eval.rows": Key(int, at_least(0), "how many rows of data.eval are evaluated, the same ones in every run; 0: all"),
-    "eval.answers": Key(int, at_least(0), "how many greedy answers are generated for EM and F1; 0: none"),
+    "mesh.replica": Key(int, axis, "copies of everything; -1: the devices that are left"),
+    "mesh.data": Key(int, axis, "shards of the batch and of the parameters; -1: the devices that are left"),
+    "mesh.model": Key(int, axis, "tensor parallelism; -1: the devices that are left"),
+    "checkpoint.every_steps": Key(int, at_least(0), "save every N steps, and after the last; 0: never"),
+    "checkpoint.every_minutes": Key(float, at_least(0), "also save every N minutes; 0: never"),
+    "checkpoint.keep": Key(int, at_least(1), "newest checkpoints kept, besides the best one by eval.metric"),
+    "checkpoint.keep_every": Key(int, at_least(0), "keep the checkpoint of every N-th step for good; 0: none"),
+    "guard.skip_nonfinite": Key(
+        int, at_least(0), "updates that may be skipped because a loss or gradient is non-finite; 0: stop at the first"
+    ),
+    "guard.spike_factor": Key(
+        float, zero_or_above_one, "report a loss this many times the median of recent ones; 0: never"
+    ),
+    "log.every_steps": Key(int, at_least(0), "write metrics every N steps; 0: never"),
+    "eval.every_steps": Key(int, at_least(0), "evaluate every N steps; 0: never"),
+    "eval.rows": Key(int, at_least(0), "rows of data.eval that are evaluated, the same in every run; 0: all"),
+    "eval.answers": Key(int, at_least(0), "greedy answers generated for EM and F1; 0: none"),
     "eval.metric": Key(
         str,
         one_of("auto", *RANKING_METRICS, *ANSWER_METRICS),
-        "what tells the best step; auto: mrr@10, else answer_nll",
+        "the metric that chooses the best step; auto: mrr@10, else answer_nll",
     ),
-    "eval.patience": Key(int, at_least(0), "evaluations without a better eval.metric that end the run; 0: never"),
+    "eval.patience": Key(int, at_least(0), "stop after this many evaluations without a better eval.metric; 0: never"),
     "eval.batch_size": Key(int, at_least(1), "global queries evaluated at a time"),
 }
 
@@ -379,8 +389,8 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
             problems.append(f"{name}={untrusted.short(values[name])}: {problem}")
         else:
             right[name] = values[name]
-    for names, wrong, fix in _JOINT_CHECKS:
-        if all(name in right for name in names) and wrong(*(right[name] for name in names)):
+    for names, holds, fix in _JOINT_CHECKS:
+        if all(name in right for name in names) and not holds(*(right[name] for name in names)):
             problems.append(", ".join(f"{name}={untrusted.short(right[name])}" for name in names) + f": {fix}")
     return problems
 
@@ -398,108 +408,156 @@ def _text_problem(name: str, value: Any) -> str | None:
     return None
 
 
-def _lacks_retriever(path: str | None, name: str, candidates: int, contrastive: float, marginal: float) -> bool:
-    reads_scores = name == "dalm" or (name != "none" and candidates > 1)
-    return path is None and (contrastive > 0 or (reads_scores and marginal > 0))
-
-
-# (keys, what is wrong about their values, how to mend it)
 PATHS = ("data.train", "data.eval", "data.passages", "retriever.path", "generator.path")
-_WEIGHTS = ("objective.contrastive_weight", "objective.marginal_weight")
-_JOINT_CHECKS: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
-    (
-        ("group_size", "batch_size"),
-        lambda g, b: b % g != 0,
-        "the group does not divide the batch; choose one that does",
-    ),
-    (
-        ("objective.candidates", "group_size", "objective.negatives"),
-        lambda k, g, h: k > g * (1 + h),
-        "a query's candidates come from its group; lower the first or raise one of the others",
-    ),
-    (
-        ("objective.name", *_WEIGHTS),
-        lambda name, c, m: c == 0 and (m == 0 or name == "none"),
-        "nothing to train; raise a weight",
-    ),
-    (
-        ("objective.negatives", "batch_size", "objective.name", _WEIGHTS[1]),
-        lambda h, b, name, m: b == 1 and h == 0 and (m == 0 or name == "none"),
-        "a batch of one has no negatives to learn from; raise batch_size",
-    ),
-    (
-        ("data.columns.query", "data.columns.passage"),
-        lambda query, passage: query == passage,
-        "every query would be its own passage; name two columns",
-    ),
-    (
-        ("data.columns.negative", "data.columns.passage"),
-        lambda negative, passage: negative == passage,
-        "every passage would be its own negative; name two columns",
-    ),
-    (
-        ("objective.negatives", "data.columns.negative", "mining.every_steps"),
-        lambda h, column, every: h > 0 and column is None and every == 0,
-        "nothing says which passages a query brings; name the column of given ones, or mine them",
-    ),
-    (
-        ("objective.negatives", "data.columns.negative"),
-        lambda h, column: h == 0 and column is not None,
-        "no query brings a negative; raise the first, or leave the column out (None)",
-    ),
-    (
-        ("objective.negatives", "objective.name"),
-        lambda h, name: h > 0 and name == "dalm",
-        "this objective has no negatives but the batch's; set the first to 0",
-    ),
-    (
-        ("objective.negatives", "objective.candidates", _WEIGHTS[0]),
-        lambda h, k, c: h > 0 and k == 1 and c == 0,
-        "nothing reads what a query brings; raise the second or the third, or set the first to 0",
-    ),
-    (
-        ("generator.path", "objective.name", _WEIGHTS[1]),
-        lambda path, name, m: path is None and name != "none" and m > 0,
-        "this objective needs a generator; give its path",
-    ),
-    (
-        ("retriever.path", "objective.name", "objective.candidates", *_WEIGHTS),
-        _lacks_retriever,
-        "this objective needs a retriever; give its path",
-    ),
-    (
-        ("eval.metric", "retriever.path"),
-        lambda metric, path: path is None and metric in (*RANKING_METRICS, "answer_nll_gold", "answer_nll_top1"),
-        "there is no retriever to measure; give its path or another metric",
-    ),
-    (
-        ("eval.metric", "generator.path"),
-        lambda metric, path: path is None and metric in ANSWER_METRICS,
-        "there is no generator to measure; give its path or another metric",
-    ),
-    (
-        ("eval.metric", "eval.answers"),
-        lambda metric, answers: metric in ("em", "f1") and answers == 0,
-        "no answers are generated; raise the second or choose another metric",
-    ),
-    (
-        ("eval.patience", "eval.every_steps"),
-        lambda patience, every: patience > 0 and every == 0,
-        "nothing is evaluated during the run; raise the second",
-    ),
-    (
-        ("mining.every_steps", "group_size", "retriever.path", "objective.negatives", "data.columns.negative"),
-        lambda every, size, path, h, column: (
-            every > 0 and (path is None or (size == 1 and (h == 0 or column is not None)))
-        ),
-        "mining fills groups with what a retriever takes for near; give its path and groups of several rows",
-    ),
-    (
-        ("mesh.replica", "mesh.data", "mesh.model"),
-        lambda *sizes: sizes.count(-1) > 1,
-        "only one axis may be -1; give the others a number",
-    ),
-)
+# (keys, whether their values go together, what is wrong otherwise and the fix), in the order in which they are told.
+_JOINT_CHECKS: list[tuple[tuple[str, ...], Callable[..., bool], str]] = []
+
+
+def together(*keys: str, fix: str) -> Callable[[Callable[..., bool]], Callable[..., bool]]:
+    """Registers a check of what must hold between several keys; it gets their values in this order."""
+
+    def register(holds: Callable[..., bool]) -> Callable[..., bool]:
+        _JOINT_CHECKS.append((keys, holds, fix))
+        return holds
+
+    return register
+
+
+@together("group_size", "batch_size", fix="the group does not divide the batch; choose one that does")
+def groups_fill_the_batch(group_size: int, batch_size: int) -> bool:
+    return batch_size % group_size == 0
+
+
+@together(
+    "objective.candidates", "group_size", "objective.negatives",
+    fix="a query's candidates come from its group; lower the first or raise one of the others",
+)  # fmt: skip
+def group_holds_the_candidates(candidates: int, group_size: int, negatives: int) -> bool:
+    return candidates <= group_size * (1 + negatives)
+
+
+@together(
+    "objective.name", "objective.contrastive_weight", "objective.marginal_weight",
+    fix="nothing to train; raise a weight",
+)  # fmt: skip
+def something_is_trained(name: str, contrastive_weight: float, marginal_weight: float) -> bool:
+    return contrastive_weight > 0 or OBJECTIVES[name].uses_generator(marginal_weight)
+
+
+@together(
+    "objective.negatives", "batch_size", "objective.name", "objective.marginal_weight",
+    fix="a batch of one has no negatives to learn from; raise batch_size",
+)  # fmt: skip
+def the_retriever_has_negatives(negatives: int, batch_size: int, name: str, marginal_weight: float) -> bool:
+    return batch_size > 1 or negatives > 0 or OBJECTIVES[name].uses_generator(marginal_weight)
+
+
+@together(
+    "data.columns.query", "data.columns.passage", fix="every query would be its own passage; name two columns"
+)  # fmt: skip
+def query_is_not_the_passage(query: str, passage: str) -> bool:
+    return query != passage
+
+
+@together(
+    "data.columns.negative", "data.columns.passage", fix="every passage would be its own negative; name two columns"
+)  # fmt: skip
+def negative_is_not_the_passage(negative: str | None, passage: str) -> bool:
+    return negative != passage
+
+
+@together(
+    "objective.negatives", "data.columns.negative", "mining.every_steps",
+    fix="nothing says which passages a query brings; name the column of given ones, or mine them",
+)  # fmt: skip
+def negatives_come_from_somewhere(negatives: int, column: str | None, every_steps: int) -> bool:
+    return negatives == 0 or column is not None or every_steps > 0
+
+
+@together(
+    "objective.negatives", "data.columns.negative",
+    fix="no query brings a negative; raise the first, or leave the column out (None)",
+)  # fmt: skip
+def given_negatives_are_used(negatives: int, column: str | None) -> bool:
+    return negatives > 0 or column is None
+
+
+@together(
+    "objective.negatives", "objective.name",
+    fix="this objective has no negatives but the batch's; set the first to 0",
+)  # fmt: skip
+def the_objective_reads_negatives(negatives: int, name: str) -> bool:
+    return negatives == 0 or OBJECTIVES[name].reads != "strings"
+
+
+@together(
+    "objective.negatives", "objective.candidates", "objective.contrastive_weight",
+    fix="nothing reads what a query brings; raise the second or the third, or set the first to 0",
+)  # fmt: skip
+def negatives_are_read(negatives: int, candidates: int, contrastive_weight: float) -> bool:
+    return negatives == 0 or candidates > 1 or contrastive_weight > 0
+
+
+@together(
+    "generator.path", "objective.name", "objective.marginal_weight",
+    fix="this objective needs a generator; give its path",
+)  # fmt: skip
+def there_is_a_generator(path: str | None, name: str, marginal_weight: float) -> bool:
+    return path is not None or not OBJECTIVES[name].uses_generator(marginal_weight)
+
+
+@together(
+    "retriever.path", "objective.name", "objective.candidates", "objective.contrastive_weight",
+    "objective.marginal_weight",
+    fix="this objective needs a retriever; give its path",
+)  # fmt: skip
+def there_is_a_retriever(
+    path: str | None, name: str, candidates: int, contrastive_weight: float, marginal_weight: float
+) -> bool:
+    return path is not None or not OBJECTIVES[name].uses_retriever(candidates, contrastive_weight, marginal_weight)
+
+
+@together(
+    "eval.metric", "retriever.path",
+    fix="there is no retriever to measure; give its path or another metric",
+)  # fmt: skip
+def the_metric_has_its_retriever(metric: str, path: str | None) -> bool:
+    return path is not None or metric not in (*RANKING_METRICS, "answer_nll_gold", "answer_nll_top1")
+
+
+@together(
+    "eval.metric", "generator.path",
+    fix="there is no generator to measure; give its path or another metric",
+)  # fmt: skip
+def the_metric_has_its_generator(metric: str, path: str | None) -> bool:
+    return path is not None or metric not in ANSWER_METRICS
+
+
+@together(
+    "eval.metric", "eval.answers", fix="no answers are generated; raise the second or choose another metric"
+)  # fmt: skip
+def the_metric_has_its_answers(metric: str, answers: int) -> bool:
+    return answers > 0 or metric not in ("em", "f1")
+
+
+@together("eval.patience", "eval.every_steps", fix="nothing is evaluated during the run; raise the second")
+def patience_has_evaluations(patience: int, every_steps: int) -> bool:
+    return patience == 0 or every_steps > 0
+
+
+@together(
+    "mining.every_steps", "group_size", "retriever.path", "objective.negatives", "data.columns.negative",
+    fix="mining fills groups with what a retriever takes for near; give its path and groups of several rows",
+)  # fmt: skip
+def mining_has_something_to_fill(
+    every_steps: int, group_size: int, path: str | None, negatives: int, column: str | None
+) -> bool:
+    return every_steps == 0 or (path is not None and (group_size > 1 or (negatives > 0 and column is None)))
+
+
+@together("mesh.replica", "mesh.data", "mesh.model", fix="only one axis may be -1; give the others a number")
+def one_axis_takes_the_rest(*sizes: int) -> bool:
+    return sizes.count(-1) <= 1
 
 
 def _unknown(name: str) -> str:

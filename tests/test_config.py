@@ -107,7 +107,7 @@ def test_overrides_take_the_kind_of_their_key():
         ({"retriever.pooling": "avg"}, "retriever.pooling='avg': must be one of auto, cls, mean, last"),
         ({"optimizer.schedule": "cosin"}, "did you mean cosine?"),
         ({"prompt.passage": "text"}, "prompt.passage='text': must contain {passage} once"),
-        ({"mesh.data": "0"}, "mesh.data=0: must be -1 (what the other axes leave) or at least 1"),
+        ({"mesh.data": "0"}, "mesh.data=0: must be -1 (the devices that the other axes leave) or at least 1"),
         ({"mesh.model": "-1"}, "only one axis may be -1"),
         ({"optimizer.rate_rules": "(('a', 1)"}, "must be pairs such as"),
         ({"optimizer.rate_rules": "('a', 1)"}, "must be pairs such as"),
