@@ -25,6 +25,8 @@ SCORES_AT_A_TIME = 2**24
 QUERIES_AT_A_TIME = 4096
 # Neighbouring scores of which the highest is looked at first.
 RUN = 128
+# What a score that is NaN counts as: it comes after every other, and before what is passed over (-inf).
+LOWEST = np.finfo(np.float32).min
 # Of progress: on a terminal only.
 BAR: dict[str, Any] = {"leave": False, "mininterval": 1.0, "disable": None}
 
@@ -92,7 +94,7 @@ def top_k(
     corpus is an array (M, E), or anything with a length and `block(start, stop)` that gives rows (m, E) of any number
     type and what to multiply the scores of each with, (m,) or None: a corpus on disk is read once for 4,096 queries. k
     is cut to the number of passages. `at_most`: what scores above it is passed over, and where fewer than k are left
-    the last scores are -inf, and their indices mean nothing. `recall_target` below 1: TPUs may miss that many, for
+    the last scores are -inf, and their indices mean nothing. A score that is NaN ranks last. `recall_target` below 1: TPUs may miss that many, for
     speed (`jax.lax.approx_max_k`).
     """
     corpus = Held(corpus) if isinstance(corpus, np.ndarray) else corpus
@@ -143,6 +145,7 @@ def _on_host(
         np.matmul(query_emb, values.astype(np.float32, copy=False).T, out=scores)
         if scale is not None:
             scores *= scale
+        np.fmax(scores, LOWEST, out=scores)
         if ceiling is not None:
             scores[scores > ceiling[:, None]] = -np.inf
         if not start:
@@ -221,7 +224,7 @@ def _advance(
         first = start + jax.lax.axis_index("all") * m
         # The default precision of a product on TPU and GPU is lower than float32 and would change ranks.
         product = functools.partial(jnp.einsum, "RE,mE->Rm", precision=jax.lax.Precision.HIGHEST)
-        scores = product(query_emb, passages.astype(jnp.float32)) * scale
+        scores = jnp.fmax(product(query_emb, passages.astype(jnp.float32)) * scale, LOWEST)
         scores = jnp.where(first + jnp.arange(m) < num_passages, scores, -jnp.inf)
         if ceiling is not None:
             scores = jnp.where(scores > ceiling[:, None], -jnp.inf, scores)

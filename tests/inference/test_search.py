@@ -83,6 +83,24 @@ def test_what_scores_above_a_ceiling_is_passed_over(monkeypatch, num_devices):
     assert np.isneginf(score).any() and not np.isneginf(score).all()
 
 
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_a_passage_that_is_nan_comes_last(monkeypatch, num_devices):
+    """Whatever its place, in the first block or a later one, and a query that is NaN gets k passages too."""
+    monkeypatch.setattr(search, "SCORES_AT_A_TIME", 12)
+    some = jax.devices()[:num_devices]
+    monkeypatch.setattr(jax, "devices", lambda: some)
+    for nan in (0, 2, 4):
+        queries, passages = whole_numbers(1, 3, 4) + 0.5, whole_numbers(2, 5, 4)
+        passages[nan, 1], queries[2, 0] = np.nan, np.nan
+        others = np.delete(np.arange(5), nan)
+        ranked = others[np.argsort(-(queries[:2] @ passages[others].T), axis=1, kind="stable")]
+        for k in (3, 5):
+            score, index = search.top_k(queries, passages, k)
+            assert score.shape == index.shape == (3, k) and not np.isnan(score).any()
+            np.testing.assert_array_equal(index[:2], np.insert(ranked, 4, nan, axis=1)[:, :k])
+            assert set(index[2]) <= set(range(5)) and len(set(index[2])) == k
+
+
 @pytest.mark.parametrize("k", [1, 3, 40])
 def test_the_best_of_long_rows_are_those_of_a_sort(k):
     scores = whole_numbers(k, 5, 12345) + whole_numbers(k + 1, 5, 12345) / 8
