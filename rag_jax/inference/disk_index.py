@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from rag_jax import rag
 from rag_jax.data import segments
@@ -77,7 +77,8 @@ def build(
     shards = range(-(-len(tokens) // shard_rows))
     rows_of = {shard: np.arange(len(tokens))[shard * shard_rows :][:shard_rows] for shard in shards}
     # Before any is made: then all processes see the same ones.
-    missing = [shard for shard in shards if not _is_whole(_path(path, "shard", shard), len(rows_of[shard]))]
+    width = _width(model, params)
+    missing = [shard for shard in shards if not _is_complete(path, shard, dtype, (len(rows_of[shard]), width))]
     for shard in missing:
         label = f"passages, part {shard + 1} of {len(shards)}" if len(shards) > 1 else "passages"
         emb = search.embed(model, params, tokens.take(rows_of[shard]), batch_size=batch_size, label=label)
@@ -148,11 +149,25 @@ def _path(folder: pathlib.Path, kind: str, shard: int) -> pathlib.Path:
     return folder / f"{kind}_{shard:05}.npy"
 
 
-def _is_whole(path: pathlib.Path, num_rows: int) -> bool:
+def _width(model: rag.Rag, params: dict) -> int:
+    """E, from shapes alone."""
+
+    def embed(params: dict, ids: Int[Array, "B L"]) -> Float[Array, "B E"]:
+        return rag.encode(model.model("retriever", params), ids, ids > 0, model.pooling)
+
+    return jax.eval_shape(embed, params, jax.ShapeDtypeStruct((1, 1), jnp.int32)).shape[1]
+
+
+def _is_complete(folder: pathlib.Path, shard: int, dtype: str, shape: tuple[int, int]) -> bool:
+    """Whether a shard's files are there, with the shapes and number types that they must have."""
+    expected = {"shard": (shape, STORED[dtype])}
+    if dtype == "int8":
+        expected["scale"] = (shape[:1], "float32")
     try:
-        return len(np.load(path, mmap_mode="r")) == num_rows
+        files = {kind: np.load(_path(folder, kind, shard), mmap_mode="r") for kind in expected}
     except (OSError, ValueError):
         return False
+    return all((file.shape, file.dtype.name) == expected[kind] for kind, file in files.items())
 
 
 def _write(path: pathlib.Path, array: np.ndarray) -> None:

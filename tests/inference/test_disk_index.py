@@ -83,6 +83,20 @@ def test_a_stopped_one_goes_on_and_what_is_there_stays(retriever, tokens, emb, t
     np.testing.assert_allclose(built.block(0, 45)[0], emb, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["shard", "scale"])
+@pytest.mark.parametrize("damage", [lambda a: a[..., :-1], lambda a: a.astype(np.float16), lambda a: a[None]])
+def test_a_shard_of_another_width_or_type_is_made_again(retriever, tokens, tmp_path, kind, damage):
+    """Each has as many rows as before, but for the last one."""
+    _, model, params = retriever
+    built = disk_index.build(tmp_path, model, params, tokens, dtype="int8", **OPTIONS)
+    expected = built.block(0, 45)
+    path = tmp_path / f"{kind}_00001.npy"
+    np.save(path, damage(np.load(path)))
+    built = disk_index.build(tmp_path, model, params, tokens, dtype="int8", **OPTIONS)
+    for found, wanted in zip(built.block(0, 45), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
 def test_another_index_is_refused_and_stays(retriever, tokens, tmp_path):
     _, model, params = retriever
     disk_index.build(tmp_path / "index", model, params, tokens, **OPTIONS)
