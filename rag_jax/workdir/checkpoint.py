@@ -231,14 +231,19 @@ def _named(workdir: pathlib.Path, step: int, problem: str) -> str:
 
 
 class _Kept:
-    """Orbax's question, answered: the newest, every so many steps, and the best evaluated one for `--step=best`."""
+    """Orbax's question, answered: the newest, every so many steps, and the best evaluated one for `--step=best`.
+
+    Process 0 says which one that is: a file system may show the others an evaluation later, and each process that
+    answers otherwise would remember other checkpoints than there are.
+    """
 
     def __init__(self, keep: int | None, every: int, workdir: pathlib.Path):
         self.keep, self.every, self.workdir = keep, every, workdir
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*(sorted(steps)[-self.keep :] if self.keep else steps), best_step(self.workdir, steps)}
+        best = best_step(self.workdir, steps)
+        kept = {*(sorted(steps)[-self.keep :] if self.keep else steps), _of_main(-1 if best is None else best)}
         return [step in kept or bool(self.every and step % self.every == 0) for step in steps]
 
 
