@@ -95,6 +95,7 @@ def ask(pair: Pair, questions: Sequence[str], settings: Settings) -> list[dict[s
     doc_log_probs = np.asarray(losses.doc_log_probs(jnp.asarray(cosine) / opened.model.objective.marginal_temperature))
     used, candidates = np.unique(retrieved, return_inverse=True)
     (prefixes, _), (queries, _) = data.prompt_segments(opened.prompt, [pair.passages[i] for i in used], asked)
+    _check_tokens(opened, "generator", asked, queries)
     which = np.arange(search.size_for(len(used), retrieved.size)) % len(used)
     found = answers(
         opened.model,
@@ -134,11 +135,15 @@ def embedded(opened: Any, params: dict, questions: Sequence[str]) -> Float[np.nd
     """Embeddings of the questions as the retriever reads queries."""
     text = opened.retriever_text
     tokens, _ = data.retriever_tokens(text.tokenizer, questions, text.query_prefix, text.query_len)
-    if not tokens.lengths.all():
-        question = questions[int(tokens.lengths.argmin())]
-        raise UserError(f"the question {question!r} has no tokens for retriever.path={opened.config.retriever.path!r}")
+    _check_tokens(opened, "retriever", questions, tokens)
     size = {"batch_size": len(questions), "longest": text.query_len}
     return search.embed(opened.model, params, tokens, label="questions", **size)
+
+
+def _check_tokens(opened: Any, role: str, questions: Sequence[str], tokens: data.Ragged) -> None:
+    if not tokens.lengths.all():
+        question = questions[int(tokens.lengths.argmin())]
+        raise UserError(f"the question {question!r} has no tokens for {role}.path={opened.config[role].path!r}")
 
 
 def answers(
