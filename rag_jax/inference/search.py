@@ -94,8 +94,8 @@ def top_k(
     corpus is an array (M, E), or anything with a length and `block(start, stop)` that gives rows (m, E) of any number
     type and what to multiply the scores of each with, (m,) or None: a corpus on disk is read once for 4,096 queries. k
     is cut to the number of passages. `at_most`: what scores above it is passed over, and where fewer than k are left
-    the last scores are -inf, and their indices mean nothing. A score that is NaN ranks last. `recall_target` below 1: TPUs may miss that many, for
-    speed (`jax.lax.approx_max_k`).
+    the last scores are -inf, and their indices mean nothing. A score that is NaN ranks last. `recall_target` below 1:
+    TPUs may miss that many, for speed (`jax.lax.approx_max_k`).
     """
     corpus = Held(corpus) if isinstance(corpus, np.ndarray) else corpus
     if not len(corpus):
