@@ -88,17 +88,12 @@ def check_batch(mesh: Mesh, batch_size: int, group_size: int) -> None:
         )
 
 
-def path_of(key_path: tuple[Any, ...]) -> str:
-    """`generator/layers/mlp/up/kernel` for a path of `jax.tree_util`."""
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in key_path)
-
-
 def param_shardings(mesh: Mesh | AbstractMesh, shapes: Any) -> Any:
     """A sharding for every parameter by `PARAM_RULES`; ValueError lists what no rule matches."""
     unmatched: list[str] = []
 
     def place(key_path: tuple[Any, ...], shape: Any) -> NamedSharding:
-        path = path_of(key_path)
+        path = jax.tree_util.keystr(key_path, simple=True, separator="/")  # generator/layers/mlp/up/kernel
         for pattern, spec in PARAM_RULES:
             if re.search(pattern, path):
                 return NamedSharding(mesh, _fit(spec, shape.shape, mesh))
