@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from rag_jax import rag
+from rag_jax import files, rag
 from rag_jax.data import segments
 from rag_jax.distributed import processes
 from rag_jax.errors import UserError
@@ -85,8 +85,8 @@ def build(
         if jax.process_index() == 0:
             stored, scale = compress(emb, dtype)
             if scale is not None:
-                _write(_path(path, "scale", shard), scale)
-            _write(_path(path, "shard", shard), stored.view(STORED[dtype]))
+                _save(_path(path, "scale", shard), scale)
+            _save(_path(path, "shard", shard), stored.view(STORED[dtype]))
     with processes.all_or_none():  # the last shard is there for all
         return index
 
@@ -134,8 +134,7 @@ def _check_or_begin(folder: pathlib.Path, facts: dict[str, Any]) -> None:
     except FileNotFoundError:
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder} holds something that is no index; give another folder") from None
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        files.write_json(path, facts)
         return
     except ValueError:
         before = {}
@@ -160,21 +159,16 @@ def _width(model: rag.Rag, params: dict) -> int:
 
 def _is_complete(folder: pathlib.Path, shard: int, dtype: str, shape: tuple[int, int]) -> bool:
     """Whether a shard's files are there, with the shapes and number types that they must have."""
-    expected = {"shard": (shape, STORED[dtype])}
+    expected: dict[str, tuple[tuple[int, ...], str]] = {"shard": (shape, STORED[dtype])}
     if dtype == "int8":
         expected["scale"] = (shape[:1], "float32")
     try:
-        files = {kind: np.load(_path(folder, kind, shard), mmap_mode="r") for kind in expected}
+        there = {kind: np.load(_path(folder, kind, shard), mmap_mode="r") for kind in expected}
     except (OSError, ValueError):
         return False
-    return all((file.shape, file.dtype.name) == expected[kind] for kind, file in files.items())
+    return all((file.shape, file.dtype.name) == expected[kind] for kind, file in there.items())
 
 
-def _write(path: pathlib.Path, array: np.ndarray) -> None:
-    """Whole or not at all."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
+def _save(path: pathlib.Path, array: np.ndarray) -> None:
+    with files.file_at_once(path, sync=True) as file:
         np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import pathlib
 import shutil
 import signal
@@ -15,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rag_jax import config as configs
-from rag_jax import data, hf, pair
+from rag_jax import data, files, hf, pair
 from rag_jax.distributed import processes, sharding
 from rag_jax.errors import UserError
 from rag_jax.evaluation import evaluation
@@ -195,9 +194,7 @@ def has_dropout(opened: pair.Run) -> bool:
 
 def write_workdir(training: Training, start_step: int, found: provenance.Inputs) -> None:
     """config.json, what the run reads, and all of the models but their weights: the workdir can be used on its own."""
-    partial = training.workdir / "config.json.partial"
-    partial.write_text(configs.to_json(training.config), encoding="utf-8")
-    os.replace(partial, training.workdir / "config.json")
+    files.write_whole(training.workdir / "config.json", configs.to_json(training.config))
     folder = training.workdir / "models"
     if not start_step:
         for old in (folder, training.workdir / "mining"):
