@@ -46,7 +46,7 @@ def export(loaded: Any, workdir: pathlib.Path, out: pathlib.Path, step: str | in
     """Write all models of the config at a step; `out` appears when it is complete. Returns the step."""
     from rag_jax import hf, pair
 
-    opened = pair.open_run(loaded, workdir)
+    opened = pair.open_pair(loaded, workdir)
     with checkpoint.Checkpoints(workdir) as checkpoints:
         found = checkpoints.find(step)
         params = checkpoints.restore({"params": pair.abstract_params(opened)}, found)["params"]

@@ -25,7 +25,7 @@ from rag_jax.models.layers import named_keys, several_keys
 # Tokens whose (tokens, V) logits exist at one time in `gold_log_probs`.
 HEAD_CHUNK = 512
 # Scores that exist at one time on a device in the contrastive loss, 16 MB for rows and for columns.
-SCORES_AT_A_TIME = 2**22
+CONTRASTIVE_SCORES = 2**22
 
 # (path of the parameters, the parameters or one layer of them, compute dtype) -> whole ones in that dtype.
 Gather = Callable[[tuple[str, ...], Any, Any], Any]
@@ -303,7 +303,7 @@ def contrastive_share(rag: Rag, batch: Any, embs: Embs) -> Float[Array, ""]:
 
     B, P = len(all_query_keys), len(all_passages_PE)
     rows = (query_emb_bE, passage_emb_bE, batch.query_key, batch.passage_key, rag.place_of(b))
-    return 0.5 * jnp.sum(map_blocks(nll, rows, even_size(b, SCORES_AT_A_TIME // P))) / B
+    return 0.5 * jnp.sum(map_blocks(nll, rows, even_size(b, CONTRASTIVE_SCORES // P))) / B
 
 
 def marginal_share(

@@ -384,7 +384,7 @@ def test_chunks_change_nothing_with_dropout(monkeypatch):
     model, params = make("gpt2")
     model, rows = with_dropout(model), make_rows(8)
     loss, gradients = value_and_grad(model, params, rows, jax.random.key(5))
-    monkeypatch.setattr(rag, "SCORES_AT_A_TIME", 16)
+    monkeypatch.setattr(rag, "CONTRASTIVE_SCORES", 16)
     chunked = dataclasses.replace(model, chunk_size=3)
     again, again_gradients = value_and_grad(chunked, params, rows, jax.random.key(5))
     np.testing.assert_allclose(again, loss, rtol=1e-6)

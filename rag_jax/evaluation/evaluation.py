@@ -20,8 +20,7 @@ from rag_jax import data, files, losses, rag
 from rag_jax.data import segments
 from rag_jax.distributed import sharding
 from rag_jax.evaluation import metrics
-from rag_jax.inference import decoding, disk_index, likelihood, search
-from rag_jax.inference.programs import Places
+from rag_jax.inference import decoding, disk_index, likelihood, programs, search
 
 # The sample of rows is the same for every run on the same file, whatever the run's own seed.
 SAMPLE_SEED = 0
@@ -294,7 +293,7 @@ def greedy_answers(
     assert queries is not None
     shape = data.longest(examples)
     query_len = segments.padded_length(queries.lengths, shape.suffix)
-    texts, places = [""] * num_answers, Places.of(params, "generator")
+    texts, places = [""] * num_answers, programs.placement(params, "generator")
     weights = losses.doc_log_probs(jax.numpy.asarray(cosine) / model.objective.marginal_temperature)
     eos_id = segments.eos_id(rows.tokenizer)
     for batch in prompt_batches(rows, candidates[:num_answers], places.shards, "answers"):

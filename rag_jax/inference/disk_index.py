@@ -26,14 +26,14 @@ from rag_jax.distributed import processes
 from rag_jax.errors import UserError
 from rag_jax.inference import search
 
-# In the file, and what its bytes mean: numpy's format knows no bfloat16.
+# In the file, and what its bytes mean: numpy's format does not know bfloat16.
 STORED = {"float32": "float32", "bfloat16": "uint16", "int8": "int8"}
 SHARD_ROWS = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """An index whose shards are all there. `block` is what `retrieval.top_k` asks for."""
+    """An index whose shards are all there. `block` is what `search.top_k` asks for."""
 
     folder: pathlib.Path
     dtype: str
@@ -62,11 +62,11 @@ def build(
 ) -> Index:  # fmt: skip
     """The index of these tokenised passages by this retriever, from the shards that are there on; all processes call.
 
-    A shard appears whole or not at all, so what was stopped goes on. UserError for an index of another retriever, other
-    passages or another form: it stays as it is.
+    A shard appears complete or not at all, so a stopped build continues. UserError for an index of another retriever,
+    other passages or another form: it stays as it is.
     """
     if not len(tokens):
-        raise UserError(f"an index in {os.fspath(folder)}: there is no passage to put into it")
+        raise UserError(f"an index in {os.fspath(folder)}: there are no passages to put into it")
     path = pathlib.Path(folder)
     of = {"retriever": retriever_key(model, params), "passages": passages_key(tokens)}
     index = Index(path, dtype, len(tokens), shard_rows)
@@ -133,7 +133,7 @@ def _check_or_begin(folder: pathlib.Path, facts: dict[str, Any]) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"{folder} holds something that is no index; give another folder") from None
+            raise UserError(f"{folder} holds something that is not an index; give another folder") from None
         files.write_json(path, facts)
         return
     except ValueError:
