@@ -25,7 +25,7 @@ setup(
         "jax>=0.10",
         "flax>=0.12.8",
         "optax>=0.2.8",
-        "orbax-checkpoint>=0.12.8",
+        "orbax-checkpoint>=0.12.8,<0.13",  # workdir/checkpoint.py reaches into how it finishes a save
         "grain>=0.2.18",
         "transformers>=5.0",
         "tokenizers>=0.22",

@@ -66,7 +66,7 @@ def open_prompts(args: argparse.Namespace):
     """The generator, the rows' segments, and K passages (B, K) of each row: its own and those of random other rows."""
     values = {f"{role}.path": str(args.models / name) for role, name in MODELS.items()}
     loaded = config.load(ROOT / "configs" / "quickstart.py", values | {"data.prompt_passage_len": args.passage_len})
-    opened = pair.open_run(loaded)
+    opened = pair.open_pair(loaded)
     assert opened.prompt is not None
     examples, _ = data.load_examples(
         args.rows, key="--rows", columns=loaded.data.columns.to_dict(), bad_rows="drop", retriever=None,

@@ -53,7 +53,7 @@ def main() -> None:
         "retriever.path": str(args.models / "minilm"),
         "generator.path": str(args.models / "smollm2-135m"),
     }
-    opened = pair.open_run(config.load(ROOT / "configs" / "quickstart.py", values))
+    opened = pair.open_pair(config.load(ROOT / "configs" / "quickstart.py", values))
     rows, _ = evaluation.load_rows(opened.config, opened.retriever_text, opened.prompt)
     params = pair.pretrained_params(opened)
     found, seconds = {}, {}

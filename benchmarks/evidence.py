@@ -56,7 +56,7 @@ def main() -> None:
         "retriever.path": str(args.models / "minilm"),
         "generator.path": str(args.models / "smollm2-135m"),
     }
-    opened = pair.open_run(config.load(ROOT / "configs" / "minilm_smollm2.py", values))
+    opened = pair.open_pair(config.load(ROOT / "configs" / "minilm_smollm2.py", values))
     examples, _ = data.load_examples(
         args.rows,
         key="--rows",
@@ -81,7 +81,7 @@ def main() -> None:
         print(f"{name:<58}" + "".join(f"{of_kind[name]:>16.3f}" for of_kind in found.values()))
 
 
-def measure(opened: pair.Run, params: dict, examples: data.Examples, num_batches: int, planned) -> dict[str, float]:
+def measure(opened: pair.Pair, params: dict, examples: data.Examples, num_batches: int, planned) -> dict[str, float]:
     """Means over all rows, and over all batches, by what they are."""
     settings = opened.config
     shapes = data.buckets(examples, settings.batch_size, settings.objective.candidates, 0)

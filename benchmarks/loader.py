@@ -42,7 +42,7 @@ def main() -> None:
 def loading(values: dict, num_batches: int) -> None:
     from rag_jax import config, data, pair
 
-    opened = pair.open_run(config.load(CONFIG, values))
+    opened = pair.open_pair(config.load(CONFIG, values))
     section = opened.config.data
 
     def load() -> tuple[data.Examples, float]:

@@ -109,7 +109,7 @@ def words(args: argparse.Namespace, values: dict | None = None) -> list[str]:
 def read_by_all(args: argparse.Namespace, more: list[str]) -> pathlib.Path:
     """A file below --out with the rows that are left where answers are read: none empty, and none too long."""
     flags = dict(word.removeprefix("--config.").split("=", 1) for word in [*words(args), *more])
-    opened = runs.open_run(config.load(args.config, flags))
+    opened = runs.open_pair(config.load(args.config, flags))
     assert opened.prompt is not None
     columns = opened.config.data.columns.to_dict()
     rows = data.read_rows(opened.config.data.train, "--rows", columns)

@@ -177,7 +177,7 @@ def open_case(args: argparse.Namespace):
         "optimizer.rate_rules": ((".*", 1.0),),
         "optimizer.decay_rules": ((".*", 1.0),),
     }
-    opened = pair.open_run(config.build(values))
+    opened = pair.open_pair(config.build(values))
     if case.synthetic:
         return opened, full_batch(case)
     examples, _ = data.load_examples(

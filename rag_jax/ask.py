@@ -183,7 +183,7 @@ def candidates_of(args: argparse.Namespace, loaded: Any) -> int:
 
 
 def settings_of(
-    args: argparse.Namespace, loaded: Any, pairs: dict[str, answering.Pair], batch_size: int
+    args: argparse.Namespace, loaded: Any, pairs: dict[str, answering.Answerer], batch_size: int
 ) -> answering.Settings:
     source = next(iter(pairs.values())).opened.sources["generator"]
     num_tokens = loaded.data.answer_len if args.max_tokens is None else args.max_tokens
@@ -211,25 +211,26 @@ def decoding_of(args: argparse.Namespace, loaded: Any) -> str:
 
 def open_pairs(
     args: argparse.Namespace, loaded: Any, passages: tuple[str, ...], say: Callable[[str], None]
-) -> dict[str, answering.Pair]:
+) -> dict[str, answering.Answerer]:
     """The models that are asked, by what they are called; with --compare two of them."""
     from rag_jax import pair  # here: it takes seconds to load, and everything above answers at once
+    from rag_jax.distributed import compile_cache
 
-    pair.keep_compiled()
+    compile_cache.keep_compiled()
 
     def answerer(opened: Any, params: dict, step: int) -> Any:
         began = time.monotonic()
         emb, found = answering.corpus_emb(opened, params, passages)
         if not found:
             say(f"{len(passages):,} passages embedded in {time.monotonic() - began:.1f} s")
-        return answering.Pair(opened, params, step, passages, emb)
+        return answering.Answerer(opened, params, step, passages, emb)
 
     pairs = {}
     if args.workdir is None or args.compare:
-        opened = pair.open_run(loaded)
+        opened = pair.open_pair(loaded)
         pairs["untrained"] = answerer(opened, pair.pretrained_params(opened), 0)
     if args.workdir is not None:
-        opened = pair.open_run(loaded, args.workdir)
+        opened = pair.open_pair(loaded, args.workdir)
         with checkpoint.Checkpoints(args.workdir) as checkpoints:
             step = checkpoints.find(args.step)
             params = checkpoints.restore({"params": pair.abstract_params(opened)}, step)["params"]
@@ -238,7 +239,7 @@ def open_pairs(
 
 
 def ask(
-    pairs: dict[str, answering.Pair], questions: Sequence[str], settings: answering.Settings
+    pairs: dict[str, answering.Answerer], questions: Sequence[str], settings: answering.Settings
 ) -> Iterable[dict[str, Any]]:
     """One record a question; of several pairs each one's under its name."""
     if len(pairs) == 1:
@@ -252,7 +253,7 @@ def ask(
 
 
 def described(
-    args: argparse.Namespace, pairs: dict[str, answering.Pair], settings: answering.Settings
+    args: argparse.Namespace, pairs: dict[str, answering.Answerer], settings: answering.Settings
 ) -> dict[str, Any]:
     """What the record says of how its answers were made."""
     pair = list(pairs.values())[-1]

@@ -40,7 +40,7 @@ if _threads := threads_for(os.environ.get("XLA_FLAGS", "")):
     os.environ.setdefault("NPROC", _threads)
 
 PREFIX = "--config."
-# Of a path that was given: no bug of ours.
+# Errors of a path that the user gave: not bugs of ours.
 FOR_THE_USER = (
     errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC,
     errno.EDQUOT,
@@ -117,7 +117,7 @@ def _exported_paths(folder: pathlib.Path) -> dict[str, str]:
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command: exit with what it returns, 2 and one line for what the user can mend, 130 when interrupted."""
+    """Run a command: exit with what it returns, 2 and one line for what the user can fix, 130 when interrupted."""
     quiet()
     try:
         code = main() or 0
@@ -129,7 +129,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if error.errno not in FOR_THE_USER or (error.filename is None and not full):
             raise
         where = f"{error.filename}: " if error.filename else ""
-        reason = f"{where}{error.strerror}; give another path or mend it"
+        reason = f"{where}{error.strerror}; give another path or fix it"
         print(f"rag_jax: error: {untrusted.shown(reason)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -139,14 +139,14 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def quiet() -> None:
-    """Hide warnings that other people's code means for its own developers; errors stay, and so do python -W's.
+    """Hide warnings that libraries mean for their own developers; errors stay, and so does what `python -W` asks for.
 
-    What a stream cannot show, such as a file's name that is no UTF-8, is printed as escapes.
+    What a stream cannot show, such as a file name that is not UTF-8, is printed as escapes.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)
-    # What goes wrong in Orbax is raised as well, and then told in one line.
+    # What goes wrong in Orbax is raised as well, and then reported in one line.
     logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
-    # Of a save that has failed, an event loop tells once more for every array.
+    # After a failed save, an event loop reports once more for each array.
     logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in str(record.msg))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -157,7 +157,7 @@ def quiet() -> None:
 
 
 def _unraisable(about: Any) -> None:
-    """Of a save that has failed, tensorstore tells an event loop that is gone, once for every array."""
+    """After a failed save, tensorstore reports to a closed event loop, once for each array."""
     if "Event loop is closed" not in str(about.exc_value):
         sys.__unraisablehook__(about)
 

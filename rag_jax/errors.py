@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend."""
+"""The one exception for what the user can fix."""
 
 
 class UserError(Exception):

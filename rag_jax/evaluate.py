@@ -21,11 +21,12 @@ def main() -> None:
     config.require(loaded, "data.eval")
 
     from rag_jax import pair
+    from rag_jax.distributed import compile_cache
     from rag_jax.evaluation import evaluation
     from rag_jax.workdir.checkpoint import Checkpoints
 
-    pair.keep_compiled()
-    opened = pair.open_run(loaded, args.workdir)
+    compile_cache.keep_compiled()
+    opened = pair.open_pair(loaded, args.workdir)
     rows, report = evaluation.load_rows(loaded, opened.retriever_text, opened.prompt)
     if not args.json:
         print(f"{loaded.data.eval}: {report}", flush=True)

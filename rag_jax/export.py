@@ -7,15 +7,14 @@ OUT/retriever is read by `transformers.AutoModel` and `SentenceTransformer`, OUT
 """
 
 import contextlib
-import os
+import errno
 import pathlib
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import safetensors
 
-from rag_jax import cli, config, untrusted
+from rag_jax import cli, config, files, untrusted
 from rag_jax.errors import UserError
 from rag_jax.workdir import checkpoint
 
@@ -44,20 +43,18 @@ def check_out(out: pathlib.Path) -> None:
 
 
 def export(loaded: Any, workdir: pathlib.Path, out: pathlib.Path, step: str | int | None, dtype: str) -> int:
-    """Write all models of the config at a step; `out` appears when it is whole, never before. Returns the step."""
+    """Write all models of the config at a step; `out` appears when it is complete. Returns the step."""
     from rag_jax import hf, pair
 
-    opened = pair.open_run(loaded, workdir)
+    opened = pair.open_pair(loaded, workdir)
     with checkpoint.Checkpoints(workdir) as checkpoints:
         found = checkpoints.find(step)
         params = checkpoints.restore({"params": pair.abstract_params(opened)}, found)["params"]
     out = out.resolve()  # a link to an empty folder stays one
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _told(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        made = pathlib.Path(scratch) / "export"
+    with _told(out), files.folder_at_once(out) as made:
         for role, source in opened.sources.items():
             folder = made / role
-            folder.mkdir(parents=True)
+            folder.mkdir()
             pooling = None
             text = opened.retriever_text
             if role == "retriever" and text is not None:
@@ -65,11 +62,6 @@ def export(loaded: Any, workdir: pathlib.Path, out: pathlib.Path, step: str | in
                 pooling = hf.Pooling(opened.model.pooling, text.query_prefix, text.passage_prefix, longest)
             hf.save_model(source, params[role], folder, dtype, pooling)
             (folder / "README.md").write_text(card(loaded, role, found), encoding="utf-8")
-        made.chmod(0o777 & ~_umask())
-        try:
-            made.rename(out)  # at once, and over nothing but an empty folder
-        except OSError as error:
-            raise UserError(f"--out={out}: {error.strerror}, while the export was made; give a new folder") from None
     return found
 
 
@@ -79,15 +71,10 @@ def _told(out: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise UserError(f"--out={out}: {error.strerror}, while the export was made; give a new folder") from None
         reason = " ".join(str(error).split())
         raise UserError(f"--out={out}: cannot be written ({reason}); nothing of it is left there") from error
-
-
-def _umask() -> int:
-    """What new folders do without; temporary ones are for their owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 CARD = """---

@@ -1,13 +1,15 @@
-"""Arrays kept on disk under a hash of everything that they depend on: tokenised rows, embeddings."""
+"""Files and folders that appear complete or not at all, and arrays kept on disk under a hash of what they depend on."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import pathlib
+import secrets
 import tempfile
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
 
 import numpy as np
 import tokenizers
@@ -46,7 +48,7 @@ def tokenizer_key(tokenizer: Any) -> str:
 def cached(key: str, make: Callable[[], Arrays], what: str = "tokenised rows") -> tuple[Arrays, bool]:
     """The arrays kept under `key`, or those that `make` gives, kept from then on; and whether they were there.
 
-    A file that cannot be read whole is made again; a folder that cannot be written costs a warning.
+    A damaged file is made again; a folder that cannot be written costs a warning.
     """
     path = folder() / f"{key}.npz"
     try:
@@ -69,13 +71,47 @@ def read(path: pathlib.Path) -> Arrays:
 
 
 def write(path: pathlib.Path, arrays: Arrays) -> None:
-    """Under a name of its own first: nobody ever sees half a file."""
+    with file_at_once(path) as file:
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+
+
+@contextlib.contextmanager
+def file_at_once(path: pathlib.Path, *, sync: bool = False) -> Iterator[BinaryIO]:
+    """A file to fill, which takes its place when complete; of a failure nothing stays. `sync`: also in a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+    # A name of its own, since others may write the same file; not by `tempfile`, whose files only their owner may read.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+        with open(partial, "xb") as file:
+            yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException:
-        os.unlink(partial)
+        partial.unlink(missing_ok=True)
         raise
+
+
+def write_whole(path: pathlib.Path, content: str | bytes, *, errors: str = "strict", sync: bool = False) -> None:
+    """Texts as UTF-8; `errors` says what becomes of halves of surrogate pairs, as in `str.encode`."""
+    with file_at_once(path, sync=sync) as file:
+        file.write(content.encode("utf-8", errors) if isinstance(content, str) else content)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    if not untrusted.is_unicode(text):  # then everything beyond ASCII as escapes, from which it is read back
+        text = json.dumps(value, indent=2)
+    write_whole(path, text + "\n")
+
+
+@contextlib.contextmanager
+def folder_at_once(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to fill, which takes its place when complete, over nothing but an empty folder; else nothing stays."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        made = pathlib.Path(scratch) / target.name  # the one around it is for its owner alone
+        made.mkdir()
+        yield made
+        made.rename(target)

@@ -1,30 +1,24 @@
 """What a run's config stands for: the models it names, how they read, and the composite of both."""
 
 import dataclasses
-import os
 import pathlib
-from collections import Counter
 from typing import Any
 
 import jax
-import jax.monitoring
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rag_jax import data, files, hf, models, rag
+from rag_jax import data, hf, models, rag
 from rag_jax.distributed import sharding
 from rag_jax.errors import UserError
 from rag_jax.objectives import OBJECTIVES
 
 ROLES = ("retriever", "generator")
-# Of compiled programs kept on disk; those used longest ago go first.
-COMPILED_BYTES = 4 * 10**9
-_cache_events: Counter[str] = Counter()
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """The models of a run before any weight is read. What the config does not name is None."""
+class Pair:
+    """The models of a config before any weight is read. What the config does not name is None."""
 
     config: Any
     sources: dict[str, hf.Source]  # by role
@@ -38,29 +32,7 @@ class Run:
         return {role: models.abstract(source.model_config)[1] for role, source in self.sources.items()}
 
 
-def keep_compiled() -> None:
-    """What is compiled from now on is found again by later processes; in the user's own folder for it, if set.
-
-    Not by several processes on CPUs: only the first of them finds what was kept, and a program from the disk and one
-    just compiled exchange in different orders (jaxlib 0.10.2), at which gloo ends the run.
-    """
-    if jax.distributed.is_initialized() and jax.default_backend() == "cpu":
-        jax.config.update("jax_enable_compilation_cache", False)
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(files.folder() / "compiled"))
-        jax.config.update("jax_compilation_cache_max_size", COMPILED_BYTES)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # small programs too
-    if not _cache_events:
-        _cache_events["listening"] = 1
-        jax.monitoring.register_event_listener(lambda event, **_: _cache_events.update([event]))
-
-
-def compiled_found() -> int:
-    """How many programs this process has found compiled by an earlier one."""
-    return _cache_events["/jax/compilation_cache/cache_hits"]
-
-
-def open_run(config: Any, workdir: pathlib.Path | None = None) -> Run:
+def open_pair(config: Any, workdir: pathlib.Path | None = None) -> Pair:
     """Configs and tokenizers of the models, from the copies in the workdir where it has them. Reads no weights."""
     sources = {}
     for role in ROLES:
@@ -70,14 +42,14 @@ def open_run(config: Any, workdir: pathlib.Path | None = None) -> Run:
             sources[role] = hf.open_model(path, f"{role}.path", role)
     check_lengths(config, sources)
     text, prompt_text = retriever_text(config, sources), prompt(config, sources)
-    whole = None
+    whole_string = None
     if prompt_text is not None and OBJECTIVES[config.objective.name].reads == "strings":
-        whole = data.WholeString(prompt_text.tokenizer, string_len(config))
-    return Run(config, sources, composite(config, sources), text, prompt_text, whole)
+        whole_string = data.WholeString(prompt_text.tokenizer, string_len(config))
+    return Pair(config, sources, composite(config, sources), text, prompt_text, whole_string)
 
 
 def string_len(config: Any) -> int:
-    """Tokens of a generator's whole prompt: all three segments."""
+    """The most tokens the generator reads: all three segments."""
     return config.data.prompt_passage_len + config.data.prompt_query_len + config.data.answer_len
 
 
@@ -151,18 +123,18 @@ def prompt(config: Any, sources: dict[str, hf.Source]) -> data.Prompt | None:
     )  # fmt: skip
 
 
-def abstract_params(run: Run, mesh: Mesh | None = None) -> dict[str, Any]:
-    """Shapes of all parameters, with their places on a mesh, if none is given one of all devices."""
-    shapes = run.shapes()
+def abstract_params(pair: Pair, mesh: Mesh | None = None) -> dict[str, Any]:
+    """Shapes of all parameters and how they lie on a mesh; without one, on a mesh of all devices."""
+    shapes = pair.shapes()
     places = sharding.param_shardings(mesh or sharding.make_mesh(1, -1, 1), shapes)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, jnp.float32, sharding=s), shapes, places)
 
 
-def pretrained_params(run: Run, mesh: Mesh | None = None) -> dict[str, Any]:
-    """The parameters in the models' folders, placed as `abstract_params` says."""
+def pretrained_params(pair: Pair, mesh: Mesh | None = None) -> dict[str, Any]:
+    """The parameters in the models' folders, which lie as `abstract_params` says."""
     return {
         role: hf.load_params(
-            run.sources[role].folder, run.sources[role].model_config, jax.tree.map(lambda a: a.sharding, places)
+            pair.sources[role].folder, pair.sources[role].model_config, jax.tree.map(lambda a: a.sharding, places)
         )
-        for role, places in abstract_params(run, mesh).items()
+        for role, places in abstract_params(pair, mesh).items()
     }

@@ -111,7 +111,7 @@ def compile_step(loaded: Any, topology: chips.Topology) -> dict[str, Any]:
     pair.check_lengths(loaded, sources)
     mesh = sharding.make_mesh(**loaded.mesh.to_dict(), devices=devices(topology))
     sharding.check_batch(mesh, loaded.batch_size, loaded.group_size)
-    opened = pair.Run(loaded, sources, pair.composite(loaded, sources), None, None, None)
+    opened = pair.Pair(loaded, sources, pair.composite(loaded, sources), None, None, None)
     _, _, state, step = loop.make_step(opened, mesh)
     lengths = batch_lengths(loaded, loop.used_roles(opened))
     rows = jax.sharding.NamedSharding(mesh, sharding.BATCH)

@@ -15,7 +15,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterable
@@ -25,7 +24,7 @@ import safetensors.numpy
 import tokenizers
 from tokenizers import decoders, pre_tokenizers
 
-from rag_jax import cli, config, errors
+from rag_jax import cli, config, errors, files
 
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py"
 ROWS_OF_TABLE = {
@@ -134,12 +133,8 @@ def make_once(target: pathlib.Path, build: Callable[[pathlib.Path], None]) -> pa
     """`build(folder)` fills a new folder that becomes `target` only when complete; a `target` that exists is kept."""
     if target.exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as scratch:
-        made = pathlib.Path(scratch) / target.name
-        made.mkdir()
+    with files.folder_at_once(target) as made:
         build(made)
-        made.rename(target)
     return target
 
 
@@ -188,9 +183,9 @@ def build_smollm2(folder: pathlib.Path) -> None:
     tensors = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
     weights = llama_weights(tensors, config["num_attention_heads"], config["num_key_value_heads"])
     safetensors.numpy.save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    write_json(folder / "config.json", config)
+    files.write_json(folder / "config.json", config)
     byte_level_bpe(fields).save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", tokenizer_config(fields))
+    files.write_json(folder / "tokenizer_config.json", tokenizer_config(fields))
 
 
 def llama_config(fields: dict) -> dict:
@@ -279,10 +274,6 @@ def tokenizer_config(fields: dict) -> dict:
         "model_max_length": fields["llama.context_length"],
         "chat_template": fields["tokenizer.chat_template"],
     }
-
-
-def write_json(path: pathlib.Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def build_rows(folder: pathlib.Path) -> None:

@@ -29,7 +29,7 @@ from rag_jax.objectives import OBJECTIVES, Formula
 # Tokens whose (tokens, V) logits exist at one time in `gold_log_probs`.
 HEAD_CHUNK = 512
 # Scores that exist at one time on a device in the contrastive loss, 16 MB for rows and for columns.
-SCORES_AT_A_TIME = 2**22
+CONTRASTIVE_SCORES = 2**22
 
 # (path of the parameters, the parameters or one layer of them, compute dtype) -> whole ones in that dtype.
 Gather = Callable[[tuple[str, ...], Any, Any], Any]
@@ -361,7 +361,7 @@ def contrastive_term(rag: Rag, batch: Batch, embs: Embs) -> Term:
         return losses.contrastive_nll(position, by_row, by_column)
 
     rows = (query_emb_bE, passage_emb_bE, batch.query_key, batch.passage_key, rag.shard.positions(b))
-    return Term(map_rows(nll, rows, SCORES_AT_A_TIME // len(all_passages_PE)), jnp.ones(b))
+    return Term(map_rows(nll, rows, CONTRASTIVE_SCORES // len(all_passages_PE)), jnp.ones(b))
 
 
 def are_columns(negative_keys_n: Int[Array, " n"], all_passage_keys: Int[Array, " B"]) -> Bool[Array, " n"]:

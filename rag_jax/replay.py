@@ -28,13 +28,13 @@ def main() -> None:
 def replay(loaded: Any, workdir: pathlib.Path, step: int) -> None:
     """Print all about a step; see above."""
     from rag_jax import data, pair
-    from rag_jax.distributed import sharding
+    from rag_jax.distributed import compile_cache, sharding
     from rag_jax.training import loop, mining, optim
     from rag_jax.training.writer import Progress
     from rag_jax.workdir import provenance
     from rag_jax.workdir.checkpoint import Checkpoints
 
-    pair.keep_compiled()
+    compile_cache.keep_compiled()
     mesh = sharding.make_mesh(**loaded.mesh.to_dict())
     with Checkpoints(workdir) as checkpoints:
         start, damaged = checkpoints.newest_good(before=step)

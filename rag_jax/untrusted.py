@@ -93,10 +93,10 @@ def path(text: str, where: str) -> pathlib.Path:
     except FileNotFoundError:
         pass
     except RuntimeError:
-        raise UserError(f"{where}: there is no such user's folder; write the whole path") from None
+        raise UserError(f"{where}: there is no such user's folder; write the full path") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else one_line(error)
-        raise UserError(f"{where}: {reason}; give another path or mend it") from None
+        raise UserError(f"{where}: {reason}; give another path or fix it") from None
     return expanded
 
 

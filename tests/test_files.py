@@ -1,6 +1,9 @@
 """Tokenised rows on disk: found again, never half written, made again when anything that they depend on changed."""
 
+import json
 import logging
+import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -85,3 +88,54 @@ def test_the_tokenizer_counts_but_not_its_last_call():
     assert files.tokenizer_key(tokenizer) == before
     others = [word_tokenizer(["b", "a"]), byte_tokenizer(), byte_tokenizer(bos=False), byte_tokenizer(eos=False)]
     assert len({before, *map(files.tokenizer_key, others)}) == 5
+
+
+def test_files_appear_complete_and_replace_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "file"
+    files.write_whole(path, "old ß")
+    assert path.read_bytes() == "old ß".encode()
+    before = os.umask(0o022)
+    try:
+        files.write_whole(path, b"new", sync=True)
+    finally:
+        os.umask(before)
+    assert path.read_bytes() == b"new" and path.stat().st_mode & 0o777 == 0o644
+    seen = []
+    monkeypatch.setattr(os, "replace", lambda partial, target: seen.append(pathlib.Path(partial).read_bytes()))
+    files.write_whole(path, b"newer")
+    assert seen == [b"newer"] and path.read_bytes() == b"new", "all is written before it takes its place"
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, error):
+    path = tmp_path / "file"
+    files.write_whole(path, "old")
+    with pytest.raises(type(error)), files.file_at_once(path) as file:
+        file.write(b"half")
+        raise error
+    with pytest.raises(UnicodeEncodeError):
+        files.write_whole(path, "half \ud800")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    files.write_whole(path, "half \ud800", errors="replace")
+    assert path.read_text() == "half ?"
+
+
+@pytest.mark.parametrize("value", [{"ß": ["文", 1.5, None]}, {"name": "\udcff", "ß": 1}])
+def test_json_comes_back_as_it_was_whatever_its_texts(tmp_path, value):
+    files.write_json(tmp_path / "a.json", value)
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == value
+
+
+def test_a_folder_appears_complete_over_nothing_but_an_empty_one(tmp_path):
+    with pytest.raises(OSError, match="disk full"), files.folder_at_once(tmp_path / "deep" / "folder") as made:
+        (made / "half").write_text("half")
+        raise OSError("disk full")
+    assert list((tmp_path / "deep").iterdir()) == []
+    for _ in range(2):
+        with files.folder_at_once(tmp_path / "folder") as made:
+            assert made.stat().st_mode & 0o777 == (tmp_path / "deep").stat().st_mode & 0o777
+        assert (tmp_path / "folder").is_dir()
+    (tmp_path / "folder" / "mine").write_text("mine")
+    with pytest.raises(OSError, match="not empty"), files.folder_at_once(tmp_path / "folder") as made:
+        pass
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["deep", "folder", "mine"]

@@ -14,8 +14,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("errors",),
     ("untrusted", "planning", "objectives"),
-    ("files", "losses", "distributed"),
-    ("models", "data"),
+    ("files", "losses"),
+    ("models", "data", "distributed"),
     ("hf", "rag", "workdir"),
     ("pair",),
     ("inference",),

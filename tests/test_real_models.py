@@ -66,7 +66,7 @@ def opened_run(real_models, file, **objective):
         "objective.marginal_temperature": MARGINAL_TEMPERATURE,
         "objective.candidates": NUM_ROWS,
     }
-    return pair.open_run(config.build(values, {f"objective.{name}": value for name, value in objective.items()}))
+    return pair.open_pair(config.build(values, {f"objective.{name}": value for name, value in objective.items()}))
 
 
 def batch_of(opened):

@@ -97,9 +97,10 @@ def load_examples(
 
     `key` is the config key of `source`, `columns` the column of "query", "passage" and "answer" (which is not asked for
     when only the retriever is used), and of "negative" where so many `negatives` of each row's given ones are wanted.
-    A row with an empty field, or an answer longer than `prompt.answer_len` tokens, is dropped or refused (`bad_rows`);
-    too long a query or passage is cut. Raises UserError for an unreadable source, for fewer usable rows than `min_rows`
-    (a batch to train on), and where a retriever has no two passages to tell apart.
+    A row with an empty field, a query without tokens (from its last one the answer is predicted), or an answer longer
+    than `prompt.answer_len` tokens is dropped or refused (`bad_rows`); too long a query or passage is cut. Raises
+    UserError for an unreadable source, for fewer usable rows than `min_rows` (a batch to train on), and where a
+    retriever has no two passages to tell apart.
     """
     with_answers = prompt is not None or whole_string is not None
     read = row_files.read_rows(source, key, columns, with_answers=with_answers, with_negatives=negatives > 0)
@@ -122,9 +123,18 @@ def load_examples(
     }
 
     if prompt is not None:
-        fits = arrays["answers.lengths"] <= prompt.answer_len
+        reasons = {
+            "a query that has no tokens for the generator": arrays["prompt_queries.lengths"][query_key] == 0,
+            f"an answer longer than data.answer_len={prompt.answer_len} tokens": (
+                arrays["answers.lengths"] > prompt.answer_len
+            ),
+        }
+        fits = np.ones(len(rows), bool)
+        for reason, unfit in reasons.items():
+            if number := int((unfit & fits).sum()):
+                dropped[reason] = number
+            fits &= ~unfit
         if not fits.all():
-            dropped[f"an answer longer than data.answer_len={prompt.answer_len} tokens"] = int((~fits).sum())
             row_cut = {name: cut[fits] for name, cut in row_cut.items()}
             examples = take(examples, np.flatnonzero(fits))
     _refuse(f"{key}={source!r}", bad_rows, dropped, len(read), len(examples), min_rows)
@@ -151,7 +161,7 @@ def _refuse(where: str, bad_rows: str, dropped: Mapping[str, int], num_read: int
     reasons = ", ".join(f"{number} with {reason}" for reason, number in dropped.items())
     if dropped and bad_rows == "refuse":
         raise UserError(
-            f"{where} has bad rows among {num_read}: {reasons}; mend them, or leave them out with data.bad_rows=drop"
+            f"{where} has bad rows among {num_read}: {reasons}; fix them, or leave them out with data.bad_rows=drop"
         )
     if num_rows < min_rows:
         lost = f" ({num_read} read; {reasons})" if dropped else ""

@@ -106,7 +106,7 @@ def _text(value: Any, holds: str, at: str) -> str:
     nothing = value is None or value != value  # NaN is how tables of numbers say nothing
     text = "" if nothing else str(value)
     if not untrusted.is_unicode(text):
-        raise UserError(f"{holds} half a character (a lone surrogate) {at}: mend its encoding")
+        raise UserError(f"{holds} half a character (a lone surrogate) {at}: fix its encoding")
     if "\0" in text:
         raise UserError(f"{holds} a NUL character {at}: remove it")
     return text
@@ -120,7 +120,7 @@ def _read_table(source: str, where: str, names: Sequence[str]) -> Columns:
     if path.is_file():
         reader = READERS.get(path.suffix.lower())
         if reader is None:
-            raise UserError(f"{where} is of no known kind: name it {', '.join(READERS)}")
+            raise UserError(f"{where} is of an unknown kind: name it {', '.join(READERS)}")
         if path.stat().st_size == 0:
             raise UserError(f"{where} is an empty file")
         try:
@@ -130,7 +130,7 @@ def _read_table(source: str, where: str, names: Sequence[str]) -> Columns:
         except Exception as error:  # pyarrow raises many kinds for what it does not like
             raise UserError(f"{where} cannot be read as {path.suffix[1:]}: {untrusted.one_line(error)}") from error
     if path.suffix.lower() in READERS or not HUB_NAME.fullmatch(source):
-        raise UserError(f"{where}: no such file or folder; mend the path (it is relative to {pathlib.Path.cwd()})")
+        raise UserError(f"{where}: no such file or folder; fix the path (it is relative to {pathlib.Path.cwd()})")
     return _read_hub(source, where, names)
 
 
@@ -141,8 +141,8 @@ def _lines(path: pathlib.Path, where: str) -> Iterator[str]:
             for number, line in enumerate(file, start=1):
                 if "\0" in line:
                     raise UserError(
-                        f"{where}: line {number} holds a NUL byte: it is damaged or no UTF-8 text (UTF-16?); "
-                        "mend the line or save the file as UTF-8"
+                        f"{where}: line {number} holds a NUL byte: it is damaged or not UTF-8 text (UTF-16?); "
+                        "fix the line or save the file as UTF-8"
                     )
                 yield line
     except UnicodeDecodeError:
@@ -168,7 +168,7 @@ def _read_separated(separator: str) -> Callable[[pathlib.Path, str, Sequence[str
     def read(path: pathlib.Path, where: str, names: Sequence[str]) -> Columns:
         csv.field_size_limit(2**31 - 1)
         lines = csv.reader(_lines(path, where), delimiter=separator, strict=True)
-        rows, ended = [], 0  # the line that the last whole row ended in
+        rows, ended = [], 0  # the line that the last complete row ended in
         try:
             header = next(lines, [])
             _once(names, header, where)
@@ -223,7 +223,7 @@ def _read_json(path: pathlib.Path, where: str, names: Sequence[str]) -> Columns:
         records = [(n, _json_line(line, n, where)) for n, line in itertools.chain([first], lines) if line]
     for number, record in records:
         if not isinstance(record, dict):
-            raise UserError(f"{where}: {kind} {number} is no JSON object with the columns as keys")
+            raise UserError(f"{where}: {kind} {number} is not a JSON object with the columns as keys")
     present = dict.fromkeys(name for _, record in records for name in record)
     return {name: [record.get(name) for _, record in records] for name in present}
 
@@ -233,7 +233,7 @@ def _json_line(line: str, number: int, where: str) -> Any:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
         at = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else None
-        raise UserError(f"{where}: line {number} is no JSON object: {at or untrusted.one_line(error)}") from None
+        raise UserError(f"{where}: line {number} is not a JSON object: {at or untrusted.one_line(error)}") from None
 
 
 def _read_parquet(path: pathlib.Path, where: str, names: Sequence[str]) -> Columns:
@@ -273,7 +273,7 @@ def _read_folder(path: pathlib.Path, where: str, names: Sequence[str]) -> Column
         return _read_dataset(datasets.load_from_disk(str(path), keep_in_memory=True), names)
     except Exception as error:  # of many kinds, for what is missing or of another shape
         reason = untrusted.one_line(error)
-        raise UserError(f"{where} is a folder that save_to_disk did not write whole: {reason}") from error
+        raise UserError(f"{where} is a folder that save_to_disk did not write completely: {reason}") from error
 
 
 def _check_inside(path: pathlib.Path, where: str) -> None:

@@ -7,6 +7,7 @@ import os
 import pathlib
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -93,13 +94,16 @@ def _giving_up_after(timeout_s: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def all_or_none() -> Iterator[None]:
-    """What every process must get through: where one cannot, none goes on, and those that could say which it was."""
+    """What every process must get through: where one cannot, none goes on, and those that could say which it was.
+
+    Whatever it fails with: the others would wait for it in their next exchange.
+    """
     import jax
 
     problem: BaseException | None = None
     try:
         yield
-    except (UserError, OSError) as error:
+    except BaseException as error:
         problem = error
     if jax.process_count() > 1:
         failed = np.flatnonzero(_from_all(np.array([problem is not None])))
@@ -116,15 +120,14 @@ def ends_at_once() -> Iterator[None]:
 
     try:
         yield
-    except (UserError, OSError, jax.errors.JaxRuntimeError) as error:
-        text = str(error)
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            if not any(word in text for word in LOST):
-                raise
+    except BaseException as error:
+        text = str(error) if isinstance(error, UserError | OSError) else None
+        if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and any(word in str(error) for word in LOST):
             text = f"another process of this run has ended ({untrusted.one_line(error, 120)}); its own message says why"
         if jax.process_count() > 1:
-            print(f"rag_jax: error: {untrusted.shown(text)}", file=sys.stderr, flush=True)
-            os._exit(2)
+            told = traceback.format_exc() if text is None else f"rag_jax: error: {untrusted.shown(text)}\n"
+            print(told, end="", file=sys.stderr, flush=True)
+            os._exit(1 if text is None else 2)
         raise
 
 
@@ -158,5 +161,5 @@ def _digest(content: bytes) -> bytes:
 
 def _code() -> str:
     """What the package's own source is, whatever its version says."""
-    files = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
+    files = sorted(pathlib.Path(__file__).parents[1].rglob("*.py"))
     return _digest(b"".join(path.read_bytes() for path in files)).hex()

@@ -100,7 +100,7 @@ def _read(caller: socket.socket) -> Mapping[str, Any]:
     while not line.endswith(b"\n"):
         part = caller.recv(LINE_BYTES)
         if not part or len(line) > LINE_BYTES:
-            raise ValueError("no whole line")
+            raise ValueError("no complete line")
         line += part
     said = json.loads(line)
     if not isinstance(said, dict):

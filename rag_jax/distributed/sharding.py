@@ -15,23 +15,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as PS
 
 from rag_jax.errors import UserError
 
-P = PartitionSpec
-
 AXES = ("replica", "data", "model")
-BATCH = P(("replica", "data"))
+BATCH = PS(("replica", "data"))
 
-# Path -> axes of the parameter, first match wins. Layers are stacked: their leading axis N stays whole. An axis that
-# does not divide its dimension is left out for that parameter, so odd vocabularies are whole along V.
-PARAM_RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"embed/(word|position|token_type)/embedding$", P("model", "data")),
-    (r"layers/.*(query|key|value|gate|up)/kernel$", P(None, "data", "model")),
-    (r"layers/.*(out|down)/kernel$", P(None, "model", "data")),
-    (r"head/kernel$", P("data", "model")),
-    (r"(bias|scale)$", P()),
+# Path -> axes of the parameter, first match wins. Layers are stacked: their leading axis N is never split. An axis that
+# does not divide its dimension is left out for that parameter, so odd vocabularies are not split along V.
+PARAM_RULES: tuple[tuple[str, PS], ...] = (
+    (r"embed/(word|position|token_type)/embedding$", PS("model", "data")),
+    (r"layers/.*(query|key|value|gate|up)/kernel$", PS(None, "data", "model")),
+    (r"layers/.*(out|down)/kernel$", PS(None, "model", "data")),
+    (r"head/kernel$", PS("data", "model")),
+    (r"(bias|scale)$", PS()),
 )
 
 
@@ -65,7 +64,7 @@ def connect(mesh: Mesh) -> None:
     def sums() -> list[jax.Array]:
         return [jax.lax.psum(jax.lax.axis_index(chosen), chosen) for chosen in sets]
 
-    jax.block_until_ready(jax.jit(jax.shard_map(sums, mesh=mesh, in_specs=(), out_specs=P(), check_vma=False))())
+    jax.block_until_ready(jax.jit(jax.shard_map(sums, mesh=mesh, in_specs=(), out_specs=PS(), check_vma=False))())
 
 
 def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
@@ -79,7 +78,7 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def check_batch(mesh: Mesh, batch_size: int, group_size: int) -> None:
-    """UserError unless every device gets the same number of whole groups."""
+    """UserError unless every device gets the same number of complete groups."""
     shards, groups = batch_shards(mesh), batch_size // group_size
     if groups % shards:
         raise UserError(
@@ -88,22 +87,17 @@ def check_batch(mesh: Mesh, batch_size: int, group_size: int) -> None:
         )
 
 
-def path_of(key_path: tuple[Any, ...]) -> str:
-    """`generator/layers/mlp/up/kernel` for a path of `jax.tree_util`."""
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in key_path)
-
-
 def param_shardings(mesh: Mesh | AbstractMesh, shapes: Any) -> Any:
     """A sharding for every parameter by `PARAM_RULES`; ValueError lists what no rule matches."""
     unmatched: list[str] = []
 
     def place(key_path: tuple[Any, ...], shape: Any) -> NamedSharding:
-        path = path_of(key_path)
+        path = jax.tree_util.keystr(key_path, simple=True, separator="/")  # generator/layers/mlp/up/kernel
         for pattern, spec in PARAM_RULES:
             if re.search(pattern, path):
                 return NamedSharding(mesh, _fit(spec, shape.shape, mesh))
         unmatched.append(path)
-        return NamedSharding(mesh, P())
+        return NamedSharding(mesh, PS())
 
     shardings = jax.tree_util.tree_map_with_path(place, shapes)
     if unmatched:
@@ -111,8 +105,8 @@ def param_shardings(mesh: Mesh | AbstractMesh, shapes: Any) -> Any:
     return shardings
 
 
-def _fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    return P(*(a if a is None or n % mesh.shape[a] == 0 else None for a, n in zip(spec, shape, strict=False)))
+def _fit(spec: PS, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PS:
+    return PS(*(a if a is None or n % mesh.shape[a] == 0 else None for a, n in zip(spec, shape, strict=False)))
 
 
 def on_each_device(fn: Callable[..., Any], mesh: Mesh, shardings: Sequence[Any], results: Sequence[Any]) -> Any:
@@ -124,21 +118,21 @@ def on_each_device(fn: Callable[..., Any], mesh: Mesh, shardings: Sequence[Any],
     axes = batch_axes(mesh)
     if not axes:
         return fn
-    own = functools.partial(jax.tree.map, lambda s: P(*(_own(part, axes) for part in s.spec)))
+    own = functools.partial(jax.tree.map, lambda s: PS(*(_axes_among(part, axes) for part in s.spec)))
     return jax.shard_map(
         fn, mesh=mesh, in_specs=tuple(map(own, shardings)), out_specs=tuple(map(own, results)),
         axis_names=set(axes), check_vma=False,
     )  # fmt: skip
 
 
-def _own(part: Any, axes: tuple[str, ...]) -> Any:
+def _axes_among(part: Any, axes: tuple[str, ...]) -> Any:
     """What of a dimension's axes is among `axes`."""
     kept = tuple(axis for axis in (part if isinstance(part, tuple) else (part,)) if axis in axes)
     return kept or None
 
 
 def gather_params(shardings: Any, path: tuple[str, ...], params: Any, dtype: Any) -> Any:
-    """The parameters below `path`, whole along `data` and in `dtype`, from the shares of all devices.
+    """The parameters below `path`, complete along `data` and in `dtype`, from the shares of all devices.
 
     Runs inside `on_each_device`. Without the leading axis of `shardings` for one layer of stacked parameters. Their
     gradients come back summed over `data` in float32, each device's share to it.
@@ -146,7 +140,7 @@ def gather_params(shardings: Any, path: tuple[str, ...], params: Any, dtype: Any
     for name in path:
         shardings = shardings[name]
 
-    def whole(param: jax.Array, sharding: NamedSharding) -> jax.Array:
+    def complete(param: jax.Array, sharding: NamedSharding) -> jax.Array:
         if not batch_axes(sharding.mesh):
             return param.astype(dtype)
         spec = tuple(sharding.spec) + (None,) * (param.ndim - len(sharding.spec))
@@ -157,10 +151,10 @@ def gather_params(shardings: Any, path: tuple[str, ...], params: Any, dtype: Any
         if sharding.mesh.shape["model"] == 1:
             return gather(param)
         # Left to the compiler, `model` would be gathered first and cut again afterwards.
-        inner = P(*(name if name == "model" else None for name in spec))
+        inner = PS(*(name if name == "model" else None for name in spec))
         return jax.shard_map(gather, in_specs=inner, out_specs=inner, axis_names={"model"}, check_vma=False)(param)
 
-    return jax.tree.map(whole, params, {name: shardings[name] for name in params})
+    return jax.tree.map(complete, params, {name: shardings[name] for name in params})
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnames=("axis", "dtype"))

@@ -7,7 +7,6 @@ import collections
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -17,12 +16,11 @@ import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from rag_jax import data, losses, rag
+from rag_jax import data, files, losses, rag
 from rag_jax.data import segments
 from rag_jax.distributed import sharding
 from rag_jax.evaluation import metrics
-from rag_jax.inference import decoding, disk_index, likelihood, search
-from rag_jax.inference.programs import Places
+from rag_jax.inference import decoding, disk_index, likelihood, programs, search
 
 # The sample of rows is the same for every run on the same file, whatever the run's own seed.
 SAMPLE_SEED = 0
@@ -297,7 +295,7 @@ def greedy_answers(
     assert queries is not None
     shape = data.longest(examples)
     query_len = segments.padded_length(queries.lengths, shape.suffix)
-    texts, places = [""] * num_answers, Places.of(params, "generator")
+    texts, places = [""] * num_answers, programs.placement(params, "generator")
     weights = losses.doc_log_probs(jax.numpy.asarray(cosine) / model.objective.marginal_temperature)
     eos_id = segments.eos_id(rows.tokenizer)
     for batch in prompt_batches(rows, candidates[:num_answers], places.shards, "answers"):
@@ -359,15 +357,8 @@ def record(result: Result, rows: EvalRows, model: rag.Rag, step: int) -> dict[st
 def write_record(workdir: pathlib.Path, content: dict[str, Any], by_row: list[dict[str, Any]]) -> pathlib.Path:
     """`workdir/eval/step_N.json` and, before it, `step_N.rows.jsonl`, each whole or not at all."""
     path = workdir / "eval" / f"step_{content['step']}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(line, ensure_ascii=False) for line in by_row)
-    _replace(path.with_suffix(".rows.jsonl"), "".join(f"{line}\n" for line in lines))
-    _replace(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    return path
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
     # Texts may hold halves of surrogate pairs.
-    partial.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(partial, path)
+    files.write_whole(path.with_suffix(".rows.jsonl"), "".join(f"{line}\n" for line in lines), errors="replace")
+    files.write_json(path, content)
+    return path

@@ -11,7 +11,7 @@ import numpy as np
 import safetensors.numpy
 import transformers
 
-from rag_jax import models, untrusted
+from rag_jax import files, models, untrusted
 from rag_jax.errors import UserError
 from rag_jax.hf import config as configs
 from rag_jax.hf import folder as folders
@@ -82,7 +82,7 @@ def save_model(
     theirs["architectures"] = [_architecture(source, is_retriever=pooling is not None)]
     theirs.pop("torch_dtype", None)
     theirs["dtype"] = dtype
-    _write_json(folder / "config.json", theirs)
+    files.write_json(folder / "config.json", theirs)
     if pooling is not None:
         write_pooling(folder, pooling, source.model_config.width)
         _with_pad_token(folder, source.tokenizer)
@@ -150,7 +150,7 @@ def _without_code(folder: pathlib.Path) -> None:
         file = folder / name
         settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if settings.pop("auto_map", None) is not None:
-            _write_json(file, settings)
+            files.write_json(file, settings)
 
 
 def _with_pad_token(folder: pathlib.Path, tokenizer: Any) -> None:
@@ -161,8 +161,4 @@ def _with_pad_token(folder: pathlib.Path, tokenizer: Any) -> None:
     if tokenizer.pad_token is None:
         file = folder / "tokenizer_config.json"
         settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        _write_json(file, settings | {"pad_token": tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)})
-
-
-def _write_json(path: pathlib.Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        files.write_json(file, settings | {"pad_token": tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)})

@@ -2,7 +2,6 @@
 
 import pathlib
 import re
-import tempfile
 
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
@@ -69,16 +68,12 @@ def _random(path: str, key: str) -> pathlib.Path:
     target = files.folder() / "random" / f"{name}-{RANDOM_FORMAT}"
     if target.is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as scratch:
-        made = pathlib.Path(scratch) / name
-        made.mkdir()
-        tiny.build(name, made)
-        try:
-            made.rename(target)
-        except OSError:
-            if not target.is_dir():  # another process was first
-                raise
+    try:
+        with files.folder_at_once(target) as made:
+            tiny.build(name, made)
+    except OSError:
+        if not target.is_dir():  # else another process was first
+            raise
     return target
 
 

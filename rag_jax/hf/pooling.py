@@ -1,12 +1,11 @@
 """How a retriever's token states become an embedding: sentence-transformers' files, read and written."""
 
 import dataclasses
-import json
 import os
 import pathlib
 from typing import Any
 
-from rag_jax import untrusted
+from rag_jax import files, untrusted
 from rag_jax.errors import UserError
 
 # Theirs -> ours. Older files have one flag a mode, newer ones a name.
@@ -64,11 +63,11 @@ def write_pooling(folder: pathlib.Path, pooling: Pooling, width: int) -> None:
     ]
     flags = {flag: MODES[name] == pooling.mode for flag, name in FLAGS.items()}
     others = {"pooling_mode_max_tokens": False, "pooling_mode_mean_sqrt_len_tokens": False}
-    _write(folder, "modules.json", types)
-    _write(folder, "1_Pooling/config.json", {"word_embedding_dimension": width, **flags, **others})
+    files.write_json(folder / "modules.json", types)
+    files.write_json(folder / "1_Pooling/config.json", {"word_embedding_dimension": width, **flags, **others})
     prompts = {"query": pooling.query_prefix, "document": pooling.passage_prefix}
-    _write(folder, "config_sentence_transformers.json", {"prompts": prompts, "similarity_fn_name": "cosine"})
-    _write(folder, "sentence_bert_config.json", {"max_seq_length": pooling.max_len, "do_lower_case": False})
+    files.write_json(folder / "config_sentence_transformers.json", {"prompts": prompts, "similarity_fn_name": "cosine"})
+    files.write_json(folder / "sentence_bert_config.json", {"max_seq_length": pooling.max_len, "do_lower_case": False})
     (folder / "2_Normalize").mkdir(exist_ok=True)
 
 
@@ -100,8 +99,3 @@ def _read(folder: pathlib.Path, name: str, where: str, kind: type) -> Any:
     if not isinstance(content, kind | None):
         raise UserError(f"{where}: {name} holds no {kind.__name__}; fetch it again")
     return content or kind()
-
-
-def _write(folder: pathlib.Path, name: str, content: Any) -> None:
-    (folder / name).parent.mkdir(exist_ok=True)
-    (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,16 +1,14 @@
 """Tiny random models with byte-level tokenizers, for tests and first tries: `random:bert|gpt2|llama|qwen3`."""
 
-import json
 import pathlib
 import zlib
-from typing import Any
 
 import jax
 import numpy as np
 import tokenizers
 from tokenizers import decoders, pre_tokenizers, processors
 
-from rag_jax import models
+from rag_jax import files, models
 from rag_jax.hf import config as configs
 from rag_jax.hf import weights
 
@@ -45,10 +43,10 @@ def build(name: str, folder: pathlib.Path, config: models.ModelConfig | None = N
     tokens = dict(SPECIAL[name])
     special = list(dict.fromkeys(tokens.values()))
     ids = {f"{kind}_id": special.index(token) for kind, token in tokens.items()}
-    _write(folder / "config.json", configs.to_hf(config, name) | ids)
+    files.write_json(folder / "config.json", configs.to_hf(config, name) | ids)
     tokenizer(special, first_last=name == "bert").save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens, "model_max_length": POSITIONS}
-    _write(folder / "tokenizer_config.json", settings)
+    files.write_json(folder / "tokenizer_config.json", settings)
 
 
 def tokenizer(special: list[str], *, first_last: bool) -> tokenizers.Tokenizer:
@@ -69,7 +67,3 @@ def _draw(rng: np.random.Generator, leaf: str, shape: tuple[int, ...]) -> np.nda
         return np.full(shape, float(leaf == "scale"), np.float32)
     std = 0.02 if leaf == "embedding" else shape[-2] ** -0.5
     return (std * rng.standard_normal(shape)).astype(np.float32)
-
-
-def _write(path: pathlib.Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

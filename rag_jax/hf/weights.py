@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import pathlib
 import re
@@ -17,6 +16,7 @@ import safetensors.numpy
 
 from rag_jax import models, untrusted
 from rag_jax.errors import UserError
+from rag_jax.files import write_json
 from rag_jax.hf.rules import CARRIED, DROPPED, PREFIXES, RULES, Rule
 
 DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -295,7 +295,7 @@ def _write(
         files |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / INDEX, index)
 
 
 def _leaves(config: models.ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:

@@ -18,7 +18,7 @@ from rag_jax import data, files, losses, rag
 from rag_jax.data import segments
 from rag_jax.distributed import sharding
 from rag_jax.errors import UserError
-from rag_jax.inference import decoding, disk_index, search
+from rag_jax.inference import decoding, disk_index, programs, search
 from rag_jax.inference.decoding import Noise, Reading, Tokens
 from rag_jax.models.decoder import Decoder
 
@@ -57,10 +57,10 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
+class Answerer:
     """A retriever with the passages as it embeds them, and a generator."""
 
-    opened: Any  # run.Run
+    opened: Any  # pair.Pair
     params: dict
     step: int
     passages: tuple[str, ...]
@@ -83,22 +83,23 @@ def corpus_emb(opened: Any, params: dict, passages: tuple[str, ...]) -> tuple[Fl
     return arrays["emb"], found
 
 
-def ask(pair: Pair, questions: Sequence[str], settings: Settings) -> list[dict[str, Any]]:
+def ask(answerer: Answerer, questions: Sequence[str], settings: Settings) -> list[dict[str, Any]]:
     """Answer, likelihood, and the passages read with probability and evidence, for each question.
 
     All shapes are of the config or even shares of those: few programs, whatever is asked.
     """
-    opened, lengths = pair.opened, pair.opened.config.data
+    opened, lengths = answerer.opened, answerer.opened.config.data
     asked = [*questions, *[questions[0]] * (settings.batch_size - len(questions))]
-    query_emb = embedded(opened, pair.params, asked)
-    cosine, retrieved = search.top_k(query_emb, pair.passage_emb, settings.candidates)
+    query_emb = embedded(opened, answerer.params, asked)
+    cosine, retrieved = search.top_k(query_emb, answerer.passage_emb, settings.candidates)
     doc_log_probs = np.asarray(losses.doc_log_probs(jnp.asarray(cosine) / opened.model.objective.marginal_temperature))
     used, candidates = np.unique(retrieved, return_inverse=True)
-    (prefixes, _), (queries, _) = data.prompt_segments(opened.prompt, [pair.passages[i] for i in used], asked)
+    (prefixes, _), (queries, _) = data.prompt_segments(opened.prompt, [answerer.passages[i] for i in used], asked)
+    _check_tokens(opened, "generator", asked, queries)
     which = np.arange(search.size_for(len(used), retrieved.size)) % len(used)
     found = answers(
         opened.model,
-        pair.params,
+        answerer.params,
         segments.pad(prefixes, which, search.size_for(int(prefixes.lengths.max()), lengths.prompt_passage_len)),
         segments.pad(
             queries, np.arange(len(asked)), search.size_for(int(queries.lengths.max()), lengths.prompt_query_len)
@@ -116,7 +117,7 @@ def ask(pair: Pair, questions: Sequence[str], settings: Settings) -> list[dict[s
             "log_prob": float(found.log_probs[i]),
             "tokens": int(found.mask[i].sum()),
             "passages": [
-                {"passage": pair.passages[passage]} | {name: float(of[i, k]) for name, of in columns.items()}
+                {"passage": answerer.passages[passage]} | {name: float(of[i, k]) for name, of in columns.items()}
                 for k, passage in enumerate(retrieved[i])
             ],
         }
@@ -134,11 +135,15 @@ def embedded(opened: Any, params: dict, questions: Sequence[str]) -> Float[np.nd
     """Embeddings of the questions as the retriever reads queries."""
     text = opened.retriever_text
     tokens, _ = data.retriever_tokens(text.tokenizer, questions, text.query_prefix, text.query_len)
-    if not tokens.lengths.all():
-        question = questions[int(tokens.lengths.argmin())]
-        raise UserError(f"the question {question!r} has no tokens for retriever.path={opened.config.retriever.path!r}")
+    _check_tokens(opened, "retriever", questions, tokens)
     size = {"batch_size": len(questions), "longest": text.query_len}
     return search.embed(opened.model, params, tokens, label="questions", **size)
+
+
+def _check_tokens(opened: Any, role: str, questions: Sequence[str], tokens: data.Ragged) -> None:
+    if not tokens.lengths.all():
+        question = questions[int(tokens.lengths.argmin())]
+        raise UserError(f"the question {question!r} has no tokens for {role}.path={opened.config[role].path!r}")
 
 
 def answers(
@@ -263,20 +268,16 @@ def drawn(
     return decoding.one_by_one(generator, alone, jnp.zeros((B, 1)), noise, **sizes).ids[:, None]
 
 
-def _program(fn: Callable[..., Any], *sizes: str) -> Callable[..., Any]:
+def _program(fn: Callable[..., Any]) -> Callable[..., Any]:
     """`fn` of the generator in `params`, compiled once for each shape and each value of `sizes`."""
 
-    @functools.partial(jax.jit, static_argnums=0, static_argnames=sizes)
-    def compiled(model: rag.Rag, params: dict, *arrays: Any, **sizes: Any) -> Any:
-        return fn(model.model("generator", params), *arrays, **sizes)
+    def run(model: rag.Rag, params: dict, *arrays: Any, **sizes: Any) -> Any:
+        program = programs.compiled(fn, model, programs.placement(params, "generator"), **sizes)
+        return program(params["generator"], *arrays)
 
-    return compiled
+    return run
 
 
-_ANSWER, _BEAMS = ("num_tokens", "eos_id"), ("num_beams", "length_penalty")
-_read = _program(decoding.read, "num_slots")
-_one_by_one = _program(decoding.one_by_one, *_ANSWER)
-_beam = _program(decoding.beam, *_ANSWER, *_BEAMS)
-_score = _program(decoding.score)
-_of_each_passage = _program(of_each_passage, *_ANSWER, *_BEAMS)
-_drawn = _program(drawn, *_ANSWER)
+_read, _score = _program(decoding.read), _program(decoding.score)
+_one_by_one, _beam = _program(decoding.one_by_one), _program(decoding.beam)
+_of_each_passage, _drawn = _program(of_each_passage), _program(drawn)

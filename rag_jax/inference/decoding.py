@@ -10,7 +10,6 @@ of a query, **T** tokens of an answer, **Lp** prefix (passage segment), **Lq** q
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from rag_jax import rag
 from rag_jax.distributed import sharding
-from rag_jax.inference.programs import Places
+from rag_jax.inference import programs
 from rag_jax.models.decoder import Cache, Decoder
 
 Tokens = tuple[Any, Any]  # ids (n, L) int32 and mask (n, L) bool, right-padded
@@ -256,32 +255,27 @@ def answer_ids(
 
     Of D devices each answers B / D of the queries from its own P of the D P prefixes, into which its candidates count.
     """
-    places = Places.of(params, "generator")
-    (ids,) = _answerer(model, places, num_tokens, eos_id)(
-        params["generator"], *places.put(*prefix, *query, candidates, doc_log_probs)
-    )
+    where, split = programs.placement(params, "generator"), ((sharding.BATCH,) * 6, (sharding.BATCH,))
+    sizes = {"num_tokens": num_tokens, "eos_id": eos_id}
+    answer = programs.compiled(_answer, model, where, split, axes=where.axes, **sizes)
+    (ids,) = answer(params["generator"], *where.split_rows(*prefix, *query, candidates, doc_log_probs))
     return ids
 
 
-@functools.lru_cache(maxsize=8)
-def _answerer(model: rag.Rag, places: Places, num_tokens: int, eos_id: int) -> Callable[..., tuple[Array]]:
-    def own(
-        generator: Decoder,
-        prefix_ids: Int[Array, "P Lp"],
-        prefix_mask: Bool[Array, "P Lp"],
-        query_ids: Int[Array, "B Lq"],
-        query_mask: Bool[Array, "B Lq"],
-        candidates: Int[Array, "B K"],
-        doc_log_probs: Float[Array, "B K"],
-    ) -> tuple[Int[Array, "B T"]]:
-        num_slots = prefix_ids.shape[1] + query_ids.shape[1] + num_tokens
-        prefix, query = (prefix_ids, prefix_mask), (query_ids, query_mask)
-        reading = read(generator, prefix, query, candidates, num_slots=num_slots)
-        sizes = {"num_tokens": num_tokens, "eos_id": eos_id}
-        return (one_by_one(generator, reading, doc_log_probs, None, axes=places.axes, **sizes).ids,)
-
-    rows = sharding.BATCH
-    return places.program(model, own, (rows,) * 6, (rows,))
+def _answer(
+    generator: Decoder,
+    prefix_ids: Int[Array, "P Lp"],
+    prefix_mask: Bool[Array, "P Lp"],
+    query_ids: Int[Array, "B Lq"],
+    query_mask: Bool[Array, "B Lq"],
+    candidates: Int[Array, "B K"],
+    doc_log_probs: Float[Array, "B K"],
+    **sizes: Any,
+) -> tuple[Int[Array, "B T"]]:
+    num_slots = prefix_ids.shape[1] + query_ids.shape[1] + sizes["num_tokens"]
+    prefix, query = (prefix_ids, prefix_mask), (query_ids, query_mask)
+    reading = read(generator, prefix, query, candidates, num_slots=num_slots)
+    return (one_by_one(generator, reading, doc_log_probs, None, **sizes).ids,)
 
 
 def text(tokenizer: Any, ids: Int[np.ndarray, " T"]) -> str:

@@ -18,22 +18,22 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
-from rag_jax import rag
+from rag_jax import files, rag
 from rag_jax.data import segments
 from rag_jax.distributed import processes
 from rag_jax.errors import UserError
 from rag_jax.inference import search
 
-# In the file, and what its bytes mean: numpy's format knows no bfloat16.
+# In the file, and what its bytes mean: numpy's format does not know bfloat16.
 STORED = {"float32": "float32", "bfloat16": "uint16", "int8": "int8"}
 SHARD_ROWS = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """An index whose shards are all there. `block` is what `retrieval.top_k` asks for."""
+    """An index whose shards are all there. `block` is what `search.top_k` asks for."""
 
     folder: pathlib.Path
     dtype: str
@@ -62,11 +62,11 @@ def build(
 ) -> Index:  # fmt: skip
     """The index of these tokenised passages by this retriever, from the shards that are there on; all processes call.
 
-    A shard appears whole or not at all, so what was stopped goes on. UserError for an index of another retriever, other
-    passages or another form: it stays as it is.
+    A shard appears complete or not at all, so a stopped build continues. UserError for an index of another retriever,
+    other passages or another form: it stays as it is.
     """
     if not len(tokens):
-        raise UserError(f"an index in {os.fspath(folder)}: there is no passage to put into it")
+        raise UserError(f"an index in {os.fspath(folder)}: there are no passages to put into it")
     path = pathlib.Path(folder)
     of = {"retriever": retriever_key(model, params), "passages": passages_key(tokens)}
     index = Index(path, dtype, len(tokens), shard_rows)
@@ -77,15 +77,16 @@ def build(
     shards = range(-(-len(tokens) // shard_rows))
     rows_of = {shard: np.arange(len(tokens))[shard * shard_rows :][:shard_rows] for shard in shards}
     # Before any is made: then all processes see the same ones.
-    missing = [shard for shard in shards if not _is_whole(_path(path, "shard", shard), len(rows_of[shard]))]
+    width = _width(model, params)
+    missing = [shard for shard in shards if not _is_complete(path, shard, dtype, (len(rows_of[shard]), width))]
     for shard in missing:
         label = f"passages, part {shard + 1} of {len(shards)}" if len(shards) > 1 else "passages"
         emb = search.embed(model, params, tokens.take(rows_of[shard]), batch_size=batch_size, label=label)
         if jax.process_index() == 0:
             stored, scale = compress(emb, dtype)
             if scale is not None:
-                _write(_path(path, "scale", shard), scale)
-            _write(_path(path, "shard", shard), stored.view(STORED[dtype]))
+                _save(_path(path, "scale", shard), scale)
+            _save(_path(path, "shard", shard), stored.view(STORED[dtype]))
     with processes.all_or_none():  # the last shard is there for all
         return index
 
@@ -132,9 +133,8 @@ def _check_or_begin(folder: pathlib.Path, facts: dict[str, Any]) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"{folder} holds something that is no index; give another folder") from None
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            raise UserError(f"{folder} holds something that is not an index; give another folder") from None
+        files.write_json(path, facts)
         return
     except ValueError:
         before = {}
@@ -148,18 +148,27 @@ def _path(folder: pathlib.Path, kind: str, shard: int) -> pathlib.Path:
     return folder / f"{kind}_{shard:05}.npy"
 
 
-def _is_whole(path: pathlib.Path, num_rows: int) -> bool:
+def _width(model: rag.Rag, params: dict) -> int:
+    """E, from shapes alone."""
+
+    def embed(params: dict, ids: Int[Array, "B L"]) -> Float[Array, "B E"]:
+        return rag.encode(model.model("retriever", params), ids, ids > 0, model.pooling)
+
+    return jax.eval_shape(embed, params, jax.ShapeDtypeStruct((1, 1), jnp.int32)).shape[1]
+
+
+def _is_complete(folder: pathlib.Path, shard: int, dtype: str, shape: tuple[int, int]) -> bool:
+    """Whether a shard's files are there, with the shapes and number types that they must have."""
+    expected: dict[str, tuple[tuple[int, ...], str]] = {"shard": (shape, STORED[dtype])}
+    if dtype == "int8":
+        expected["scale"] = (shape[:1], "float32")
     try:
-        return len(np.load(path, mmap_mode="r")) == num_rows
+        there = {kind: np.load(_path(folder, kind, shard), mmap_mode="r") for kind in expected}
     except (OSError, ValueError):
         return False
+    return all((file.shape, file.dtype.name) == expected[kind] for kind, file in there.items())
 
 
-def _write(path: pathlib.Path, array: np.ndarray) -> None:
-    """Whole or not at all."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
+def _save(path: pathlib.Path, array: np.ndarray) -> None:
+    with files.file_at_once(path, sync=True) as file:
         np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

@@ -7,24 +7,24 @@ tokens of the longest answer.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as PS
 from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
 from rag_jax import rag
 from rag_jax.data import segments
 from rag_jax.distributed import sharding
-from rag_jax.inference import search
-from rag_jax.inference.programs import Places
+from rag_jax.inference import programs, search
 from rag_jax.models.decoder import Cache, Decoder
 
-P, ROWS = sharding.P, sharding.BATCH
+ROWS = sharding.BATCH
 # Of keys, values and lengths: in the former layers lead.
-CACHE = (P(None, *ROWS), P(None, *ROWS), ROWS)
+CACHE = (PS(None, *ROWS), PS(None, *ROWS), ROWS)
 # Answer tokens a pair, of which a batch is padded to whole numbers: few shapes.
 ANSWER_STEP = 4
 
@@ -70,22 +70,25 @@ def answer_log_probs(
     `at_a_time`: pairs, and passages whose keys and values are kept, of all devices. Passages of like length are read
     together, and behind them suffixes of like length.
     """
-    places = Places.of(params, "generator")
+    where = programs.placement(params, "generator")
     num_slots = segments.padded_length(pairs.prefixes.lengths[pairs.prefix], int(pairs.prefixes.lengths.max()))
     suffix_slots = segments.round_up(int(pairs.suffix_lengths.max()))
-    read, behind, score = _programs(model, places, num_slots, suffix_slots)
+    rows = (ROWS,)
+    read = programs.compiled(_read, model, where, (rows * 2, CACHE), num_slots=num_slots)
+    behind = programs.compiled(_behind, model, where, ((*CACHE, *rows * 3), rows), num_slots=suffix_slots)
+    score = programs.compiled(_score, model, where, (rows * 3, rows))
     found = np.zeros((len(pairs), int(pairs.answers.lengths[pairs.answer].max())), np.float32)
     generator = params["generator"]
     with tqdm(total=len(pairs), desc=label, **search.BAR) as bar:
-        for prefixes, batches in blocks(pairs, places.shards, at_a_time):
+        for prefixes, batches in blocks(pairs, where.shards, at_a_time):
             length = search.size_for(int(pairs.prefixes.lengths[prefixes].max()), num_slots)
-            cache = read(generator, *places.put(*segments.pad(pairs.prefixes, prefixes.ravel(), length)))
+            cache = read(generator, *where.split_rows(*segments.pad(pairs.prefixes, prefixes.ravel(), length)))
             computed = []
             for batch in batches:
                 ids, mask, place = suffixes(pairs, batch)
-                hidden = behind(generator, *cache, *places.put(ids, mask, place))
-                where, ids, owner = answer_tokens(pairs, batch, suffix_slots)
-                computed.append((*score(generator, *hidden, *places.put(where.ravel(), ids.ravel())), owner))
+                hidden = behind(generator, *cache, *where.split_rows(ids, mask, place))
+                state, ids, owner = answer_tokens(pairs, batch, suffix_slots)
+                computed.append((*score(generator, *hidden, *where.split_rows(state.ravel(), ids.ravel())), owner))
             for log_probs, (row, column, token) in computed:
                 found[row, column] = sharding.to_host(log_probs)[token]
             bar.update(sum(int((batch.pairs >= 0).sum()) for batch in batches))
@@ -153,33 +156,32 @@ def answer_tokens(pairs: Pairs, batch: Batch, slots: int) -> tuple[np.ndarray, n
     return where, ids, tuple(np.concatenate(part) for part in zip(*owner, strict=True))
 
 
-@functools.lru_cache(maxsize=8)
-def _programs(model: rag.Rag, places: Places, num_slots: int, suffix_slots: int) -> tuple[Callable[..., Any], ...]:
-    """Compiled for each shape: reading passages, suffixes behind them, log-probabilities of the suffixes' tokens."""
+def _read(
+    generator: Decoder, ids: Int[Array, "P Lp"], mask: Bool[Array, "P Lp"], *, num_slots: int
+) -> tuple[Array, ...]:
+    """Keys, values and lengths of passages."""
+    return tuple(generator.prefill(ids, mask, num_slots)[1])
 
-    def read(generator: Decoder, ids: Int[Array, "P Lp"], mask: Bool[Array, "P Lp"]) -> tuple[Array, ...]:
-        return tuple(generator.prefill(ids, mask, num_slots)[1])
 
-    def behind(
-        generator: Decoder,
-        key: Array,
-        value: Array,
-        length: Array,
-        ids: Int[Array, "S Ls"],
-        mask: Bool[Array, "S Ls"],
-        place: Int[Array, " S"],
-    ) -> tuple[Float[Array, "S slots D"]]:
-        hidden = generator.behind(ids, mask, Cache(key, value, length), place)
-        return (jnp.pad(hidden, ((0, 0), (0, suffix_slots - ids.shape[1]), (0, 0))),)
+def _behind(
+    generator: Decoder,
+    key: Array,
+    value: Array,
+    length: Array,
+    ids: Int[Array, "S Ls"],
+    mask: Bool[Array, "S Ls"],
+    place: Int[Array, " S"],
+    *,
+    num_slots: int,
+) -> tuple[Float[Array, "S slots D"]]:
+    """States of suffixes behind the passages at `place`."""
+    hidden = generator.behind(ids, mask, Cache(key, value, length), place)
+    return (jnp.pad(hidden, ((0, 0), (0, num_slots - ids.shape[1]), (0, 0))),)
 
-    def score(
-        generator: Decoder, hidden: Float[Array, "S slots D"], where: Int[Array, " A"], ids: Int[Array, " A"]
-    ) -> tuple[Float[Array, " A"]]:
-        states = hidden.reshape(-1, hidden.shape[-1])[where]
-        return (rag.gold_log_probs(states, generator.head_kernel(), ids),)
 
-    return (
-        places.program(model, read, (ROWS, ROWS), CACHE),
-        places.program(model, behind, (*CACHE, ROWS, ROWS, ROWS), (ROWS,)),
-        places.program(model, score, (ROWS, ROWS, ROWS), (ROWS,)),
-    )
+def _score(
+    generator: Decoder, hidden: Float[Array, "S slots D"], where: Int[Array, " A"], ids: Int[Array, " A"]
+) -> tuple[Float[Array, " A"]]:
+    """Log-probabilities of tokens after the states that stand `where`."""
+    states = hidden.reshape(-1, hidden.shape[-1])[where]
+    return (rag.gold_log_probs(states, generator.head_kernel(), ids),)

@@ -1,34 +1,35 @@
 """Exact retrieval over a corpus: embedding texts, the highest-scoring passages.
 
-**R** queries, **M** passages of the corpus, **K** retrieved passages, **E** embedding width.
+**Q** queries, **M** passages of the corpus, **m** of a block, **K** retrieved passages, **E** embedding width.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as PS
 from jaxtyping import Array, Bool, Float, Int, Shaped
 from tqdm import tqdm
 
 from rag_jax import rag
 from rag_jax.data import segments
 from rag_jax.distributed import sharding
-from rag_jax.inference.programs import Places
+from rag_jax.inference import programs
 
 # Scores that exist at one time on a device: (queries, passages) float32 of at most this many numbers, 64 MB.
-SCORES_AT_A_TIME = 2**24
+BLOCK_SCORES = 2**24
 QUERIES_AT_A_TIME = 4096
 # Neighbouring scores of which the highest is looked at first.
 RUN = 128
+# What a score that is NaN counts as: it comes after every other, and before what is passed over (-inf).
+LOWEST = np.finfo(np.float32).min
 # Of progress: on a terminal only.
 BAR: dict[str, Any] = {"leave": False, "mininterval": 1.0, "disable": None}
-
-P = PartitionSpec
 
 
 def size_for(needed: int, largest: int, *, steps: int = 4) -> int:
@@ -52,48 +53,43 @@ def embed(
     Texts of similar length share a batch, and the devices on which the parameters lie share the batches. A batch is
     padded to a share of `longest` (0: of the longest text), so that other texts are read by the same programs.
     """
-    places = Places.of(params, "retriever")
-    encode = _encoder(model, places)
-    batch_size = -(-min(batch_size, len(tokens)) // places.shards) * places.shards
+    where, split = programs.placement(params, "retriever"), ((sharding.BATCH,) * 2, (sharding.BATCH,))
+    encode = programs.compiled(_encode, model, where, split, pooling=model.pooling)
+    batch_size = -(-min(batch_size, len(tokens)) // where.shards) * where.shards
     lengths = tokens.lengths
     longest = longest or int(lengths.max())
     found: list[Any] = []
     order = np.argsort(-lengths, kind="stable")  # the longest first: too little memory shows at once
     for rows, real in tqdm(list(full_batches(order, batch_size)), desc=label, **BAR):
         batch = segments.pad(tokens, rows, size_for(int(lengths[rows].max()), longest))
-        found.append((*encode(params["retriever"], *places.put(*batch)), real))
+        found.append((*encode(params["retriever"], *where.split_rows(*batch)), real))
     emb = np.empty((len(tokens), found[0][0].shape[-1]), np.float32)
     emb[order] = np.concatenate([sharding.to_host(part)[:real] for part, real in found])
     return emb
 
 
-@functools.lru_cache(maxsize=8)
-def _encoder(model: rag.Rag, places: Places) -> Callable[..., tuple[Float[Array, "b E"]]]:
-    """The compiled encoder for parameters that lie so."""
-
-    def own(retriever: Any, ids: Int[Array, "b L"], mask: Bool[Array, "b L"]) -> tuple[Float[Array, "b E"]]:
-        return (rag.encode(retriever, ids, mask, model.pooling),)
-
-    rows = sharding.BATCH
-    return places.program(model, own, (rows, rows), (rows,))
+def _encode(
+    retriever: Any, ids: Int[Array, "b L"], mask: Bool[Array, "b L"], *, pooling: str
+) -> tuple[Float[Array, "b E"]]:
+    return (rag.encode(retriever, ids, mask, pooling),)
 
 
 def top_k(
-    query_emb: Float[np.ndarray, "R E"],
+    query_emb: Float[np.ndarray, "Q E"],
     corpus: Any,
     k: int,
     *,
     recall_target: float = 1.0,
-    at_most: Float[np.ndarray, " R"] | None = None,
-) -> tuple[Float[np.ndarray, "R K"], Int[np.ndarray, "R K"]]:
+    at_most: Float[np.ndarray, " Q"] | None = None,
+) -> tuple[Float[np.ndarray, "Q K"], Int[np.ndarray, "Q K"]]:
     """Scores and indices of each query's k nearest passages, nearest first; of equals the lower index first.
 
     Exact: every passage is scored, in blocks that all devices of all processes share; every process must call. The
     corpus is an array (M, E), or anything with a length and `block(start, stop)` that gives rows (m, E) of any number
     type and what to multiply the scores of each with, (m,) or None: a corpus on disk is read once for 4,096 queries. k
     is cut to the number of passages. `at_most`: what scores above it is passed over, and where fewer than k are left
-    the last scores are -inf, and their indices mean nothing. `recall_target` below 1: TPUs may miss that many, for
-    speed (`jax.lax.approx_max_k`).
+    the last scores are -inf, and their indices mean nothing. A score that is NaN ranks last. `recall_target` below 1:
+    TPUs may miss that many, for speed (`jax.lax.approx_max_k`).
     """
     corpus = Held(corpus) if isinstance(corpus, np.ndarray) else corpus
     if not len(corpus):
@@ -127,22 +123,23 @@ class Held:
 
 
 def _on_host(
-    query_emb: Float[np.ndarray, "R E"], corpus: Any, k: int, ceiling: Float[np.ndarray, " R"] | None
-) -> tuple[Float[np.ndarray, "R K"], Int[np.ndarray, "R K"]]:
+    query_emb: Float[np.ndarray, "Q E"], corpus: Any, k: int, ceiling: Float[np.ndarray, " Q"] | None
+) -> tuple[Float[np.ndarray, "Q K"], Int[np.ndarray, "Q K"]]:
     """`top_k` on one CPU, where numpy's products are faster than XLA's.
 
     Once k passages are known few others score above the last of them, and only those are sorted.
     """
-    R, num_passages = len(query_emb), len(corpus)
-    rows = min(max(SCORES_AT_A_TIME // R, k), num_passages)
-    score, index = np.zeros((R, 0), np.float32), np.zeros((R, 0), np.int32)
-    room = np.empty(R * rows, np.float32)  # new memory for every block would cost as much as a fifth of its products
+    Q, num_passages = len(query_emb), len(corpus)
+    rows = min(max(BLOCK_SCORES // Q, k), num_passages)
+    score, index = np.zeros((Q, 0), np.float32), np.zeros((Q, 0), np.int32)
+    room = np.empty(Q * rows, np.float32)  # new memory for every block would cost as much as a fifth of its products
     for start in range(0, num_passages, rows):
         values, scale = corpus.block(start, min(start + rows, num_passages))
-        scores = room[: R * len(values)].reshape(R, -1)
+        scores = room[: Q * len(values)].reshape(Q, -1)
         np.matmul(query_emb, values.astype(np.float32, copy=False).T, out=scores)
         if scale is not None:
             scores *= scale
+        np.fmax(scores, LOWEST, out=scores)
         if ceiling is not None:
             scores[scores > ceiling[:, None]] = -np.inf
         if not start:
@@ -150,9 +147,9 @@ def _on_host(
         else:
             better = scores > score[:, -1:]  # of equals the one found before stays
         row, place = np.divmod(np.flatnonzero(better), len(values))
-        number = np.bincount(row, minlength=R)
+        number = np.bincount(row, minlength=Q)
         column = np.arange(len(row)) - np.repeat(number.cumsum() - number, number)
-        more = np.full((R, number.max()), -np.inf, np.float32)
+        more = np.full((Q, number.max()), -np.inf, np.float32)
         more_index = np.zeros(more.shape, np.int32)
         more[row, column], more_index[row, column] = scores[row, place], start + place
         score, index = (np.concatenate(both, axis=1) for both in ((score, more), (index, more_index)))
@@ -163,55 +160,55 @@ def _on_host(
 
 def _on_devices(
     mesh: Mesh,
-    query_emb: Float[np.ndarray, "R E"],
+    query_emb: Float[np.ndarray, "Q E"],
     corpus: Any,
     k: int,
-    ceiling: Float[np.ndarray, " R"] | None,
+    ceiling: Float[np.ndarray, " Q"] | None,
     recall_target: float,
-) -> tuple[Float[np.ndarray, "R K"], Int[np.ndarray, "R K"]]:
+) -> tuple[Float[np.ndarray, "Q K"], Int[np.ndarray, "Q K"]]:
     """`top_k` of which each device scores a share of every block."""
     num_passages = len(corpus)
-    rows = min(max(SCORES_AT_A_TIME // len(query_emb), 1) * mesh.size, num_passages)
+    rows = min(max(BLOCK_SCORES // len(query_emb), 1) * mesh.size, num_passages)
     rows = -(-rows // mesh.size) * mesh.size
-    queries, best = _put(mesh, query_emb, P()), _nothing(mesh, len(query_emb), k)
-    limit = None if ceiling is None else _put(mesh, ceiling, P())
+    queries, best = _put(mesh, query_emb, PS()), _nothing(mesh, len(query_emb), k)
+    limit = None if ceiling is None else _put(mesh, ceiling, PS())
     for start in range(0, num_passages, rows):
         values, scale = corpus.block(start, min(start + rows, num_passages))
         scale = np.ones(len(values), np.float32) if scale is None else scale
         if missing := rows - len(values):
             values, scale = np.pad(values, ((0, missing), (0, 0))), np.pad(scale, (0, missing))
-        block = [_put(mesh, array, P("all")) for array in (values, scale)]
+        block = [_put(mesh, array, PS("all")) for array in (values, scale)]
         jax.block_until_ready(best)  # one block waits while another is scored; more would only take memory
         best = _advance(mesh, recall_target, queries, *block, *best, start, num_passages, limit)
     score, index = _merge(mesh, *best)
     return sharding.to_host(score), sharding.to_host(index)
 
 
-def _put(mesh: Mesh, array: np.ndarray, spec: PartitionSpec) -> jax.Array:
-    """A global array of what every process has whole."""
+def _put(mesh: Mesh, array: np.ndarray, spec: PS) -> jax.Array:
+    """A global array of what every process holds all of."""
     return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
 
 
 def _nothing(mesh: Mesh, num_queries: int, k: int) -> tuple[jax.Array, jax.Array]:
-    """The best (R, D k) of no passage: k of each device, side by side."""
+    """The best (Q, D k) of no passage: k of each device, side by side."""
     shape = (num_queries, mesh.size * k)
     score, index = np.full(shape, -np.inf, np.float32), np.full(shape, np.iinfo(np.int32).max, np.int32)
-    return _put(mesh, score, P(None, "all")), _put(mesh, index, P(None, "all"))
+    return _put(mesh, score, PS(None, "all")), _put(mesh, index, PS(None, "all"))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(5, 6))
 def _advance(
     mesh: Mesh,
     recall_target: float,
-    query_emb: Float[Array, "R E"],
+    query_emb: Float[Array, "Q E"],
     passages: Shaped[Array, "m E"],
     scale: Float[Array, " m"],
-    score: Float[Array, "R Dk"],
-    index: Int[Array, "R Dk"],
+    score: Float[Array, "Q Dk"],
+    index: Int[Array, "Q Dk"],
     start: Int[Array, ""] | int,
     num_passages: Int[Array, ""] | int,
-    ceiling: Float[Array, " R"] | None,
-) -> tuple[Float[Array, "R Dk"], Int[Array, "R Dk"]]:
+    ceiling: Float[Array, " Q"] | None,
+) -> tuple[Float[Array, "Q Dk"], Int[Array, "Q Dk"]]:
     """Each device's k best so far and of its share of the block that begins with passage `start`."""
 
     def own(
@@ -220,8 +217,8 @@ def _advance(
         (m, _), k = passages.shape, score.shape[1]
         first = start + jax.lax.axis_index("all") * m
         # The default precision of a product on TPU and GPU is lower than float32 and would change ranks.
-        product = functools.partial(jnp.einsum, "RE,mE->Rm", precision=jax.lax.Precision.HIGHEST)
-        scores = product(query_emb, passages.astype(jnp.float32)) * scale
+        product = functools.partial(jnp.einsum, "QE,mE->Qm", precision=jax.lax.Precision.HIGHEST)
+        scores = jnp.fmax(product(query_emb, passages.astype(jnp.float32)) * scale, LOWEST)
         scores = jnp.where(first + jnp.arange(m) < num_passages, scores, -jnp.inf)
         if ceiling is not None:
             scores = jnp.where(scores > ceiling[:, None], -jnp.inf, scores)
@@ -231,15 +228,15 @@ def _advance(
         score, chosen = jax.lax.top_k(joined, k)
         return score, jnp.take_along_axis(jnp.concatenate([index, first + place], axis=1), chosen, axis=1)
 
-    best = P(None, "all")
-    specs = (P(), P("all"), P("all"), best, best, P(), P(), P())
+    best = PS(None, "all")
+    specs = (PS(), PS("all"), PS("all"), best, best, PS(), PS(), PS())
     split = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=(best, best), check_vma=False)
     return split(query_emb, passages, scale, score, index, jnp.int32(start), jnp.int32(num_passages), ceiling)
 
 
 def best_of_rows(
-    scores: Float[Array, "R m"], k: int, recall_target: float = 1.0
-) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
+    scores: Float[Array, "Q m"], k: int, recall_target: float = 1.0
+) -> tuple[Float[Array, "Q K"], Int[Array, "Q K"]]:
     """`jax.lax.top_k`, of equals the lower index first, without sorting long rows.
 
     The k best of a row lie in the k runs of `RUN` neighbours with the highest maxima (of equals the earlier ones), so
@@ -248,22 +245,22 @@ def best_of_rows(
     if recall_target < 1:
         score, index = jax.lax.approx_max_k(scores, k, recall_target=recall_target)
         return score, index.astype(jnp.int32)
-    R, m = scores.shape
+    Q, m = scores.shape
     if m <= 2 * k * RUN:
         score, index = jax.lax.top_k(scores, k)
         return score, index
-    runs = jnp.pad(scores, ((0, 0), (0, -m % RUN)), constant_values=-jnp.inf).reshape(R, -1, RUN)
+    runs = jnp.pad(scores, ((0, 0), (0, -m % RUN)), constant_values=-jnp.inf).reshape(Q, -1, RUN)
     highest = jnp.sort(jax.lax.top_k(runs.max(axis=2), k)[1], axis=1)
-    score, place = jax.lax.top_k(jnp.take_along_axis(runs, highest[:, :, None], axis=1).reshape(R, k * RUN), k)
+    score, place = jax.lax.top_k(jnp.take_along_axis(runs, highest[:, :, None], axis=1).reshape(Q, k * RUN), k)
     return score, jnp.take_along_axis(highest, place // RUN, axis=1) * RUN + place % RUN
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _merge(
-    mesh: Mesh, score: Float[Array, "R Dk"], index: Int[Array, "R Dk"]
-) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
+    mesh: Mesh, score: Float[Array, "Q Dk"], index: Int[Array, "Q Dk"]
+) -> tuple[Float[Array, "Q K"], Int[Array, "Q K"]]:
     """The best of all devices, on all of them."""
     k = score.shape[1] // mesh.size
-    score, index = (jax.lax.with_sharding_constraint(a, NamedSharding(mesh, P())) for a in (score, index))
+    score, index = (jax.lax.with_sharding_constraint(a, NamedSharding(mesh, PS())) for a in (score, index))
     descending, index = jax.lax.sort((-score, index), num_keys=2)
     return -descending[:, :k], index[:, :k]

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import pathlib
 import shutil
 import signal
@@ -15,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rag_jax import config as configs
-from rag_jax import data, hf, pair
-from rag_jax.distributed import processes, sharding
+from rag_jax import data, files, hf, pair
+from rag_jax.distributed import compile_cache, processes, sharding
 from rag_jax.errors import UserError
 from rag_jax.evaluation import evaluation
 from rag_jax.training import announce, mining, optim, watch
@@ -42,7 +41,7 @@ class Training:
 
     config: Any
     workdir: pathlib.Path
-    opened: pair.Run
+    opened: pair.Pair
     mesh: Mesh
     examples: data.Examples
     shapes: tuple[data.Lengths, ...]
@@ -59,7 +58,7 @@ def train(config: Any, workdir: pathlib.Path) -> int:
 
     UserError for what the config, its files or the machine make impossible, before anything is compiled.
     """
-    pair.keep_compiled()
+    compile_cache.keep_compiled()
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     sharding.check_batch(mesh, config.batch_size, config.group_size)
     start_step, damaged = newest_checkpoint(config, workdir)
@@ -126,7 +125,7 @@ def resumable(config: Any, workdir: pathlib.Path) -> bool:
 def build(config: Any, workdir: pathlib.Path, mesh: Mesh, start_step: int) -> Training:
     """Open models and rows, say what will be done, and write what a workdir holds from the start."""
     is_main = jax.process_index() == 0
-    opened = pair.open_run(config, workdir if start_step else None)
+    opened = pair.open_pair(config, workdir if start_step else None)
     used = used_roles(opened)
     prompt = opened.prompt if opened.whole_string is None else None
     examples, report = data.load_examples(
@@ -152,7 +151,7 @@ def build(config: Any, workdir: pathlib.Path, mesh: Mesh, start_step: int) -> Tr
     return training
 
 
-def make_step(opened: pair.Run, mesh: Mesh) -> tuple[optim.Rules, Any, Any, Step]:
+def make_step(opened: pair.Pair, mesh: Mesh) -> tuple[optim.Rules, Any, Any, Step]:
     """The rules of rate and freezing, the optimizer, the abstract state, and the step; no array is made."""
     config = opened.config
     rules = rate_rules(config, used_roles(opened))
@@ -177,7 +176,7 @@ def shared_facts(training: Training, start_step: int) -> dict[str, Any]:
     return {f"config.{name}": value for name, value in configs.flat(training.config).items()} | place | examples
 
 
-def used_roles(opened: pair.Run) -> set[str]:
+def used_roles(opened: pair.Pair) -> set[str]:
     objective = opened.model.objective
     return {role for role in opened.sources if getattr(objective, f"uses_{role}")}
 
@@ -188,16 +187,14 @@ def rate_rules(config: Any, used: set[str]) -> optim.Rules:
     return unused + tuple(config.optimizer.rate_rules)
 
 
-def has_dropout(opened: pair.Run) -> bool:
+def has_dropout(opened: pair.Pair) -> bool:
     model_configs = [pair.model_config(opened.config, role, source) for role, source in opened.sources.items()]
     return any(rate > 0 for model_config in model_configs for rate in pair.dropouts(model_config).values())
 
 
 def write_workdir(training: Training, start_step: int, found: provenance.Inputs) -> None:
     """config.json, what the run reads, and all of the models but their weights: the workdir can be used on its own."""
-    partial = training.workdir / "config.json.partial"
-    partial.write_text(configs.to_json(training.config), encoding="utf-8")
-    os.replace(partial, training.workdir / "config.json")
+    files.write_whole(training.workdir / "config.json", configs.to_json(training.config))
     folder = training.workdir / "models"
     if not start_step:
         for old in (folder, training.workdir / "mining"):
@@ -395,10 +392,10 @@ class Compiled:
         """The compiled step for this batch, and the seconds that compiling took, 0 if it was known."""
         if lengths in self.by_shape:
             return self.by_shape[lengths], 0.0
-        began, found = time.perf_counter(), pair.compiled_found()
+        began, found = time.perf_counter(), compile_cache.compiled_found()
         self.by_shape[lengths] = compile_step(self.training.step, state, batch)
         seconds = time.perf_counter() - began
-        how = "compiled by an earlier run, read" if pair.compiled_found() > found else "compiled"
+        how = "compiled by an earlier run, read" if compile_cache.compiled_found() > found else "compiled"
         progress.print(f"the step for {announce.describe(lengths)}: {how} in {seconds:.0f} s")
         return self.by_shape[lengths], seconds
 

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rag_jax.config import Rules
 from rag_jax.errors import UserError
 
 # The rate at which the polynomial schedule ends, as in PyTorch's.
 POLYNOMIAL_END = 1e-7
 
-Rules = tuple[tuple[str, float], ...]
 Schedule = Callable[[Any], jax.Array]
 
 

@@ -1,9 +1,7 @@
 """What watches a run's numbers: losses and gradients that are no numbers any more, and losses that leap."""
 
 import collections
-import json
 import math
-import os
 import pathlib
 import shlex
 import statistics
@@ -11,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
+from rag_jax import files
 from rag_jax.errors import UserError
 
 FOLDER = "failed"
@@ -44,10 +43,7 @@ class NonFinite:
             finite = {name: value for name, value in numbers.items() if name not in wrong}
             rows = [int(row) for row in self.rows_of(step)]
             content = {"step": step, "skipped": skips, "not_finite": wrong, "finite": finite, "rows": rows}
-            path.parent.mkdir(exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(content | {"replay": replay}, indent=2) + "\n", encoding="utf-8")
-            os.replace(partial, path)
+            files.write_json(path, content | {"replay": replay})
         shown = ", ".join(f"{name} is {value}" for name, value in wrong.items())
         if skips:
             self.skipped += 1

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import pathlib
 import socket
 import struct
@@ -18,6 +17,7 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttr
 from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 
+from rag_jax import files
 from rag_jax.errors import UserError
 from rag_jax.planning import chips
 
@@ -123,9 +123,7 @@ def _cut_back(path: pathlib.Path, step: int) -> list[dict[str, Any]]:
         if step and isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= step:
             kept.append(line + "\n")
             records.append(record)
-    new = path.with_name(path.name + ".new")
-    new.write_text("".join(kept), encoding="utf-8")
-    os.replace(new, path)
+    files.write_whole(path, "".join(kept))
     return records
 
 

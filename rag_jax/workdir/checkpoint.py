@@ -4,8 +4,8 @@ A checkpoint is a folder `checkpoints/STEP` of two items, "params" (all of them,
 can be restored apart: evaluation and export read the parameters only. Trees are stored as `{path: array}`, so what they
 are restored into says their structure, and may lie on another mesh than what was saved.
 
-A checkpoint appears when it is whole, with the checksums of all its files, and is used only while they hold. A damaged
-one is never deleted here, nor restored.
+A checkpoint appears when it is complete, with the checksums of all its files, and is used only while they hold. A
+damaged one is never deleted here, nor restored.
 """
 
 import functools
@@ -35,7 +35,7 @@ MESSAGE_BYTES = 256
 class Checkpoints:
     """The checkpoints of one workdir. Use as a context manager, or call `close()`: it waits for the last save.
 
-    `keep`: how many of the newest stay; the best by evaluation and every `keep_every`-th step (0: none) stay besides.
+    `keep`: how many of the newest stay; the best by evaluation and every `keep_every`-th step (0: none) stay too.
     None: open for reading only.
     """
 
@@ -78,9 +78,9 @@ class Checkpoints:
         return self._problems[step]
 
     def newest_good(self, before: int | None = None) -> tuple[int | None, dict[int, str]]:
-        """The newest step (below `before`) that is whole, None without any step; what is wrong with each newer one.
+        """The newest step (below `before`) that is intact, None without any step; what is wrong with each newer one.
 
-        UserError when there are steps, but none is whole. All processes get the same answer.
+        UserError when there are steps, but none is intact. All processes get the same answer.
         """
         steps = [step for step in self.steps() if before is None or step < before]
         damaged = {}
@@ -92,13 +92,13 @@ class Checkpoints:
         if damaged:
             shown = "; ".join(f"{step}: {problem}" for step, problem in damaged.items())
             raise UserError(
-                f"no checkpoint in {self.directory} is whole ({shown}); nothing was changed: bring one back, or give "
-                "another --workdir to begin anew"
+                f"no checkpoint in {self.directory} is intact ({shown}); nothing was changed: restore one from a copy, "
+                "or give another --workdir to start over"
             )
         return None, damaged
 
     def find(self, step: int | str | None = None) -> int:
-        """The saved step that "latest" (or None: the newest whole one), "best" or a number stands for.
+        """The saved step that "latest" (or None: the newest intact one), "best" or a number stands for.
 
         UserError when there is none, and when the one asked for is damaged.
         """
@@ -143,7 +143,7 @@ class Checkpoints:
     def restore(self, items: Mapping[str, Any], step: int | str | None = None) -> dict[str, Any]:
         """The named items, each in the structure, dtypes and shardings of the abstract tree given for it.
 
-        UserError when there is no such checkpoint, when it holds other arrays than the config's models have, and when
+        UserError when there is no such checkpoint, when it holds arrays other than the config's models have, and when
         its files are damaged.
         """
         step = self.find(step)
@@ -191,7 +191,7 @@ class Checkpoints:
             reason = "no space left on the device" if full else " ".join(str(error).split())[:300]
             raise UserError(
                 f"checkpoint {self.directory / str(step)} could not be saved ({reason}); the ones before it are good: "
-                "mend that, and the same command goes on from the newest of them"
+                "fix that, and the same command continues from the newest of them"
             ) from error
 
     def _check(self, step: int, wanted: Mapping[str, Mapping[str, Any]]) -> None:
@@ -200,11 +200,11 @@ class Checkpoints:
         problems = []
         for name, flat in wanted.items():
             if saved_items.get(name) is None:
-                raise ValueError(f"no whole {name!r} in it")
+                raise ValueError(f"no complete {name!r} in it")
             saved = {path: tuple(array.shape) for path, array in saved_items[name].items()}
             here = {path: tuple(array.shape) for path, array in flat.items()}
             problems += [f"{name}/{p} is missing" for p in here.keys() - saved.keys()]
-            problems += [f"{name}/{p} is of no use" for p in saved.keys() - here.keys()]
+            problems += [f"{name}/{p} is not part of these models" for p in saved.keys() - here.keys()]
             both = here.keys() & saved.keys()
             problems += [f"{name}/{p} is {saved[p]}, not {here[p]}" for p in both if here[p] != saved[p]]
         if problems:
@@ -231,14 +231,19 @@ def _named(workdir: pathlib.Path, step: int, problem: str) -> str:
 
 
 class _Kept:
-    """Orbax's question, answered: the newest, every so many steps, and the best evaluated one for `--step=best`."""
+    """Orbax's question, answered: the newest, every so many steps, and the best evaluated one for `--step=best`.
+
+    Process 0 says which one that is: a file system may show the others an evaluation later, and each process that
+    answers otherwise would remember other checkpoints than there are.
+    """
 
     def __init__(self, keep: int | None, every: int, workdir: pathlib.Path):
         self.keep, self.every, self.workdir = keep, every, workdir
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*(sorted(steps)[-self.keep :] if self.keep else steps), best_step(self.workdir, steps)}
+        best = best_step(self.workdir, steps)
+        kept = {*(sorted(steps)[-self.keep :] if self.keep else steps), _of_main(-1 if best is None else best)}
         return [step in kept or bool(self.every and step % self.every == 0) for step in steps]
 
 
@@ -249,7 +254,7 @@ class _Summed(atomicity.AtomicRenameTemporaryPath):
         final = self._final_path
         if not final.name.isdecimal():  # an item inside a step
             return await super().finalize()
-        self._final_path = final.with_name(f"{final.name}{atomicity.TMP_DIR_SUFFIX}whole")
+        self._final_path = final.with_name(f"{final.name}{atomicity.TMP_DIR_SUFFIX}complete")
         await super().finalize()
         checksums.write(pathlib.Path(self._final_path))
         self._final_path.rename(final)

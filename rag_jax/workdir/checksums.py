@@ -5,9 +5,10 @@
 
 import concurrent.futures
 import hashlib
-import os
 import pathlib
 import re
+
+from rag_jax import files
 
 NAME = "CHECKSUMS"
 DIGEST_BYTES = 32
@@ -17,16 +18,12 @@ THREADS = 8
 
 
 def write(folder: pathlib.Path) -> None:
-    """Sum up the folder as it is; the sums appear whole or not at all."""
+    """Sum up the folder as it is; the sums appear complete or not at all."""
     names = sorted(_files(folder))
     with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
         digests = list(threads.map(lambda name: _digest(folder / name), names))
-    partial = folder / f"{NAME}.partial"
-    with open(partial, "w", encoding="utf-8", errors="surrogateescape") as file:
-        file.writelines(f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, folder / NAME)
+    lines = (f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True))
+    files.write_whole(folder / NAME, "".join(lines), errors="surrogateescape", sync=True)
 
 
 def problem(folder: pathlib.Path, share: int = 0, shares: int = 1) -> str | None:

@@ -2,11 +2,10 @@
 
 import hashlib
 import json
-import os
 import pathlib
 from typing import Any
 
-from rag_jax import data
+from rag_jax import data, files
 from rag_jax.errors import UserError
 
 NAME = "inputs.json"
@@ -22,8 +21,8 @@ def of_run(config: Any, examples: data.Examples) -> Inputs:
     for role in ("retriever", "generator"):
         folder = pathlib.Path(config[role].path or "").expanduser()
         if config[role].path and folder.is_dir():
-            files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
-            found[f"{role}.path"] = {path.name: digest(path) for path in files}
+            paths = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+            found[f"{role}.path"] = {path.name: digest(path) for path in paths}
     return found
 
 
@@ -54,9 +53,7 @@ def check(workdir: pathlib.Path, config: Any, now: Inputs) -> None:
 
 
 def write(workdir: pathlib.Path, found: Inputs) -> None:
-    partial = workdir / f"{NAME}.partial"
-    partial.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, workdir / NAME)
+    files.write_json(workdir / NAME, found)
 
 
 def digest(path: pathlib.Path) -> str:

@@ -240,7 +240,7 @@ BAD = {
     "an empty question": ([" "], ["the question is empty; ask something"]),
     "no question": ([], ["no question: give one, --questions=FILE, or lines on stdin"]),
     "missing passages": (["--passages=none.csv", "q"], ["--passages='none.csv': no such file or folder"]),
-    "passages of another column": (["--passages=README.md", "q"], ["--passages='README.md' is of no known kind"]),
+    "passages of another column": (["--passages=README.md", "q"], ["--passages='README.md' is of an unknown kind"]),
     "missing questions": (["--questions=none.txt"], ["--questions=none.txt: no such file"]),
     "two kinds of questions": (["--questions=none.txt", "q"], ["either a question or --questions=FILE, not both"]),
     "a step that is not there": (["--step=7", "q"], ["--step=7: not in", "which holds 2"]),

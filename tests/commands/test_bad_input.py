@@ -81,7 +81,7 @@ def real(cache, module, *flags, **values):
 VALUES = {
     "missing data file": (
         {"data__train": "none.csv"},
-        ["data.train='none.csv'", "no such file or folder; mend the path (it is relative to"],
+        ["data.train='none.csv'", "no such file or folder; fix the path (it is relative to"],
     ),
     "unknown key": ({"objective__temprature": 1}, ["unknown key objective.temprature; did you mean objective.temp"]),
     "key without its section": ({"learning_rate": 1}, ["unknown key learning_rate; did you mean optimizer.learning_r"]),
@@ -134,7 +134,7 @@ VALUES = {
     ),
     "no such user": (
         {"generator__path": "~no-such-user-here/m"},
-        ["generator.path='~no-such-user-here/m': there is no such user's folder; write the whole path"],
+        ["generator.path='~no-such-user-here/m': there is no such user's folder; write the full path"],
     ),
     "a token": (
         {"data__train": "hf_" + "a" * 30},
@@ -191,7 +191,7 @@ ROWS = {
     "half a character": (
         "rows.jsonl",
         '{"Question": "\\ud800", "Abstract": "p", "Answer": "a"}\n' * 8,
-        ["column 'Question' holds half a character (a lone surrogate) in row 1: mend its encoding"],
+        ["column 'Question' holds half a character (a lone surrogate) in row 1: fix its encoding"],
     ),
     "brackets without end": ("rows.json", "[" * 10**5, ["cannot be read as json: "]),
     "one passage": (
@@ -383,7 +383,7 @@ def test_places_that_an_export_does_not_touch(said, trained, tmp_path):
         (tmp_path / "out", f"--out={tmp_path / 'out'}: is not empty; give a new folder"),
         (file, f"--out={file}: is a file; give a new folder"),
         (file / "deep", f"{file}: File exists; give another path"),
-        (tmp_path / ("a" * 300), "aaa: File name too long; give another path or mend it"),
+        (tmp_path / ("a" * 300), "aaa: File name too long; give another path or fix it"),
     ):
         check(said("export", f"--workdir={trained}", f"--out={out}"), message)
     assert [path for path in pathlib.Path(tmp_path).rglob("*") if path.is_file()] == [file]

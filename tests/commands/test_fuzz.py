@@ -29,9 +29,9 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from rag_jax import cli, config, evaluate, export, files, hf, main, models, pair, plan, quickstart
+from rag_jax import cli, config, evaluate, export, files, hf, main, models, plan, quickstart
 from rag_jax.data import rows as row_files
-from rag_jax.distributed import processes
+from rag_jax.distributed import compile_cache, processes
 from rag_jax.errors import UserError
 from rag_jax.hf import config as configs
 from rag_jax.hf import tiny, weights
@@ -660,7 +660,12 @@ def test_command_lines(tmp_path, monkeypatch, capsys, command):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(config.to_json(config.load(TINY)))
     monkeypatch.chdir(tmp_path)
-    for place, name in ((processes, "start"), (pair, "keep_compiled"), (export, "export"), (plan, "check_compiler")):
+    for place, name in (
+        (processes, "start"),
+        (compile_cache, "keep_compiled"),
+        (export, "export"),
+        (plan, "check_compiler"),
+    ):
         monkeypatch.setattr(place, name, begin)
     monkeypatch.setattr(plan, "compile_step", begin)
     monkeypatch.setattr(quickstart, "quickstart", begin)

@@ -172,11 +172,11 @@ BAD = {
     ),
     "too many fields": ("r.csv", (HEADER + "q,p,a\nq,p, p,a\n").encode(), r"line 3 has 4 fields, the header has 3"),
     "not utf-8": ("r.csv", (HEADER + "q,p,\xfc\n").encode("latin-1"), r"line 2 is not UTF-8: byte 0xfc at position 29"),
-    "not json": ("r.jsonl", b'{"Question": "q"}\n{oops\n', r"line 2 is no JSON object: "),
-    "not an object": ("r.jsonl", b"3\n", r"line 1 is no JSON object with"),
+    "not json": ("r.jsonl", b'{"Question": "q"}\n{oops\n', r"line 2 is not a JSON object: "),
+    "not an object": ("r.jsonl", b"3\n", r"line 1 is not a JSON object with"),
     "not parquet": ("r.parquet", b"nothing of the kind", r"cannot be read as parquet: "),
     "not arrow": ("r.arrow", b"nothing of the kind", r"cannot be read as arrow: "),
-    "unknown kind": ("r.xlsx", b"PK", r"is of no known kind: name it .csv, .tsv"),
+    "unknown kind": ("r.xlsx", b"PK", r"is of an unknown kind: name it .csv, .tsv"),
     "a list": ("r.jsonl", b'{"Question": "q", "Abstract": "p", "Answer": ["a"]}', r"'Answer' holds a list in row 1"),
 }
 

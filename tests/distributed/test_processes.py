@@ -185,6 +185,34 @@ def test_what_two_processes_save_one_restores_bit_for_bit(cache, tmp_path):
         np.testing.assert_array_equal(tree["kernel"], known)
 
 
+KEEPS_THE_BEST = """
+import json, pathlib, sys
+import jax, numpy as np
+from rag_jax.distributed import processes, sharding
+from rag_jax.workdir import checkpoint
+
+processes.start()
+on_all = jax.sharding.NamedSharding(sharding.make_mesh(1, -1, 1), jax.sharding.PartitionSpec())
+zeros = jax.make_array_from_callback((3,), on_all, lambda index: np.zeros(3, np.float32))
+if jax.process_index() == 1:
+    checkpoint.scores = lambda workdir: {}  # its view of the shared folder is late
+with checkpoint.Checkpoints(pathlib.Path(sys.argv[1]), keep=1) as checkpoints:
+    for step in range(1, 5):
+        checkpoints.save(step, {"params": {"kernel": zeros}, "opt_state": {"mu": zeros}})
+    print("KEPT", checkpoints.steps())
+"""
+
+
+def test_processes_agree_on_what_is_kept_though_one_sees_evaluations_late(cache, tmp_path):
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "step_2.json").write_text(json.dumps({"eval/mrr@10": 0.5}))
+    command = [sys.executable, "-c", KEEPS_THE_BEST, str(tmp_path)]
+    with started(2, 1, cache, [command] * 2) as running:
+        outputs = [process.communicate(timeout=600) for process in running]
+    assert ["KEPT [2, 4]" in out for out, _ in outputs] == [True, True], outputs
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
+
+
 @pytest.mark.slow
 def test_a_signal_to_one_ends_all_with_one_checkpoint(cache, tmp_path):
     workdir = tmp_path / "run"
@@ -223,6 +251,42 @@ def test_where_one_cannot_start_none_does(cache, tmp_path):
     assert "process 1 cannot start; its own message says why" in outputs[0][1]
     assert "nothing.csv" in outputs[1][1]
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+FAILS_IN_ONE = """
+import sys, time
+from rag_jax import cli
+def main():
+    import jax
+    from jax.experimental import multihost_utils
+    from rag_jax.distributed import processes
+    processes.start()
+    multihost_utils.sync_global_devices("all are there")
+    with processes.GUARD():
+        if jax.process_index() == 1:
+            raise KeyError("no such shape")
+        if "GUARD" == "ends_at_once":  # as in the middle of training
+            multihost_utils.sync_global_devices("next")
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("guard", "told"),
+    [
+        ("all_or_none", "process 1 cannot start; its own message says why"),
+        ("ends_at_once", "another process of this run has ended"),
+    ],
+)
+def test_any_exception_in_one_ends_all(cache, guard, told):
+    """Long before they would miss its heartbeat: the other one learns of it by its word, or by its end."""
+    began = time.monotonic()
+    with started(2, 1, cache, [[sys.executable, "-c", FAILS_IN_ONE.replace("GUARD", guard)]] * 2) as running:
+        outputs = [process.communicate(timeout=100) for process in running]
+        codes = [process.returncode for process in running]
+    assert time.monotonic() - began < processes.HEARTBEAT_S + 60
+    assert "KeyError: 'no such shape'" in outputs[1][1] and codes[1] == 1, outputs
+    assert codes[0] != 0 and told in outputs[0][1], outputs
 
 
 def meet_all(indices, count, timeout_s=2.0, port=None):
@@ -334,7 +398,10 @@ def test_a_late_start_ends_with_a_line_of_ours():
             jax.errors.JaxRuntimeError("Gloo AllGather failed"),
             "rag_jax: error: another process of this run has ended (Gloo",
         ),
+        (ValueError("Gloo AllGather failed"), "rag_jax: error: another process of this run has ended (Gloo"),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED"), None),
+        (KeyError("a fault of ours"), None),
+        (KeyboardInterrupt(), None),
     ],
 )
 def test_an_error_of_one_of_several_ends_it_at_once(monkeypatch, capsys, error, told):
@@ -343,5 +410,5 @@ def test_an_error_of_one_of_several_ends_it_at_once(monkeypatch, capsys, error, 
     monkeypatch.setattr(os, "_exit", ended.append)
     with pytest.raises(type(error)), processes.ends_at_once():
         raise error
-    assert ended == ([2] if told else [])
-    assert capsys.readouterr().err.startswith(told or "")
+    assert ended == [2 if told else 1]
+    assert capsys.readouterr().err.startswith(told or "Traceback (most recent call last):")

@@ -62,7 +62,7 @@ def test_real_rankings_too(real_models, tmp_path, monkeypatch):
     """MiniLM's of the project's rows, embeddings rounded to whole numbers: real neighbours, some of them equal."""
     monkeypatch.setenv("RAG_JAX_CACHE", str(tmp_path))
     overrides = {"retriever.path": str(real_models / "minilm"), "generator.path": None, "objective.name": "none"}
-    opened = pair.open_run(config.load(TINY, overrides))
+    opened = pair.open_pair(config.load(TINY, overrides))
     rows, _ = evaluation.load_rows(opened.config, opened.retriever_text, None)
     embed = functools.partial(search.embed, opened.model, pair.pretrained_params(opened), batch_size=16, label="")
     queries, passages = (

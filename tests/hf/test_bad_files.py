@@ -55,7 +55,7 @@ ROWS = {
         "Question,A\n".encode("utf-16-le"),
         "line 1 holds a NUL byte: it is damaged or",
     ),
-    "NUL bytes": ("r.csv", HEADER + b"q,p,a\nq,p\0,a\n", "line 3 holds a NUL byte: it is damaged or no UTF-8 text"),
+    "NUL bytes": ("r.csv", HEADER + b"q,p,a\nq,p\0,a\n", "line 3 holds a NUL byte: it is damaged or not UTF-8 text"),
     "NUL escaped": ("r.jsonl", LINE.replace(b'"p"', b'"p\\u0000"'), "column 'Abstract' holds a NUL character in row 1"),
     "a quote that swallows the rest": (
         "r.csv",
@@ -71,23 +71,23 @@ ROWS = {
     "a broken line": (
         "r.jsonl",
         LINE * 3 + b'{"Question": "q", "Abstract": "p", "Answer\n' + LINE,
-        "line 4 is no JSON object: Invalid control character at at column 43",
+        "line 4 is not a JSON object: Invalid control character at at column 43",
     ),
-    "a line without end": ("r.jsonl", LINE + b"[" * 100_000, "line 2 is no JSON object: maximum recursion depth"),
+    "a line without end": ("r.jsonl", LINE + b"[" * 100_000, "line 2 is not a JSON object: maximum recursion depth"),
     "an item that is none": (
         "r.json",
         b'[{"Question": "q"},\n 3]',
-        "item 2 is no JSON object with the columns as keys",
+        "item 2 is not a JSON object with the columns as keys",
     ),
     "an image": (
         "r.jsonl",
         LINE.replace(b'"p"', b'{"bytes": ""}'),
         "column 'Abstract' holds a dict in row 1: make it one",
     ),
-    "a home that is none": ("~no-such-user-here/r.csv", None, "there is no such user's folder; write the whole path"),
-    "too long a name": ("x" * 300 + ".csv", None, "File name too long; give another path or mend it"),
-    "an archive": ("r.zip", b"PK\x03\x04", "is of no known kind: name it .csv, .tsv, .json, .jsonl, .parquet, .arrow"),
-    "a compressed file": ("r.csv.gz", b"\x1f\x8b", "is of no known kind: name it .csv"),
+    "a home that is none": ("~no-such-user-here/r.csv", None, "there is no such user's folder; write the full path"),
+    "too long a name": ("x" * 300 + ".csv", None, "File name too long; give another path or fix it"),
+    "an archive": ("r.zip", b"PK\x03\x04", "of an unknown kind: name it .csv, .tsv, .json, .jsonl, .parquet, .arrow"),
+    "a compressed file": ("r.csv.gz", b"\x1f\x8b", "is of an unknown kind: name it .csv"),
 }
 
 

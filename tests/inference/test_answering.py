@@ -10,7 +10,7 @@ from flax import nnx
 from test_decoding import CONFIGS, EOS, LP, LQ, TORCH, from_torch, padded, texts
 
 from rag_jax import losses, models, rag
-from rag_jax.inference import answering, decoding
+from rag_jax.inference import answering, decoding, programs
 
 # Few enough answers to try all of them: of tokens 0, 1 (the end), 2 and 3, at most three.
 FEW, SHORT = 4, 3
@@ -322,13 +322,16 @@ def test_what_a_row_draws_does_not_depend_on_the_others(case, name):
 def test_other_lengths_share_the_programs_that_decode(case):
     slots = LP + LQ + SHORT + 5
     case.answers(strategy("token"), num_slots=slots)
-    known = answering._one_by_one._cache_size()
+    where, sizes = programs.placement(case.params, "generator"), {"num_tokens": strategy("token").num_tokens}
+    decode = programs.compiled(decoding.one_by_one, case.model, where, eos_id=strategy("token").eos_id, **sizes)
+    known = decode._cache_size()
+    assert known
     longer = padded(case.passages, LP + 3)
     again = answering.answers(
         case.model, case.params, longer, padded(case.queries, LQ + 2), case.candidates, case.doc, strategy("token"),
         num_slots=slots,
     )  # fmt: skip
-    assert answering._one_by_one._cache_size() == known
+    assert decode._cache_size() == known
     np.testing.assert_array_equal(again.ids, case.answers(strategy("token")).ids)
 
 

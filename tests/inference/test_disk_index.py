@@ -38,7 +38,7 @@ def emb(retriever, tokens):
 def test_streamed_from_disk_the_neighbours_are_those_in_memory(
     retriever, tokens, emb, tmp_path, monkeypatch, dtype, error
 ):
-    monkeypatch.setattr(search, "SCORES_AT_A_TIME", 60)  # 12 of 45 passages at a time on a device
+    monkeypatch.setattr(search, "BLOCK_SCORES", 60)  # 12 of 45 passages at a time on a device
     monkeypatch.setattr(search, "QUERIES_AT_A_TIME", 5)
     some = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: some)
@@ -83,6 +83,20 @@ def test_a_stopped_one_goes_on_and_what_is_there_stays(retriever, tokens, emb, t
     np.testing.assert_allclose(built.block(0, 45)[0], emb, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["shard", "scale"])
+@pytest.mark.parametrize("damage", [lambda a: a[..., :-1], lambda a: a.astype(np.float16), lambda a: a[None]])
+def test_a_shard_of_another_width_or_type_is_made_again(retriever, tokens, tmp_path, kind, damage):
+    """Each has as many rows as before, but for the last one."""
+    _, model, params = retriever
+    built = disk_index.build(tmp_path, model, params, tokens, dtype="int8", **OPTIONS)
+    expected = built.block(0, 45)
+    path = tmp_path / f"{kind}_00001.npy"
+    np.save(path, damage(np.load(path)))
+    built = disk_index.build(tmp_path, model, params, tokens, dtype="int8", **OPTIONS)
+    for found, wanted in zip(built.block(0, 45), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
 def test_another_index_is_refused_and_stays(retriever, tokens, tmp_path):
     _, model, params = retriever
     disk_index.build(tmp_path / "index", model, params, tokens, **OPTIONS)
@@ -101,9 +115,9 @@ def test_another_index_is_refused_and_stays(retriever, tokens, tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "index").iterdir()} == before
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("meow")
-    with pytest.raises(UserError, match="holds something that is no index"):
+    with pytest.raises(UserError, match="holds something that is not an index"):
         disk_index.build(tmp_path / "photos", model, params, tokens, **OPTIONS)
-    with pytest.raises(UserError, match="no passage"):
+    with pytest.raises(UserError, match="no passages to put"):
         disk_index.build(tmp_path / "empty", model, params, tokens.take(np.arange(0)), **OPTIONS)
 
 
@@ -124,7 +138,7 @@ processes.start()
 import jax
 sys.path[:0] = ["tests", "tests/inference"]
 from test_search import whole_numbers
-search.SCORES_AT_A_TIME, search.QUERIES_AT_A_TIME = 120, 3
+search.BLOCK_SCORES, search.QUERIES_AT_A_TIME = 120, 3
 score, index = search.top_k(whole_numbers(1, 10, 4), whole_numbers(2, 103, 4), 12)
 assert jax.process_count() == 2 and jax.device_count() == 4
 print("FOUND", repr((score.tolist(), index.tolist())))

@@ -54,7 +54,7 @@ def by_numpy(queries, passages, k):
 @pytest.mark.parametrize("num_devices", [1, 8])
 @pytest.mark.parametrize(("num_passages", "k"), [(40, 12), (39, 39), (5, 12), (1037, 7)])
 def test_top_k_is_exact_in_blocks_and_ties_go_to_the_lower_index(monkeypatch, num_devices, num_passages, k):
-    monkeypatch.setattr(search, "SCORES_AT_A_TIME", 120)
+    monkeypatch.setattr(search, "BLOCK_SCORES", 120)
     monkeypatch.setattr(search, "QUERIES_AT_A_TIME", 3)  # 10 is no multiple of 3
     monkeypatch.setattr(search, "RUN", 2)
     some = jax.devices()[:num_devices]
@@ -70,7 +70,7 @@ def test_top_k_is_exact_in_blocks_and_ties_go_to_the_lower_index(monkeypatch, nu
 
 @pytest.mark.parametrize("num_devices", [1, 8])
 def test_what_scores_above_a_ceiling_is_passed_over(monkeypatch, num_devices):
-    monkeypatch.setattr(search, "SCORES_AT_A_TIME", 120)
+    monkeypatch.setattr(search, "BLOCK_SCORES", 120)
     some = jax.devices()[:num_devices]
     monkeypatch.setattr(jax, "devices", lambda: some)
     queries, passages = whole_numbers(1, 10, 4), whole_numbers(2, 61, 4)
@@ -81,6 +81,24 @@ def test_what_scores_above_a_ceiling_is_passed_over(monkeypatch, num_devices):
         kept = [p for p in np.argsort(-scores[row], kind="stable") if scores[row, p] <= at_most[row]][:20]
         assert index[row, : len(kept)].tolist() == kept and np.isneginf(score[row, len(kept) :]).all()
     assert np.isneginf(score).any() and not np.isneginf(score).all()
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_a_passage_that_is_nan_comes_last(monkeypatch, num_devices):
+    """Whatever its place, in the first block or a later one, and a query that is NaN gets k passages too."""
+    monkeypatch.setattr(search, "BLOCK_SCORES", 12)
+    some = jax.devices()[:num_devices]
+    monkeypatch.setattr(jax, "devices", lambda: some)
+    for nan in (0, 2, 4):
+        queries, passages = whole_numbers(1, 3, 4) + 0.5, whole_numbers(2, 5, 4)
+        passages[nan, 1], queries[2, 0] = np.nan, np.nan
+        others = np.delete(np.arange(5), nan)
+        ranked = others[np.argsort(-(queries[:2] @ passages[others].T), axis=1, kind="stable")]
+        for k in (3, 5):
+            score, index = search.top_k(queries, passages, k)
+            assert score.shape == index.shape == (3, k) and not np.isnan(score).any()
+            np.testing.assert_array_equal(index[:2], np.insert(ranked, 4, nan, axis=1)[:, :k])
+            assert set(index[2]) <= set(range(5)) and len(set(index[2])) == k
 
 
 @pytest.mark.parametrize("k", [1, 3, 40])

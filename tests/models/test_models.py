@@ -15,7 +15,6 @@ import transformers
 from flax import nnx
 
 from rag_jax import hf, models
-from rag_jax.distributed import sharding
 from rag_jax.hf import config as configs
 
 VOCAB, WIDTH, LENGTH = 53, 32, 11
@@ -200,7 +199,7 @@ def assert_trees_close(got, expected, tolerance):
     errors = []
     pairs = zip(*(jax.tree_util.tree_leaves_with_path(tree) for tree in (got, expected)), strict=True)
     for (key_path, a), (_, b) in pairs:
-        path = sharding.path_of(key_path)
+        path = jax.tree_util.keystr(key_path, simple=True, separator="/")
         if path.endswith("key/bias") and np.linalg.norm(b) < 1e-6 * total:
             errors.append((float(np.linalg.norm(a)) / total, path))
         else:

@@ -219,7 +219,8 @@ def weight_shares(devices):
         shapes = {role: models.abstract(source.model_config)[1]}
         places = sharding.param_shardings(mesh, shapes)
         for (path, leaf), place in zip(jax.tree.leaves_with_path(shapes), jax.tree.leaves(places), strict=True):
-            share = place.shard_shape(leaf.shape)[sharding.path_of(path).startswith(f"{role}/layers/") :]
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            share = place.shard_shape(leaf.shape)[name.startswith(f"{role}/layers/") :]
             found.add(tuple(sorted(n for n in share if n != 1)))
     return found
 

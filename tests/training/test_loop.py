@@ -50,7 +50,7 @@ def state_of(workdir, step, cache):
     """Every array of a checkpoint, by path."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAG_JAX_CACHE", str(cache))
-        opened = runs.open_run(config.load_workdir(workdir), workdir)
+        opened = runs.open_pair(config.load_workdir(workdir), workdir)
         abstract = runs.abstract_params(opened)
         optimizer = loop.optim.make_optimizer(opened.config.optimizer, opened.config.total_steps, abstract)
         moments = jax.eval_shape(optimizer.init, abstract)
