@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items):
 
 
 def make_once(folder, build):
-    """`build(folder)` by the first worker that comes, into a folder that the others wait for; then nobody writes there."""
+    """`build(folder)` by the first worker that comes; the others wait for it, and then nobody writes there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -10,6 +10,7 @@ from command import TINY, TINY_STEPS, TINY_VALUES, run, run_here
 from rag_jax import export
 from rag_jax.errors import UserError
 
+
 @pytest.fixture(scope="module")
 def exported(tiny_run, tmp_path_factory):
     workdir, _, cache = tiny_run
@@ -51,7 +52,11 @@ def test_it_loads_where_it_should(exported):
 def test_cards_are_plain_text_about_the_run(exported):
     _, _, out, _ = exported
     card = (out / "generator" / "README.md").read_text()
-    assert f"Trained for {TINY_STEPS} steps" in card and "`random:gpt2`" in card and "`\\n\\nQuestion: {query}\\nAnswer:`" in card
+    assert (
+        f"Trained for {TINY_STEPS} steps" in card
+        and "`random:gpt2`" in card
+        and "`\\n\\nQuestion: {query}\\nAnswer:`" in card
+    )
     assert "learning rate | 0.003, linear" in (out / "retriever" / "README.md").read_text()
 
 
