@@ -45,7 +45,7 @@ def run(cache, module, *flags, **values):
 
 
 def call(cache, module, *flags, stdin="", devices=1, **values):
-    """Exit code, stdout and stderr of the command in this process, on some of the tests' devices; 0: on all.
+    """Exit code, stdout and stderr of the command in this process, on so many of the tests' eight devices.
 
     It saves the seconds of a start, and what was compiled before is there. What the command sets for its process is
     set back.
@@ -56,7 +56,7 @@ def call(cache, module, *flags, stdin="", devices=1, **values):
     main = importlib.import_module(f"rag_jax.{module}").main
     options = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
     before = {name: getattr(jax.config, name) for name in options}
-    make_mesh, some = sharding.make_mesh, jax.devices()[: devices or None]
+    make_mesh, some = sharding.make_mesh, jax.devices()[:devices]
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         if cache is not None:

@@ -98,13 +98,14 @@ def by_torch(folders, lengths, num_tokens):
     return text, log_prob, [passages[i] for i in top], cosine.tolist(), prior.tolist(), evidence
 
 
-def test_an_answer_is_that_of_whole_strings_in_pytorch(record, tmp_path):
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_an_answer_is_that_of_whole_strings_in_pytorch(record, tmp_path, devices):
     folders = {name: tmp_path / name for name in ("bert", "gpt2")}
     for name, folder in folders.items():
         folder.mkdir()
         tiny.build(name, folder)
     models = {"retriever__path": folders["bert"], "generator__path": folders["gpt2"]}
-    found = record(f"--config={TINY}", QUESTION, **models, **ASKED, devices=0)
+    found = record(f"--config={TINY}", QUESTION, **models, **ASKED, devices=devices)
     text, log_prob, passages, cosine, prior, evidence = by_torch(folders, (64, 64), NUM_TOKENS)
     rows = found["passages"]
     assert (found["question"], found["answer"], found["step"]) == (QUESTION, text, 0)

@@ -33,7 +33,7 @@ def trained(tiny_run, tmp_path_factory):
 @pytest.fixture
 def said(cache):
     """`said("main", *flags, key=value)`: the exit code and what was printed, by the command run in this process."""
-    return functools.partial(call, cache, devices=0)
+    return functools.partial(call, cache, devices=8)
 
 
 def check(answer, *parts):
