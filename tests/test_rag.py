@@ -275,6 +275,25 @@ def test_the_marginal_alone_trains_the_retriever():
     assert all(float(jnp.linalg.norm(g)) > 0 for g in jax.tree.leaves(gradients["generator"]["layers"]["mlp"]))
 
 
+@pytest.mark.slow
+def test_dalm_teaches_the_generator_nothing_about_retrieval():
+    """With another retriever the generator's gradients are the same, as they are not of a marginal."""
+    moved = {}
+    for name in ("dalm", "token"):
+        model, params = make(name=name, contrastive_weight=0.0)
+        rows = make_rows(8)
+        strings = {
+            "string_ids": rows.suffix_ids,
+            "string_mask": rows.suffix_mask,
+            "string_answer_start": rows.answer_start - 1,
+        }
+        batch = data.Batch(**{"row": jnp.arange(8)} | rows._asdict() | strings)
+        other = params | {"retriever": jax.tree.map(lambda a: a * 0.9, params["retriever"])}
+        one, two = (value_and_grad(model, p, batch)[1]["generator"]["norm"]["scale"] for p in (params, other))
+        moved[name] = float(jnp.linalg.norm(one - two) / jnp.linalg.norm(one))
+    assert moved["dalm"] < 1e-6 < 1e-4 < moved["token"]
+
+
 @pytest.mark.parametrize("name", ["token", pytest.param("sequence", marks=pytest.mark.slow)])
 def test_padding_changes_nothing(name):
     model, params = make(name=name)

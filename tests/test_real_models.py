@@ -13,7 +13,6 @@ import pytest
 from ml_collections import ConfigDict
 
 from rag_jax import config, data, hf, pair, quickstart, rag
-from rag_jax.training import optim
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -113,26 +112,24 @@ def token_log_probs(model, folder, query, passage, answer):
     return log_probs[positions - 1, torch.tensor(target)]
 
 
-def brute_force(name, torch_models, real_models, rows):
-    """The marginal loss from every (query, passage) pair as its own full sequence."""
+def brute_force(torch_models, real_models, rows):
+    """The losses from every (query, passage) pair as its own full sequence."""
     retriever, generator = torch_models
     queries, passages, _ = zip(*rows, strict=True)
     folder = real_models / "minilm"
     cosine = embed(retriever, folder, list(queries)) @ embed(retriever, folder, list(passages)).T
     prior = torch.log_softmax(cosine / MARGINAL_TEMPERATURE, dim=-1)
-    total, count = torch.zeros(()), 0
+    token, sequence, count = torch.zeros(()), torch.zeros(()), 0
     for i, (query, _, answer) in enumerate(rows):
         pairs = [token_log_probs(generator, real_models / "smollm2-135m", query, p, answer) for p in passages]
         log_probs = torch.stack(pairs)  # (K, T)
         count += log_probs.shape[1]
-        if name == "sequence":
-            total = total - torch.logsumexp(prior[i] + log_probs.sum(1), 0)
-        else:
-            total = total - torch.logsumexp(prior[i][:, None] + log_probs, 0).sum()
+        sequence = sequence - torch.logsumexp(prior[i] + log_probs.sum(1), 0)
+        token = token - torch.logsumexp(prior[i][:, None] + log_probs, 0).sum()
     scores = cosine / TEMPERATURE
     diagonal = torch.arange(len(rows))
     contrastive = sum(torch.nn.functional.cross_entropy(s, diagonal) for s in (scores, scores.T)) / 2
-    return contrastive, total / count
+    return {"contrastive": contrastive, "token": token / count, "sequence": sequence / count}
 
 
 def gradients_of(torch_models, real_models, tmp_path):
@@ -150,17 +147,24 @@ def gradients_of(torch_models, real_models, tmp_path):
     return trees
 
 
+@pytest.fixture(scope="module")
+def by_brute_force(torch_models, real_models, few_rows):
+    """Contrastive loss and the marginal one of each objective, from one forward pass of every pair."""
+    return brute_force(torch_models, real_models, few_rows[1])
+
+
 @pytest.mark.parametrize("name", ["token", "sequence"])
-def test_marginal_and_gradients_equal_brute_force(name, real_models, torch_models, params, few_rows, tmp_path):
-    path, texts = few_rows
-    opened = opened_run(real_models, path, name=name)
+def test_marginal_and_gradients_equal_brute_force(
+    name, real_models, torch_models, params, few_rows, by_brute_force, tmp_path
+):
+    opened = opened_run(real_models, few_rows[0], name=name)
     batch = batch_of(opened)
     fn = jax.jit(jax.value_and_grad(lambda p: rag.loss(opened.model, p, batch, None), has_aux=True))
     (total, metrics), grads = fn(params)
     for model in torch_models:
         model.zero_grad()
-    contrastive, marginal = brute_force(name, torch_models, real_models, texts)
-    (contrastive + marginal).backward()
+    contrastive, marginal = by_brute_force["contrastive"], by_brute_force[name]
+    (contrastive + marginal).backward(retain_graph=True)
     np.testing.assert_allclose(metrics["loss/marginal"], marginal.item(), rtol=1e-4)
     np.testing.assert_allclose(metrics["loss/contrastive"], contrastive.item(), rtol=1e-4)
     np.testing.assert_allclose(total, (contrastive + marginal).item(), rtol=1e-4)
@@ -202,22 +206,6 @@ def test_dalm_equals_its_formula(real_models, torch_models, params, few_rows):
     np.testing.assert_allclose(got, expected, rtol=1e-3)
 
 
-def test_dalm_teaches_the_generator_nothing_about_retrieval(real_models, params, few_rows):
-    path, _ = few_rows
-    other = dict(params, retriever=jax.tree.map(lambda a: a * 0.9, params["retriever"]))
-    same = {}
-    for name in ("dalm", "token"):
-        opened = opened_run(real_models, path, name=name, contrastive_weight=0.0)
-        batch = batch_of(opened)
-
-        def grads(p, model=opened.model, batch=batch):
-            return jax.grad(lambda p: rag.loss(model, p, batch, None)[0])(p)["generator"]["norm"]["scale"]
-
-        one, two = (np.asarray(jax.jit(grads)(p)) for p in (params, other))
-        same[name] = np.linalg.norm(one - two) / np.linalg.norm(one)
-    assert same["dalm"] < 1e-6 < 1e-4 < same["token"]
-
-
 def command(module, *flags):
     one_device = os.environ | {"XLA_FLAGS": ""}
     process = subprocess.run([sys.executable, "-m", module, *flags], capture_output=True, text=True, env=one_device)
@@ -225,6 +213,7 @@ def command(module, *flags):
     return process.stdout
 
 
+@pytest.mark.soak
 def test_the_marginal_alone_teaches_retrieval(real_models, rows, tmp_path):
     """Contrastive weight 0: whatever the retriever learns, it learns from the generator's evidence."""
     folder, _ = rows
@@ -290,8 +279,3 @@ def test_export_equals_ours(real_models, params, tmp_path):
 
 def _config() -> ConfigDict:
     return config.load("configs/quickstart.py")
-
-
-def test_only_what_the_rules_say_is_trained(params):
-    trainable, frozen = optim.split_frozen(params, (("^generator/", 0.0), (".*", 1.0)))
-    assert not jax.tree.leaves(trainable["generator"]) and not jax.tree.leaves(frozen["retriever"])

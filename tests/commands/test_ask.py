@@ -1,63 +1,42 @@
 """Asking a tiny run: against PyTorch on whole strings, the record's contract, what is kept, and bad input."""
 
 import csv
-import io
 import json
 import subprocess
-import sys
 
-import jax
 import numpy as np
 import pytest
-from command import ROOT, TINY, environment, run, words
+from command import ROOT, TINY, TINY_STEPS, TINY_VALUES, call, environment, words
 
-from rag_jax import ask, cli
-from rag_jax.distributed import sharding
 from rag_jax.hf import tiny
 from rag_jax.inference import search
 
 QUESTION = "How deep is the village well?"
 NUM_TOKENS = 8
-ASKED = {"objective__marginal_temperature": 0.05}  # passages that differ in weight
+ASKED = {"objective__marginal_temperature": TINY_VALUES["objective__marginal_temperature"]}
+UNTRAINED = ASKED | {"retriever__query_prefix": TINY_VALUES["retriever__query_prefix"]}  # the models of `trained`
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+def cache(tiny_run):
+    return tiny_run[2]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, cache):
-    """The workdir of a run of two steps."""
-    workdir = tmp_path_factory.mktemp("trained") / "run"
-    changes = {"total_steps": 2, "eval__every_steps": 0, "optimizer__learning_rate": 0.05} | ASKED
-    run(cache, "main", f"--config={TINY}", f"--workdir={workdir}", **changes)
-    return workdir
+def trained(tiny_run):
+    return tiny_run[0]
 
 
 @pytest.fixture
-def said(cache, capsys, monkeypatch, request):
-    """`said(*flags, stdin=, key=value)`: the exit code and what was printed, by the command run in this process.
+def said(monkeypatch, cache):
+    """`said(*flags, stdin=, key=value)`: the exit code and what was printed, by the command run in this process."""
 
-    A run is asked on one of the tests' devices, for which programs are compiled in less time; a config on all of them.
-    """
-    if "trained" in request.fixturenames:
-        make_mesh, devices = sharding.make_mesh, jax.devices()[:1]
-        monkeypatch.setattr(sharding, "make_mesh", lambda *_: make_mesh(1, 1, 1, devices))
-    compiled = jax.config.jax_compilation_cache_dir
-    monkeypatch.setenv("RAG_JAX_CACHE", str(cache))
-    monkeypatch.chdir(ROOT)
-
-    def say(*flags, stdin="", **values):
+    def say(*flags, **options):
         short = [] if any(str(flag).startswith("--max-tokens") for flag in flags) else [f"--max-tokens={NUM_TOKENS}"]
-        monkeypatch.setattr(sys, "argv", words("ask", *flags, *short, **values)[2:])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        with pytest.raises(SystemExit) as end:
-            cli.run(ask.main)
-        return end.value.code, *capsys.readouterr()
+        return call(None, "ask", *flags, *short, **options)
 
-    yield say
-    jax.config.update("jax_compilation_cache_dir", compiled)
+    monkeypatch.setenv("RAG_JAX_CACHE", str(cache))
+    return say
 
 
 @pytest.fixture
@@ -119,13 +98,14 @@ def by_torch(folders, lengths, num_tokens):
     return text, log_prob, [passages[i] for i in top], cosine.tolist(), prior.tolist(), evidence
 
 
-def test_an_answer_is_that_of_whole_strings_in_pytorch(record, tmp_path):
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_an_answer_is_that_of_whole_strings_in_pytorch(record, tmp_path, devices):
     folders = {name: tmp_path / name for name in ("bert", "gpt2")}
     for name, folder in folders.items():
         folder.mkdir()
         tiny.build(name, folder)
     models = {"retriever__path": folders["bert"], "generator__path": folders["gpt2"]}
-    found = record(f"--config={TINY}", QUESTION, **models, **ASKED)
+    found = record(f"--config={TINY}", QUESTION, **models, **ASKED, devices=devices)
     text, log_prob, passages, cosine, prior, evidence = by_torch(folders, (64, 64), NUM_TOKENS)
     rows = found["passages"]
     assert (found["question"], found["answer"], found["step"]) == (QUESTION, text, 0)
@@ -140,7 +120,7 @@ def test_the_record_of_a_run(record, trained):
     for decoding in ("token", "sequence", "top1"):
         found = record(f"--workdir={trained}", f"--decoding={decoding}", QUESTION)
         assert {"question", "answer", "log_prob", "tokens", "passages", "step", "decoding", "counts"} <= found.keys()
-        assert (found["step"], found["decoding"]["name"]) == (2, decoding)
+        assert (found["step"], found["decoding"]["name"]) == (TINY_STEPS, decoding)
         assert found["counts"] == {"passages": 23, "candidates": 1 if decoding == "top1" else 3}
         assert len(found["passages"]) == found["counts"]["candidates"]
         check_shares(found["passages"])
@@ -161,7 +141,7 @@ def test_a_second_start_embeds_nothing_and_other_weights_do(record, said, traine
     assert len(embedded) == 1
     assert "23 passages embedded in" in first[1] and "embedded in" not in second[1]
     assert second[1] == first[1].split("\n", 1)[1]
-    said(f"--config={TINY}", QUESTION, **ASKED)
+    said(f"--config={TINY}", QUESTION, **UNTRAINED)
     assert len(embedded) == 2, "another retriever"
     said(f"--workdir={trained}", QUESTION, data__passage_len=48)
     assert len(embedded) == 3, "read to another length"
@@ -216,7 +196,7 @@ def test_files_of_questions_and_batches(record, trained, tmp_path):
 def test_untrained_and_trained_side_by_side(said, record, trained):
     found = record(f"--workdir={trained}", "--compare", QUESTION)
     trained_alone = record(f"--workdir={trained}", QUESTION)
-    untrained_alone = record(f"--config={TINY}", QUESTION, **ASKED)
+    untrained_alone = record(f"--config={TINY}", QUESTION, **UNTRAINED)
     for name, alone in (("untrained", untrained_alone), ("trained", trained_alone)):
         assert found[name] == {key: alone[key] for key in found[name]}
         check_shares(found[name]["passages"])
@@ -243,7 +223,7 @@ BAD = {
     "passages of another column": (["--passages=README.md", "q"], ["--passages='README.md' is of an unknown kind"]),
     "missing questions": (["--questions=none.txt"], ["--questions=none.txt: no such file"]),
     "two kinds of questions": (["--questions=none.txt", "q"], ["either a question or --questions=FILE, not both"]),
-    "a step that is not there": (["--step=7", "q"], ["--step=7: not in", "which holds 2"]),
+    "a step that is not there": (["--step=7", "q"], ["--step=7: not in", f"which holds {TINY_STEPS}"]),
     "no candidates": (["--candidates=0", "q"], ["--candidates=0: must be at least 1"]),
     "half a candidate": (["--candidates=1.5", "q"], ["argument --candidates: invalid int value: '1.5'"]),
     "no beam": (["--beams=0", "q"], ["--beams=0: must be at least 1"]),

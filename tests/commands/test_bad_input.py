@@ -1,56 +1,39 @@
 """What a user can mend: one line that names the value and the fix, exit 2, and a workdir left as it was."""
 
+import functools
 import json
 import pathlib
 import shutil
 import subprocess
-import sys
 
-import jax
 import pytest
-from command import ROOT, TINY, environment, run, words
+from command import ROOT, SECRET, TINY, TINY_STEPS, TINY_VALUES, call, environment, words
 
-from rag_jax import ask, cli, evaluate, export, main
 from rag_jax.hf import tiny, weights
 
-COMMANDS = {"main": main.main, "evaluate": evaluate.main, "export": export.main, "ask": ask.main}
 HEADER = "Question,Abstract,Answer\n"
-SECRET = "hf_" + "Secret0" * 5
 # The two groups of a batch of configs/tiny.py on the eight devices of these tests.
 MESH = {"mesh__data": 2, "mesh__model": 4}
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+@pytest.fixture(scope="module")
+def cache(tiny_run):
+    return tiny_run[2]
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory, cache):
-    """The workdir of a run of two steps, to be copied rather than changed."""
-    workdir = tmp_path_factory.mktemp("trained") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_TOKEN", SECRET)
-        printed = run(cache, "main", f"--config={TINY}", f"--workdir={workdir}", total_steps=2, eval__every_steps=0)
+@pytest.fixture(scope="module")
+def trained(tiny_run, tmp_path_factory):
+    """The workdir of a run without evaluations, to be copied rather than changed."""
+    workdir, printed, _ = tiny_run
     assert SECRET not in printed
+    shutil.rmtree(workdir / "eval")
     return workdir
 
 
 @pytest.fixture
-def said(cache, capsys, monkeypatch):
+def said(cache):
     """`said("main", *flags, key=value)`: the exit code and what was printed, by the command run in this process."""
-    compiled = jax.config.jax_compilation_cache_dir
-    monkeypatch.setenv("RAG_JAX_CACHE", str(cache))
-    monkeypatch.chdir(ROOT)
-
-    def say(module, *flags, **values):
-        monkeypatch.setattr(sys, "argv", words(module, *flags, **values)[2:])
-        with pytest.raises(SystemExit) as end:
-            cli.run(COMMANDS[module])
-        return end.value.code, *capsys.readouterr()
-
-    yield say
-    jax.config.update("jax_compilation_cache_dir", compiled)
+    return functools.partial(call, cache, devices=8)
 
 
 def check(answer, *parts):
@@ -337,7 +320,7 @@ def test_the_workdir_is_a_file_or_below_one(said, tmp_path):
 
 def test_a_run_of_another_config_stays_as_it_is(said, trained):
     before = contents(trained)
-    answer = said("main", f"--config={TINY}", f"--workdir={trained}", seed=7, **MESH)
+    answer = said("main", f"--config={TINY}", f"--workdir={trained}", seed=7, **TINY_VALUES, **MESH)
     check(answer, f"--workdir={trained} holds a run of another config: seed was 0 and is 7; ", "or another --workdir")
     assert contents(trained) == before
 
@@ -355,7 +338,9 @@ def test_steps_that_are_not_there(said, trained, tmp_path, command):
     more = {"export": [f"--out={tmp_path / 'out'}"], "ask": ["a question"]}.get(command, [])
     for step in ("7", "-2", "last", "²"):
         answer = said(command, f"--workdir={trained}", f"--step={step}", *more)
-        check(answer, f"--step={step}: not in {trained}/checkpoints, which holds 2; give one, latest or best")
+        check(
+            answer, f"--step={step}: not in {trained}/checkpoints, which holds {TINY_STEPS}; give one, latest or best"
+        )
     check(said(command, f"--workdir={trained}", "--step=best", *more), "--step=best: no saved step", "--step=latest")
     assert contents(trained) == before and not list(tmp_path.iterdir())
 
@@ -412,7 +397,11 @@ def test_a_real_run_with_too_few_rows(cache, tmp_path):
 
 def test_a_real_evaluation_and_a_real_export(cache, trained, tmp_path):
     before = contents(trained)
-    check(real(cache, "evaluate", f"--workdir={trained}", "--step=7"), "--step=7: not in", "which holds 2; give one")
+    check(
+        real(cache, "evaluate", f"--workdir={trained}", "--step=7"),
+        "--step=7: not in",
+        f"which holds {TINY_STEPS}; give one",
+    )
     (tmp_path / "mine").write_text("")
     check(real(cache, "export", f"--workdir={trained}", f"--out={tmp_path}"), f"--out={tmp_path}: is not empty; give")
     assert contents(trained) == before

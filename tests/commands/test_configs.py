@@ -3,15 +3,19 @@
 import csv
 import json
 import math
+import pathlib
 import shutil
 import subprocess
 
+import jax
 import pytest
 from command import ROOT, environment, words
 
-from rag_jax import config
+from rag_jax import config, data, hf, pair, plan
+from rag_jax.distributed import sharding
 from rag_jax.hf import folder as folders
 from rag_jax.hf import tiny
+from rag_jax.training import loop
 from rag_jax.workdir import checkpoint
 
 FILES = sorted((ROOT / "configs").glob("*.py"))
@@ -69,7 +73,7 @@ def put_rows(name, home, columns, count):
             lines.writerow([f"What number has the {thing} {i} of the {place}?", passage, f"number {i}"])
 
 
-def put_everything(loaded, home, hub):
+def put_everything(loaded, home, hub, batch_size):
     """All that a config names, relative to `home`; and what its header leaves to the user, as overrides."""
     for role in ("retriever", "generator"):
         put_model(loaded[role].path, home, hub)
@@ -79,7 +83,7 @@ def put_everything(loaded, home, hub):
         if source is None and name != "passages":
             source = left_open[f"data__{name}"] = f"{name}_rows.csv"
         if source is not None:
-            put_rows(source, home, loaded.data.columns, loaded.batch_size + 8)
+            put_rows(source, home, loaded.data.columns, batch_size + 8)
     return left_open
 
 
@@ -98,18 +102,29 @@ def test_models_stand_for_names():
         kind_of("someone/new")
 
 
-@pytest.mark.parametrize(
-    "file",
-    [pytest.param(file, id=file.stem, marks=() if file.stem in DEFAULT else pytest.mark.slow) for file in FILES],
-)
-def test_a_config_runs_unchanged(file, tmp_path, cache):
+CASES = [
+    pytest.param(file, False, id=file.stem, marks=() if file.stem in DEFAULT else pytest.mark.slow) for file in FILES
+]
+CASES += [
+    pytest.param(file, True, id=f"{file.stem}, whole batches", marks=pytest.mark.soak)
+    for file in FILES
+    if file.stem not in DEFAULT
+]
+
+
+@pytest.mark.parametrize(("file", "whole"), CASES)
+def test_a_config_runs_unchanged(file, whole, tmp_path, cache):
+    """But for its batch, which is two groups; `whole`: its own."""
     loaded = config.load(file)
     home, hub, workdir = tmp_path / "home", tmp_path / "hub", tmp_path / "run"
     home.mkdir()
-    values = put_everything(loaded, home, hub) | {"total_steps": STEPS}
+    less = {} if whole else {"batch_size": min(loaded.batch_size, 2 * loaded.group_size)}
+    batch_size = less.get("batch_size", loaded.batch_size)
+    values = put_everything(loaded, home, hub, batch_size) | {"total_steps": STEPS} | less
     env = environment(cache) | {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
-    if file.stem not in DEFAULT:  # their batches are large: compiling well takes less than running badly
+    if whole:  # large batches: compiling well takes less than running badly
         env["XLA_FLAGS"] = ""
+    if file.stem not in DEFAULT:
         values |= {f"eval__{name}": min(loaded.eval[name] or most, most) for name, most in EVAL.items()}
     env["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices_of(loaded)}"
     command = words("main", f"--config={file}", f"--workdir={workdir}", **values)
@@ -135,3 +150,29 @@ def test_a_config_runs_unchanged(file, tmp_path, cache):
     flat = config.flat(loaded)
     changed = {name for name, value in config.flat(config.load_workdir(workdir)).items() if value != flat[name]}
     assert changed <= {name.replace("__", ".") for name in values}
+
+
+NAMED = {"minilm": "sentence-transformers/all-MiniLM-L6-v2", "smollm2-135m": "HuggingFaceTB/SmolLM2-135M"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", [pytest.param(file, id=file.stem) for file in FILES if file.stem not in DEFAULT])
+def test_the_step_of_a_config_takes_its_shapes(file):
+    """Traced with the sizes of the models that it names and with its own batch; nothing is computed."""
+    loaded = config.load(file)
+    for role in pair.ROLES:
+        loaded[role].path = NAMED.get(pathlib.Path(loaded[role].path).name, loaded[role].path)
+    sources = {role: hf.open_config(loaded[role].path, f"{role}.path", role) for role in pair.ROLES}
+    opened = pair.Run(loaded, sources, pair.composite(loaded, sources), None, None, None)
+    mesh = sharding.make_mesh(**loaded.mesh.to_dict(), devices=jax.devices()[: devices_of(loaded)])
+    _, _, state, step = loop.make_step(opened, mesh)
+    shapes = data.shape_of(plan.batch_lengths(loaded, set(pair.ROLES)), loaded.batch_size, loaded.objective.negatives)
+    batch = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(*shape),
+        shapes,
+        is_leaf=lambda leaf: isinstance(leaf, tuple) and not hasattr(leaf, "_fields"),
+    )
+    after, metrics = jax.eval_shape(step, state, batch)
+    before = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == before
+    assert {"loss/contrastive", "loss/marginal", "loss/total"} <= metrics.keys()

@@ -5,31 +5,28 @@ import json
 import numpy as np
 import pytest
 import safetensors.numpy
-from command import TINY, run
+from command import TINY, TINY_STEPS, TINY_VALUES, run, run_here
 
 from rag_jax import export
 from rag_jax.errors import UserError
 
-STEPS = 2
-
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    cache, workdir = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("run") / "run"
+def exported(tiny_run, tmp_path_factory):
+    workdir, _, cache = tiny_run
     out = tmp_path_factory.mktemp("out") / "deep" / "export"
-    values = {"total_steps": STEPS, "eval__every_steps": 2, "retriever__query_prefix": "ask: "}
-    run(cache, "main", f"--config={TINY}", f"--workdir={workdir}", **values)
-    printed = run(cache, "export", f"--workdir={workdir}", f"--out={out}")
+    printed = run_here(cache, "export", f"--workdir={workdir}", f"--out={out}")
     return cache, workdir, out, printed
 
 
 def test_it_evaluates_as_the_checkpoint_does(exported):
     cache, workdir, out, printed = exported
-    assert printed == f"step {STEPS} of {workdir}: {out / 'generator'}, {out / 'retriever'}\n"
-    content = run(cache, "evaluate", f"--config={TINY}", f"--models={out}", "--json")
+    assert printed == f"step {TINY_STEPS} of {workdir}: {out / 'generator'}, {out / 'retriever'}\n"
+    there_too = {"objective__marginal_temperature": TINY_VALUES["objective__marginal_temperature"]}
+    content = run(cache, "evaluate", f"--config={TINY}", f"--models={out}", "--json", **there_too)
     here = json.loads(content.splitlines()[-1])
-    there = json.loads((workdir / "eval" / f"step_{STEPS}.json").read_text())
-    assert here.pop("step") == 0 and there.pop("step") == STEPS
+    there = json.loads((workdir / "eval" / f"step_{TINY_STEPS}.json").read_text())
+    assert here.pop("step") == 0 and there.pop("step") == TINY_STEPS
     assert here == there  # to the last bit, the prefix being read from the folder
 
 
@@ -55,7 +52,11 @@ def test_it_loads_where_it_should(exported):
 def test_cards_are_plain_text_about_the_run(exported):
     _, _, out, _ = exported
     card = (out / "generator" / "README.md").read_text()
-    assert "Trained for 2 steps" in card and "`random:gpt2`" in card and "`\\n\\nQuestion: {query}\\nAnswer:`" in card
+    assert (
+        f"Trained for {TINY_STEPS} steps" in card
+        and "`random:gpt2`" in card
+        and "`\\n\\nQuestion: {query}\\nAnswer:`" in card
+    )
     assert "learning rate | 0.003, linear" in (out / "retriever" / "README.md").read_text()
 
 
@@ -63,7 +64,7 @@ def test_dtype_and_step(exported, tmp_path):
     cache, workdir, out, _ = exported
     half = tmp_path / "half"
     half.mkdir()  # empty, so it may be there
-    run(cache, "export", f"--workdir={workdir}", f"--out={half}", "--step=best", "--dtype=bfloat16")
+    run_here(cache, "export", f"--workdir={workdir}", f"--out={half}", "--step=best", "--dtype=bfloat16")
     full = safetensors.numpy.load_file(out / "generator" / "model.safetensors")
     short = safetensors.numpy.load_file(half / "generator" / "model.safetensors")
     assert full.keys() == short.keys()

@@ -113,7 +113,7 @@ def pids(tmp_path):
     return [int(path.read_text()) for path in tmp_path.glob("pid-*")]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_processes_train(tmp_path):
     words = ("--processes=2", "--devices-per-process=2", f"--logs={tmp_path / 'logs'}", "--", f"--config={TINY}")
     words += (f"--workdir={tmp_path / 'run'}", "--config.total_steps=2", "--config.batch_size=16")
@@ -199,7 +199,7 @@ def test_a_signal_reaches_every_process_once_and_all_may_save(tmp_path, number):
     assert err == "" and not list(tmp_path.glob("rag_jax-logs.*"))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_processes_stop_at_one_step_and_go_on(tmp_path):
     words = ("--processes=2", f"--logs={tmp_path / 'logs'}", "--", f"--config={TINY}", f"--workdir={tmp_path / 'run'}")
     words += ("--config.eval.every_steps=0", "--config.checkpoint.every_steps=2")
@@ -491,7 +491,7 @@ def submit(cluster, cwd, *words, environ):
     return out.split()[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_slurm_trains_on_two_nodes(cluster, tmp_path):
     flags = (f"--config={TINY}", f"--workdir={tmp_path / 'run'}", f"--config.data.train={ROOT}/tests/data/rows.csv")
     flags += ("--config.total_steps=2", "--config.data.eval=None", "--config.eval.every_steps=0")

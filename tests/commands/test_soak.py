@@ -8,7 +8,7 @@ import pytest
 from command import ROOT
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_interrupted_runs_end_with_the_same_bits():
     """One process and two, with dropout, shuffling, groups, buckets and bfloat16."""
     words = "--interruptions=6 --processes=1,2 --controls=1 --seed=1".split()

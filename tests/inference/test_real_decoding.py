@@ -111,6 +111,7 @@ def test_a_mixture_of_passages_at_every_token(ours, theirs, prompts):
     assert (alone.ids != found.ids).any(), "the mixture says something else than its first passage"
 
 
+@pytest.mark.soak
 def test_beams(ours, theirs, prompts):
     rows = np.arange(4)
     found = our_answers(ours, prompts, rows, rows[:, None], np.zeros((4, 1), np.float32), num_beams=3)

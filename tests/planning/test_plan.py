@@ -187,7 +187,9 @@ def planned(cache, config_file, topology, *flags, **values):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("topology", "devices"), [("v5e:2x4", 8), ("h100:8", 8), ("b200:16", 16)])
+@pytest.mark.parametrize(
+    ("topology", "devices"), [("v5e:2x4", 8), ("h100:8", 8), pytest.param("b200:16", 16, marks=pytest.mark.soak)]
+)
 def test_a_small_plan(cache, topology, devices):
     result = planned(cache, TINY, topology, batch_size=4 * devices)
     assert result["devices"] == devices and result["fits"] and result["mesh"]["data"] == devices
@@ -197,7 +199,7 @@ def test_a_small_plan(cache, topology, devices):
     assert result["predicted_step_s"] > 0 and 0 < result["predicted_mfu"] < 1
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_sweep_lists_what_fits_best_first(cache):
     found = planned(cache, TINY, "h100:8", "--sweep", "--most=2")
     rates = [result["batch_size"] / result["predicted_step_s"] for result in found]
@@ -249,7 +251,7 @@ def test_keys_values_and_logits_are_told_from_weights():
             assert_only_weights_and_embeddings({"devices": 16, "exchanged": [*good, bad]})
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_seven_billion_parameters_on_tpus(cache):
     few, many = large(cache, "v5e:4x4", 16), large(cache, "v5e:16x16", 256)
     assert many["fits"] and many["predicted_mfu"] >= 0.5
@@ -259,7 +261,7 @@ def test_seven_billion_parameters_on_tpus(cache):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [8, 64])
+@pytest.mark.parametrize("devices", [8, pytest.param(64, marks=pytest.mark.soak)])
 def test_seven_billion_parameters_on_gpus(cache, devices):
     result = large(cache, f"h100:{devices}", devices)
     assert result["fits"]

@@ -11,7 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from command import ROOT, TINY, environment, run, words
+from command import ROOT, TINY, TINY_STEPS, TINY_VALUES, call, environment, run, run_here, words
 
 from rag_jax import config, data, hf, models
 from rag_jax import pair as runs
@@ -20,23 +20,19 @@ from rag_jax.models import flops
 from rag_jax.training import loop
 from rag_jax.workdir import checkpoint, provenance
 
-STEPS = 6
-
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """One for all of these tests and for nobody else: here it is counted what is compiled."""
+def cache(tiny_run):
+    """For all of these tests and for nobody else: here it is counted what is compiled."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("JAX_COMPILATION_CACHE_DIR")
-        yield tmp_path_factory.mktemp("cache")
+        yield tiny_run[2]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, cache):
-    """A run of all steps without a stop."""
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    printed = run(cache, "main", f"--config={TINY}", f"--workdir={workdir}", total_steps=STEPS, eval__every_steps=3)
-    return workdir, printed
+def whole(tiny_run):
+    """A run of all steps without a stop, and what it printed."""
+    return tiny_run[:2]
 
 
 def records(workdir, prefix="loss/"):
@@ -66,7 +62,7 @@ def state_of(workdir, step, cache):
 def test_the_record_has_every_step_once_and_the_names_of_the_contract(whole):
     workdir, printed = whole
     steps = records(workdir)
-    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in steps] == list(range(1, TINY_STEPS + 1))
     line = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[1])
     assert set(line) == {
         "step", "loss/total", "loss/contrastive", "loss/marginal", "optim/learning_rate",
@@ -87,10 +83,10 @@ def test_the_record_has_every_step_once_and_the_names_of_the_contract(whole):
 def test_evaluation_in_the_loop_and_by_command_are_the_same(whole, cache):
     workdir, _ = whole
     assert [line["step"] for line in records(workdir, "eval/")] == [0, 3, 6]
-    in_loop = json.loads((workdir / "eval" / f"step_{STEPS}.json").read_text())
+    in_loop = json.loads((workdir / "eval" / f"step_{TINY_STEPS}.json").read_text())
     by_command = json.loads(run(cache, "evaluate", f"--workdir={workdir}", "--json").splitlines()[-1])
     assert by_command == in_loop
-    untrained = json.loads(run(cache, "evaluate", f"--config={TINY}", "--json").splitlines()[-1])
+    untrained = json.loads(run(cache, "evaluate", f"--config={TINY}", "--json", **TINY_VALUES).splitlines()[-1])
     assert untrained == json.loads((workdir / "eval" / "step_0.json").read_text())
     assert in_loop["eval/answer_nll"] < untrained["eval/answer_nll"]
 
@@ -98,18 +94,17 @@ def test_evaluation_in_the_loop_and_by_command_are_the_same(whole, cache):
 def test_the_second_start_compiles_nothing(whole, cache, tmp_path):
     programs = {path.name for path in (cache / "compiled").glob("*-cache")}
     assert programs
-    values = {"total_steps": STEPS, "eval__every_steps": 3}
-    printed = run(cache, "main", f"--config={TINY}", f"--workdir={tmp_path / 'run'}", **values)
+    printed = run(cache, "main", f"--config={TINY}", f"--workdir={tmp_path / 'run'}", **TINY_VALUES)
     assert {path.name for path in (cache / "compiled").glob("*-cache")} == programs
     assert records(tmp_path / "run") == records(whole[0])
     assert "waiting for data" in printed and "of the tokens padding" in printed
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.soak)])
 def test_a_stopped_run_goes_on_to_the_same_bits(whole, cache, tmp_path, number):
     workdir = tmp_path / "run"
     flags = (f"--config={TINY}", f"--workdir={workdir}")
-    values = {"total_steps": STEPS, "eval__every_steps": 3, "checkpoint__every_steps": 2}
+    values = TINY_VALUES | {"checkpoint__every_steps": 2}
     process = subprocess.Popen(
         words("main", *flags, **values),
         cwd=ROOT,
@@ -124,11 +119,11 @@ def test_a_stopped_run_goes_on_to_the_same_bits(whole, cache, tmp_path, number):
     if number == signal.SIGTERM:
         assert process.returncode == 128 + number and b"stopped by SIGTERM after step" in printed
         assert b"Traceback" not in complaint
-    assert 0 < len(records(workdir)) <= STEPS
+    assert 0 < len(records(workdir)) <= TINY_STEPS
     run(cache, "main", *flags, **values)
     assert records(workdir) == records(whole[0])
     assert records(workdir, "eval/") == records(whole[0], "eval/")
-    ours, theirs = state_of(workdir, STEPS, cache), state_of(whole[0], STEPS, cache)
+    ours, theirs = state_of(workdir, TINY_STEPS, cache), state_of(whole[0], TINY_STEPS, cache)
     assert ours.keys() == theirs.keys() and len(ours) > 80
     for path in ours:
         np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)
@@ -138,7 +133,7 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(whole, cache):
     workdir, _ = whole
     flags = (f"--config={TINY}", f"--workdir={workdir}")
     before = (workdir / "metrics.jsonl").read_text()
-    assert f"is trained to step {STEPS} already" in run(cache, "main", *flags, total_steps=STEPS, eval__every_steps=3)
+    assert f"is trained to step {TINY_STEPS} already" in run_here(cache, "main", *flags, **TINY_VALUES)
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
@@ -159,10 +154,10 @@ def test_patience_ends_a_run_that_gets_no_better_and_more_of_it_goes_on(cache, t
         "optimizer__learning_rate": 1e-15, "eval__metric": "recall@1", "checkpoint__every_steps": 5,
     }  # fmt: skip
     flags = ("main", f"--config={TINY}", f"--workdir={workdir}")
-    assert "trained to step 2; ended early: 2 evaluations" in run(cache, *flags, **values, eval__patience=2)
+    assert "trained to step 2; ended early: 2 evaluations" in run_here(cache, *flags, **values, eval__patience=2)
     assert [line["step"] for line in records(workdir, "eval/")] == [0, 1, 2]
-    assert "has ended early at step 2; raise eval.patience" in run(cache, *flags, **values, eval__patience=2)
-    assert "trained to step 4; ended early: 4 evaluations" in run(cache, *flags, **values, eval__patience=4)
+    assert "has ended early at step 2; raise eval.patience" in run_here(cache, *flags, **values, eval__patience=2)
+    assert "trained to step 4; ended early: 4 evaluations" in run_here(cache, *flags, **values, eval__patience=4)
     assert json.loads((workdir / "eval" / "step_4.json").read_text())["best_by"] == "eval/recall@1"
     assert len((workdir / "eval" / "step_4.rows.jsonl").read_text().splitlines()) == 30
 
@@ -184,9 +179,8 @@ OBJECTIVES = [
 def test_every_objective_trains(cache, tmp_path, changes):
     """What is not named is not there, what is not used stays as it is."""
     workdir = tmp_path / "run"
-    printed = run(
-        cache, "main", f"--config={TINY}", f"--workdir={workdir}", total_steps=2, eval__every_steps=0, **changes
-    )
+    values = {"total_steps": 2, "eval__every_steps": 0} | changes
+    printed = run_here(cache, "main", f"--config={TINY}", f"--workdir={workdir}", **values)
     losses = records(workdir)
     assert len(losses) == 2 and all(np.isfinite(line["loss/total"]) for line in losses)
     assert ("loss/marginal" in losses[0]) == (changes.get("objective__name") != "none")
@@ -198,21 +192,15 @@ def test_every_objective_trains(cache, tmp_path, changes):
 def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(whole, cache, tmp_path):
     workdir = tmp_path / "run"
     flags = (f"--config={TINY}", f"--workdir={workdir}")
-    values = {"total_steps": STEPS, "eval__every_steps": 3, "checkpoint__every_steps": 0}
+    values = TINY_VALUES | {"checkpoint__every_steps": 0}
     # By the clock, and so fast that it is after every step: saving changes no bit either.
     run(cache, "main", *flags, **values, checkpoint__every_minutes=1e-6)
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"5", "6"}
     damaged = next((workdir / "checkpoints" / "6" / "params" / "ocdbt.process_0" / "d").iterdir())
     damaged.write_bytes(flipped := bytes([damaged.read_bytes()[0] ^ 1]) + damaged.read_bytes()[1:])
     out = tmp_path / "export"
-    ended = subprocess.run(
-        words("export", f"--workdir={workdir}", f"--out={out}"),
-        cwd=ROOT,
-        env=environment(cache),
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 0 and "step 5 of" in ended.stdout and "checkpoints/6 is damaged" in ended.stderr
+    code, told, complaint = call(cache, "export", f"--workdir={workdir}", f"--out={out}")
+    assert code == 0 and "step 5 of" in told and "checkpoints/6 is damaged" in complaint
     printed = run(cache, "main", *flags, **values)
     assert f"checkpoint {workdir}/checkpoints/6 is damaged (params/ocdbt.process_0/d/{damaged.name} is not" in printed
     assert "kept as damaged-6" in printed and "from step 5 of" in printed
@@ -279,7 +267,7 @@ def test_a_full_and_a_read_only_disk_end_it_in_one_line_and_cost_no_checkpoint(w
         )
 
     def train_there():
-        values = {"total_steps": STEPS, "eval__every_steps": 3, "checkpoint__every_steps": 1, "checkpoint__keep": 9}
+        values = TINY_VALUES | {"checkpoint__every_steps": 1, "checkpoint__keep": 9}
         command = words("main", f"--config={TINY}", f"--workdir={disk / 'run'}", **values)
         return subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True)
 
@@ -296,16 +284,9 @@ def test_a_full_and_a_read_only_disk_end_it_in_one_line_and_cost_no_checkpoint(w
             with checkpoint.Checkpoints(disk / "run") as checkpoints:
                 newest, damaged = checkpoints.newest_good()
             out = disk / "export"
-            exported = subprocess.run(
-                words("export", f"--workdir={disk / 'run'}", f"--out={out}"),
-                cwd=ROOT,
-                env=environment(cache),
-                capture_output=True,
-                text=True,
-            )
-            assert exported.returncode == 2 and "Traceback" not in exported.stderr
-            assert f"--out={out}: cannot be written (" in exported.stderr and not out.exists()
-            assert newest and newest < STEPS and not damaged
+            code, _, complaint = call(cache, "export", f"--workdir={disk / 'run'}", f"--out={out}")
+            assert code == 2 and f"--out={out}: cannot be written (" in complaint and not out.exists()
+            assert newest and newest < TINY_STEPS and not damaged
         assert mount("remount,rw,size=64m").returncode == 0
         assert train_there().returncode == 0
         assert records(disk / "run") == records(whole[0])
@@ -328,13 +309,14 @@ def test_locale_umask_time_zone_and_names_do_not_matter(whole, cache, tmp_path):
         assert ended.returncode == 0, ended.stderr
         return ended.stdout
 
-    values = {"total_steps": STEPS, "eval__every_steps": 3, "data__train": rows, "data__eval": rows}
+    values = TINY_VALUES | {"data__train": rows, "data__eval": rows}
     command("main", f"--config={TINY}", f"--workdir={workdir}", **values)
     assert records(workdir) == records(whole[0]) and records(workdir, "eval/") == records(whole[0], "eval/")
     command("export", f"--workdir={workdir}", f"--out={out}")
-    evaluated = command("evaluate", f"--config={TINY}", f"--models={out}", "--json", data__eval=rows)
-    there = json.loads((workdir / "eval" / f"step_{STEPS}.json").read_text(encoding="utf-8"))
-    assert json.loads(evaluated.splitlines()[-1]) | {"step": STEPS} == there
+    read = {"data__eval": rows, "objective__marginal_temperature": TINY_VALUES["objective__marginal_temperature"]}
+    evaluated = command("evaluate", f"--config={TINY}", f"--models={out}", "--json", **read)
+    there = json.loads((workdir / "eval" / f"step_{TINY_STEPS}.json").read_text(encoding="utf-8"))
+    assert json.loads(evaluated.splitlines()[-1]) | {"step": TINY_STEPS} == there
     assert not [path for path in folder.rglob("*") if path != rows and path.stat().st_mode & 0o077]
 
 

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from command import ROOT, TINY, environment, run, words
+from command import ROOT, TINY, environment, run, run_here, words
 from test_loop import records, state_of
 from test_processes import run_together
 
@@ -157,7 +157,7 @@ def test_a_run_with_given_negatives(cache, tmp_path):
         data__train=tmp_path / "rows.jsonl", data__eval=None, data__columns__negative="Wrong", objective__negatives=2,
         objective__candidates=9, total_steps=2, checkpoint__every_steps=0, eval__every_steps=0,
     )  # fmt: skip
-    printed = run(cache, "main", f"--config={TINY}", f"--workdir={tmp_path / 'run'}", **values)
+    printed = run_here(cache, "main", f"--config={TINY}", f"--workdir={tmp_path / 'run'}", **values)
     # "p n" is a passage of query "q n" and of "r n", and none of "s n".
     assert "given negatives: 2 a row, 14 rows bring fewer, 4 left out as passages of their own query" in printed
     assert "negatives  2 more that each query brings, of those given in column 'Wrong'" in printed
@@ -175,7 +175,7 @@ def test_mined_batches_are_harder(cache, tmp_path):
     losses = {}
     for every in (0, 7):
         workdir = tmp_path / str(every)
-        run(cache, "main", f"--config={TINY}", f"--workdir={workdir}", **still, mining__every_steps=every)
+        run_here(cache, "main", f"--config={TINY}", f"--workdir={workdir}", **still, mining__every_steps=every)
         losses[every] = np.mean([line["loss/contrastive"] for line in records(workdir)])
     assert losses[7] > 1.05 * losses[0]
     (line,) = records(tmp_path / "7", "mining/")

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 import safetensors.numpy
-from command import ROOT, TINY, environment, run, words
+from command import ROOT, TINY, call, environment, run_here, words
 from test_mesh import ALL, mesh_of
 from test_rag import make, make_rows
 
@@ -155,7 +155,7 @@ def test_a_run_that_fails_says_where_and_the_step_can_be_taken_apart(failed):
     assert 5 in found["rows"] and set(found["not_finite"]) >= {"loss/total", "optim/grad_norm"}
     saved = max((int(path.name) for path in (folder / "run" / "checkpoints").glob("[0-9]*")), default=0)
     assert saved < step
-    lines = run(folder / "cache", *found["replay"].removeprefix("python -m rag_jax.").split()).splitlines()
+    lines = run_here(folder / "cache", *found["replay"].removeprefix("python -m rag_jax.").split()).splitlines()
     rows = [line for line in lines if line.split()[0].isdecimal()]
     assert [int(line.split()[0]) for line in rows] == found["rows"]
     (wrong,) = (line for line in rows if line.split()[1] == "nan")  # its query's embedding
@@ -173,15 +173,9 @@ def test_skipped_updates_are_counted_over_stops(failed):
         workdir = folder / name
         for total_steps in stops:
             more = values | {"guard__skip_nonfinite": 2, "total_steps": total_steps, "optimizer__schedule": "constant"}
-            ended = subprocess.run(
-                words("main", flags[0], f"--workdir={workdir}", **more),
-                cwd=ROOT,
-                env=environment(folder / "cache"),
-                capture_output=True,
-                text=True,
-            )
-            assert ended.returncode == (2 if total_steps == 9 else 0), ended.stderr
-        told.append(ended.stderr.splitlines()[-1].replace(str(workdir), "DIR"))
+            code, _, complaint = call(folder / "cache", "main", flags[0], f"--workdir={workdir}", **more)
+            assert code == (2 if total_steps == 9 else 0), complaint
+        told.append(complaint.splitlines()[-1].replace(str(workdir), "DIR"))
         assert "and 2 updates were skipped already" in told[-1]
         skipped = [json.loads(path.read_text())["skipped"] for path in sorted((workdir / "failed").iterdir())]
         assert skipped == [True, True, False]

@@ -337,7 +337,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_ones_before(tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_process_killed_while_it_saves_leaves_the_finished_ones(tmp_path):
     program = textwrap.dedent("""
         import sys, jax.numpy as jnp
