@@ -23,7 +23,7 @@ from rag_jax import cli, config  # noqa: E402 (after the path is set, for the co
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
 TINY = ROOT / "configs" / "tiny.py"
 TABLE = ROOT / "docs" / "training.md"
-BEGIN, END = "<!-- keys: written by `python tests/test_docs.py` -->\n", "<!-- end of keys -->\n"
+BEGIN, END = "<!-- keys: written by `python tests/test_docs.py` -->\n\n", "<!-- end of keys -->\n"
 MOST_LINES = 200  # of the README
 
 # Run by no test of this file, and why. The first words of a command.
@@ -40,6 +40,8 @@ NOT_RUN = {
     "python tests/test_docs.py": "writes the table that is compared here",
     "python -m benchmarks.": "minutes to hours; flags and keys are checked",
 }
+# What runs here, in this order, and is parsed wherever else it stands.
+ORDER = ("main", "export", "evaluate")
 # Parsed by the real parsers, keys and values checked, but not run here, and why.
 ONLY_PARSED = {
     "ask": "decoding takes long to compile; tests/commands/test_ask.py and tests/test_api.py run it",
@@ -172,6 +174,9 @@ def test_the_lists_name_nothing_that_is_gone():
     texts = [command.text for command in COMMANDS]
     assert [name for name in NOT_RUN if not any(text.startswith(name) for text in texts)] == []
     assert [name for name in ONLY_PARSED if not any(module_of(text) == name for text in texts)] == []
+    assert {module_of(c.text) for c in COMMANDS if module_of(c.text)} - {*ORDER, *ONLY_PARSED} == set()
+    reasons = " ".join([*NOT_RUN.values(), *ONLY_PARSED.values()])
+    assert [path for path in re.findall(r"tests/[\w/]+\.py", reasons) if not (ROOT / path).exists()] == []
     targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
     made = {" ".join(words_of(text)) for text in texts if text.startswith("make ")}
     assert made - NOT_YET <= {f"make {target}" for target in targets}
@@ -205,12 +210,11 @@ def test_a_dead_flag_or_key_is_found(text, message, monkeypatch):
 
 def executable():
     """What trains, exports and measures, in this order; of the trainings the one with most flags."""
-    order = ("main", "export", "evaluate")
-    found = [c for c in COMMANDS if module_of(c.text) in order and len(words_of(c.text)) > 3]
+    found = [c for c in COMMANDS if module_of(c.text) in ORDER and len(words_of(c.text)) > 3]
     found = [c for c in found if "--help" not in c.text and not c.page.startswith("benchmarks")]
     trains = max((c for c in found if module_of(c.text) == "main"), key=lambda c: len(words_of(c.text)))
     others = {c.text: c for c in found if module_of(c.text) != "main"}.values()
-    return [trains, *sorted(others, key=lambda c: order.index(module_of(c.text)))]
+    return [trains, *sorted(others, key=lambda c: ORDER.index(module_of(c.text)))]
 
 
 def substituted(text, folder):
@@ -273,7 +277,7 @@ def test_the_commands_of_the_pages_run(folder, monkeypatch, capsys):
         _, err = capsys.readouterr()
         assert end.value.code == 0, f"{command}\n{err}"
         ran.add(module)
-    assert ran == {"main", "export", "evaluate"}
+    assert ran == set(ORDER)
     assert (folder / "my_models" / "retriever" / "model.safetensors").is_file()
 
 
@@ -312,8 +316,11 @@ def test_keys_variables_and_files_exist(page):
     assert {key for key in keys if key not in config.KEYS} == set()
     files = re.findall(r"`((?:rag_jax|tests|configs|launch|benchmarks|docs)/[\w./-]*)`", text)
     assert {file for file in files if not (ROOT / file).exists()} <= NOT_YET
-    ours = "".join(path.read_text() for path in [*(ROOT / "rag_jax").rglob("*.py"), *(ROOT / "launch").glob("*.sh")])
+    code = [*(ROOT / "rag_jax").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "launch").glob("*.sh")]
+    ours = "".join(path.read_text() for path in code)
     assert {name for name in re.findall(r"RAG_JAX_[A-Z_]+", text) if name not in ours} == set()
+    flags = set(re.findall(r"`(--[a-z][\w-]*)", text))
+    assert {flag for flag in flags if not re.search(rf"{flag}(?![\w-])", ours)} == set()
 
 
 def anchors(page):
