@@ -50,7 +50,7 @@ def replay(loaded: Any, workdir: pathlib.Path, step: int) -> None:
     print(f"replay     steps {(start or 0) + 1} to {step}", flush=True)
     every = loaded.mining.every_steps
     spans = mining.kept(workdir, start or 0, every) if every else iter([(start or 0, None)])
-    for number, (batch, facts) in enumerate(loop.batches(training, spans, loop.Wishes([], 0)), (start or 0) + 1):
+    for number, (batch, facts) in enumerate(loop.batches(training, spans, loop.Wishes([], 0.0)), (start or 0) + 1):
         if number == step:
             break
         state, _ = compiled.of(state, batch, facts.lengths, progress)[0](state, batch)
