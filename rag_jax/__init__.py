@@ -68,6 +68,7 @@ def load(folder: str | os.PathLike[str], step: int | str | None = None, config: 
     """
     from rag_jax import config as configs
     from rag_jax import pair
+    from rag_jax.distributed import compile_cache
     from rag_jax.errors import UserError
     from rag_jax.inference.trained import Trained
     from rag_jax.workdir.checkpoint import Checkpoints
@@ -82,12 +83,12 @@ def load(folder: str | os.PathLike[str], step: int | str | None = None, config: 
         raise UserError(f"{folder}: an export does not say how it is asked; give config=, the config of its run")
     if not exported and config is not None:
         raise UserError(f"config=...: {folder} is a run, which has a config of its own; leave it out")
-    pair.keep_compiled()
+    compile_cache.keep_compiled()
     loaded = configs.load_workdir(folder) if config is None else config
     if exported:
-        opened = pair.open_run(configs.build(configs.flat(loaded), exported))
+        opened = pair.open_pair(configs.build(configs.flat(loaded), exported))
         return Trained(opened, pair.pretrained_params(opened), 0)
-    opened = pair.open_run(loaded, folder)
+    opened = pair.open_pair(loaded, folder)
     with Checkpoints(folder) as checkpoints:
         found = checkpoints.find(step)
         params = checkpoints.restore({"params": pair.abstract_params(opened)}, found)["params"]

@@ -237,7 +237,7 @@ def test_nothing_in_use_and_models_that_are_missing(pair):
     without = {"generator.path": None, "objective.name": "none"}
     from rag_jax import pair as pairs
 
-    alone = pairs.open_run(rag_jax.load_config(TINY, without))
+    alone = pairs.open_pair(rag_jax.load_config(TINY, without))
     retriever = api.Trained(alone, {"retriever": pair.params["retriever"]}, 0)
     retriever.use(["a well", "an orchard"])
     assert len(retriever.retrieve(QUESTIONS, k=2)) == 3
@@ -245,7 +245,7 @@ def test_nothing_in_use_and_models_that_are_missing(pair):
         with pytest.raises(rag_jax.UserError, match=r"there is no generator \(generator.path=None\)"):
             call(QUESTIONS)
     without = {"retriever.path": None, "objective.contrastive_weight": 0.0, "objective.candidates": 1}
-    generator = api.Trained(pairs.open_run(rag_jax.load_config(TINY, without)), pair.params, 0)
+    generator = api.Trained(pairs.open_pair(rag_jax.load_config(TINY, without)), pair.params, 0)
     for call in (generator.retrieve, generator.use, generator.embed_queries):
         with pytest.raises(rag_jax.UserError, match=r"there is no retriever \(retriever.path=None\)"):
             call(QUESTIONS)

@@ -52,7 +52,7 @@ class Trained:
 
     def __init__(self, opened: Any, params: dict, step: int):
         self.opened, self.params, self.step = opened, params, step
-        self._corpus: answering.Pair | None = None
+        self._corpus: answering.Answerer | None = None
 
     def embed_queries(self, texts: Sequence[str]) -> Float[np.ndarray, "n E"]:
         """Normalised embeddings of questions."""
@@ -70,7 +70,7 @@ class Trained:
         passages = passages if isinstance(passages, str) else list(passages)
         distinct = tuple(dict.fromkeys(_checked(passages, "passages")))
         emb, _ = answering.corpus_emb(self.opened, self.params, distinct)
-        self._corpus = answering.Pair(self.opened, self.params, self.step, distinct, emb)
+        self._corpus = answering.Answerer(self.opened, self.params, self.step, distinct, emb)
 
     def retrieve(self, questions: Sequence[str], k: int = 5) -> list[list[Retrieved]]:
         """The k passages of highest cosine to each question, best first."""
@@ -91,7 +91,7 @@ class Trained:
         corpus, tokenizer = self._in_use(), self._prompt().tokenizer
         asked, config = _checked(questions, "questions"), self.opened.config
         decoding = answering.Decoding(
-            name="sequence" if config.objective.name == "sequence" else "token",
+            likelihood=self.opened.model.objective.formula.likelihood,
             num_tokens=config.data.answer_len,
             eos_id=segments.eos_id(tokenizer),
         )
@@ -120,7 +120,7 @@ class Trained:
         token_log_probs = jnp.asarray(by_pair.reshape(*found.shape, -1))
         mask = jnp.arange(token_log_probs.shape[-1]) < tokens.lengths[:, None]
         doc_log_probs = losses.doc_log_probs(jnp.asarray(cosine) / model.objective.marginal_temperature)
-        log_probs = losses.log_marginal(model.objective.name, doc_log_probs, token_log_probs, mask)
+        log_probs = losses.log_marginal(model.objective.formula.likelihood, doc_log_probs, token_log_probs, mask)
         return [Score(float(value), int(num)) for value, num in zip(log_probs, tokens.lengths, strict=True)]
 
     def _embed(self, texts: list[str], prefix: str, longest: int, what: str) -> Float[np.ndarray, "n E"]:
@@ -138,7 +138,7 @@ class Trained:
         """Cosines and indices (n, K) of the nearest passages."""
         return search.top_k(self.embed_queries(questions), self._in_use().passage_emb, k)
 
-    def _in_use(self) -> answering.Pair:
+    def _in_use(self) -> answering.Answerer:
         self._retriever_text()
         if self._corpus is None:
             raise UserError("no passages in use; call use(passages) first")
