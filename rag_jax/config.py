@@ -29,6 +29,8 @@ REMAT_MEANING = "what layers compute again in the backward pass: nothing, all bu
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 Rules = tuple[tuple[str, float], ...]
+# A ConfigDict of the keys below. Its sections and values are attributes, whose types no checker can know.
+Config = Any
 # A check says what a value must be, or None when it is right.
 Check = Callable[[Any], str | None]
 

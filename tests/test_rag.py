@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,23 +27,6 @@ GENERATORS = {
 LP, LQ, T = 9, 5, 4
 
 
-class Rows(NamedTuple):
-    query_key: jax.Array
-    passage_key: jax.Array
-    query_ids: jax.Array
-    query_mask: jax.Array
-    passage_ids: jax.Array
-    passage_mask: jax.Array
-    prefix_ids: jax.Array
-    prefix_mask: jax.Array
-    suffix_ids: jax.Array
-    suffix_mask: jax.Array
-    answer_start: jax.Array
-    answer_mask: jax.Array
-    negatives: data.Negatives | None = None
-    stop: None = None
-
-
 def make_rows(num_rows, seed=0, passages=None, prefix_room=0, suffix_room=0, negatives=None):
     """Ragged rows; `passages` says which passage each row carries (rows may share one), `negatives` which it brings."""
     rng = np.random.default_rng(seed)
@@ -67,7 +49,8 @@ def make_rows(num_rows, seed=0, passages=None, prefix_room=0, suffix_room=0, neg
         there = key[:, :, None] >= 0
         further = (jnp.where(there, a[key], (jnp.arange(a.shape[1]) == 0).astype(a.dtype)) for a in (*passage, *prefix))
         negatives = data.Negatives(jnp.asarray(key), *further)
-    return Rows(
+    return data.Batch(
+        jnp.arange(num_rows),
         jnp.arange(num_rows),
         jnp.asarray(passages),
         *query,
@@ -76,6 +59,7 @@ def make_rows(num_rows, seed=0, passages=None, prefix_room=0, suffix_room=0, neg
         *suffix,
         jnp.asarray(query_lengths, jnp.int32),
         jnp.asarray(np.arange(T) < answer_lengths[:, None]),
+        *(None, None, None),
         negatives,
     )
 

@@ -1,14 +1,17 @@
 """What a run writes down: every step's metrics once its values are there, and where the time went."""
 
+import contextlib
 import dataclasses
 import time
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 
 from rag_jax import data, models
+from rag_jax.config import Config
 from rag_jax.models import flops
 from rag_jax.training import watch
+from rag_jax.training.step import Metrics
 from rag_jax.training.writer import Progress, Writer, clock, peak_flops
 
 # Of an evaluation, on the console; the record has all.
@@ -31,7 +34,7 @@ class Record:
 
     def __init__(
         self,
-        config: Any,
+        config: Config,
         used: dict[str, models.ModelConfig],
         writer: Writer,
         progress: Progress,
@@ -46,14 +49,18 @@ class Record:
         self.unwritten: dict[str, float] = dict.fromkeys(PAUSES, 0.0)  # since the last line of metrics
         self.done_at = time.perf_counter()
 
-    def pause(self, name: str, seconds: float) -> None:
-        """Time that was no step's."""
+    @contextlib.contextmanager
+    def pausing(self, name: str) -> Iterator[None]:
+        """Around what a run stops its steps for: its time is no step's."""
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
         self.done_at += seconds
         self.progress.pause(seconds)
         self.seconds[name] += seconds
         self.unwritten[name] += seconds
 
-    def train(self, step: int, values: dict[str, jax.Array], facts: Facts) -> None:
+    def train(self, step: int, values: Metrics, facts: Facts) -> None:
         """Waits for the values of a step and writes them; UserError when a number is none any more."""
         numbers = {name: float(value) for name, value in jax.device_get(values).items()}
         now = time.perf_counter()
