@@ -243,11 +243,11 @@ def ours(args: argparse.Namespace) -> dict:
     rate = optim.learning_rate(section, 1000)
     placed = sharding.put_batch(mesh, batch, len(batch.row))
     made = train_step.make_train_step(opened.model, optimizer, rate, shardings, dropout_seed=None)
-    compiled = train_step.compile_step(made, state, placed)
+    compiled = train_step.compile_step(made, state, placed, None)
 
     def step() -> float:
         nonlocal state
-        state, metrics = compiled(state, placed)
+        state, metrics = compiled(state, placed, None)
         return float(metrics["loss/total"])
 
     return timed(step, args.steps, num_params, imports, model_flops(opened, batch))

@@ -135,7 +135,7 @@ def compile_step(loaded: Any, topology: chips.Topology) -> dict[str, Any]:
         "model_flops_per_device": needed,
     }
     try:
-        program = step.lower(state, batch).compile()
+        program = step.lower(state, batch, None).compile()
     except jax.errors.JaxRuntimeError as error:
         told = TOO_MUCH.search(str(error))
         if told is None:

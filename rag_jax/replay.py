@@ -32,7 +32,6 @@ def replay(loaded: Any, workdir: pathlib.Path, step: int) -> None:
     from rag_jax import data, pair
     from rag_jax.distributed import sharding
     from rag_jax.training import announce, feed, mining, optim, setup
-    from rag_jax.training.signals import Requests
     from rag_jax.training.writer import Progress
     from rag_jax.workdir import provenance
     from rag_jax.workdir.checkpoint import Checkpoints
@@ -54,10 +53,10 @@ def replay(loaded: Any, workdir: pathlib.Path, step: int) -> None:
     print(f"replay     steps {(start or 0) + 1} to {step}", flush=True)
     every = loaded.mining.every_steps
     spans = mining.kept(workdir, start or 0, every) if every else iter([(start or 0, None)])
-    for number, (batch, facts) in enumerate(feed.batches(training, spans, Requests([], 0)), (start or 0) + 1):
+    for number, (batch, facts) in enumerate(feed.batches(training, spans), (start or 0) + 1):
         if number == step:
             break
-        state, _ = programs.for_batch(state, batch, facts.lengths)(state, batch)
+        state, _ = programs.for_batch(state, batch, None, facts.lengths)(state, batch, None)
     params, dropout_seed = (
         optim.join(state.params, state.frozen),
         loaded.seed if setup.has_dropout(training.opened) else None,

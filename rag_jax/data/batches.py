@@ -46,9 +46,6 @@ class Batch(NamedTuple):
     string_mask: np.ndarray | None  # (B, Ld)
     string_answer_start: np.ndarray | None  # (B,) first position that predicts an answer token
     negatives: Negatives | None = None
-    # (B,) what a process asks of all, as a number (see `train`): through the step they learn of it at the same time.
-    # None: alone.
-    stop: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, order=True)

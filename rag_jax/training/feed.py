@@ -11,7 +11,6 @@ from rag_jax.distributed import sharding
 from rag_jax.training import announce, mining, optim
 from rag_jax.training.record import Facts, Record
 from rag_jax.training.setup import Training
-from rag_jax.training.signals import Requests
 from rag_jax.training.step import Step, TrainState, compile_step
 from rag_jax.training.writer import Progress
 
@@ -48,7 +47,7 @@ def mine(training: Training, state: TrainState, met: np.ndarray, step: int, reco
     return plan
 
 
-def batches(training: Training, spans: Iterator[Span], requests: Requests) -> Iterator[tuple[data.Batch, Facts]]:
+def batches(training: Training, spans: Iterator[Span]) -> Iterator[tuple[data.Batch, Facts]]:
     """Batches on the mesh, span after span. A span is asked for only when the one before it has been read."""
     config = training.config
     for first, plan in spans:
@@ -69,8 +68,6 @@ def batches(training: Training, spans: Iterator[Span], requests: Requests) -> It
             batch = next(source, None)
             if batch is None:
                 break
-            if jax.process_count() > 1:
-                batch = batch._replace(stop=np.full(len(batch.row), requests.own(), np.int32))
             placed = sharding.put_batch(training.mesh, batch, config.batch_size)
             wait_s = time.perf_counter() - began
             yield placed, Facts(data.lengths(batch), data.padding_share(batch, config.objective.candidates), wait_s)
@@ -92,10 +89,10 @@ class Programs:
         self.step, self.progress = training.step, progress
         self.by_shape: dict[data.Lengths, Step] = {}
 
-    def for_batch(self, state: TrainState, batch: data.Batch, lengths: data.Lengths) -> Step:
+    def for_batch(self, state: TrainState, batch: data.Batch, asked: jax.Array | None, lengths: data.Lengths) -> Step:
         if lengths not in self.by_shape:
             began, found = time.perf_counter(), pair.compiled_found()
-            self.by_shape[lengths] = compile_step(self.step, state, batch)
+            self.by_shape[lengths] = compile_step(self.step, state, batch, asked)
             how = "compiled by an earlier run, read" if pair.compiled_found() > found else "compiled"
             seconds = time.perf_counter() - began
             self.progress.print(f"the step for {announce.describe(lengths)}: {how} in {seconds:.0f} s")

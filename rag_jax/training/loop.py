@@ -67,18 +67,19 @@ def loop(training: Training, state: TrainState, checkpoints: Checkpoints, start_
     scores, ended = earlier_scores(training, start_step), ""
     with stop_signals() as received, opened_record(training, state, start_step) as record:
         # One process goes by the clock, and the others by what it asks.
-        requests = Requests(received, 60 * config.checkpoint.every_minutes if training.is_main else 0)
+        requests = Requests(received, 60 * config.checkpoint.every_minutes if training.is_main else 0.0)
         programs = feed.Programs(training, record.progress)
         pending: tuple[int, Metrics, Facts] | None = None
         if start_step == 0:
             evaluate(training, state, 0, record, scores)
         spans = feed.spans(training, lambda: state, start_step, record)
-        for step, (batch, facts) in enumerate(feed.batches(training, spans, requests), start=start_step + 1):
+        for step, (batch, facts) in enumerate(feed.batches(training, spans), start=start_step + 1):
+            asked = requests.for_step(training.mesh)
             with record.pausing("compile"):
-                program = programs.for_batch(state, batch, facts.lengths)
+                program = programs.for_batch(state, batch, asked, facts.lengths)
             # Returns as soon as the step is under way, so the devices have work while the step before it, which must
             # be done by then, is written down here and the next batch is brought.
-            state, metrics = program(state, batch)
+            state, metrics = program(state, batch, asked)
             if pending:
                 write(record, requests, *pending)
             pending = step, metrics, facts
@@ -136,7 +137,7 @@ def opened_record(training: Training, state: TrainState, start_step: int) -> Ite
 
 def write(record: Record, requests: Requests, step: int, metrics: Metrics, facts: Facts) -> None:
     """Record a step once it is done, and hear what was asked of all processes before it."""
-    requests.hear(int(metrics.pop("stop", Request.NOTHING)))
+    requests.hear(int(metrics.pop("asked", Request.NOTHING)))
     record.train(step, metrics, facts)
 
 

@@ -7,7 +7,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rag_jax.distributed import sharding
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+EACH_DEVICE = PartitionSpec(sharding.AXES)
 
 
 class Request(enum.IntEnum):
@@ -39,7 +46,7 @@ def stop_signals() -> Iterator[list[int]]:
 class Requests:
     """What this process asks for, after a signal or every `save_every_s` seconds (0: never), and what all agreed on.
 
-    A process that is not alone puts its request into its next step, and all of them take the highest one out of it: so
+    A process that is not alone hands its request to its next step, and all of them take the highest one out of it: so
     they save, or end, after the same step.
     """
 
@@ -59,6 +66,13 @@ class Requests:
         if self.received:
             return self.received[0]
         return signal.SIGTERM if self.agreed == Request.STOP else 0
+
+    def for_step(self, mesh: Mesh) -> jax.Array | None:
+        """The own request as the step takes it, (devices,) int32; None for a process alone, which knows already."""
+        if jax.process_count() == 1:
+            return None
+        own = np.array([self.own()], np.int32)
+        return jax.make_array_from_callback((mesh.size,), NamedSharding(mesh, EACH_DEVICE), lambda _: own)
 
     def hear(self, request: int) -> None:
         """From now on it holds for this process too."""

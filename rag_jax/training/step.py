@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rag_jax import data, rag
 from rag_jax.distributed import sharding
-from rag_jax.training import optim
+from rag_jax.training import optim, signals
 
 # Arrays in the structure of parameters, or their shapes or shardings: transformations take and give them alike.
 Tree = Any
@@ -33,7 +33,8 @@ class TrainState:
     opt_state: Tree
 
 
-Step = Callable[[TrainState, data.Batch], tuple[TrainState, Metrics]]
+# (state, batch, what each device is asked, see `signals.Requests`) -> (the next state, metrics)
+Step = Callable[[TrainState, data.Batch, jax.Array | None], tuple[TrainState, Metrics]]
 
 
 def init_state(params: Tree, frozen: Tree, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -86,7 +87,7 @@ def make_train_step(
 
     gradients = make_gradients(model, shardings.params, shardings.frozen, dropout_seed)
 
-    def train_step(state: TrainState, batch: data.Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: data.Batch, asked: jax.Array | None) -> tuple[TrainState, Metrics]:
         grads, metrics = gradients(state.params, state.frozen, batch, state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updates_done = optim.updates_done(state.opt_state) if skips_nonfinite else state.step
@@ -96,8 +97,8 @@ def make_train_step(
             "optim/grad_norm": optax.tree.norm(norms),
             **{f"optim/grad_norm_{role}": norm for role, norm in norms.items()},  # each is clipped on its own
         }
-        if batch.stop is not None:
-            metrics["stop"] = jnp.max(batch.stop)
+        if asked is not None:
+            metrics["asked"] = jnp.max(asked)
         params = optax.apply_updates(state.params, updates)
         if skips_nonfinite:
             finite = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(metrics["optim/grad_norm"])
@@ -107,16 +108,17 @@ def make_train_step(
 
     mesh = shardings.step.mesh
     whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, sharding.BATCH)
-    return jax.jit(train_step, in_shardings=(shardings, rows), out_shardings=(shardings, whole), donate_argnums=0)
+    inputs = (shardings, rows, NamedSharding(mesh, signals.EACH_DEVICE))
+    return jax.jit(train_step, in_shardings=inputs, out_shardings=(shardings, whole), donate_argnums=0)
 
 
-def compile_step(step: Step, state: TrainState, batch: data.Batch) -> Step:
+def compile_step(step: Step, state: TrainState, batch: data.Batch, asked: jax.Array | None) -> Step:
     """The step as a program for batches of this one's shapes.
 
     What the compiler took goes back to the system: glibc would keep it for the process, half a gigabyte that the
     program's own memory then stands beside.
     """
-    program = step.lower(state, batch).compile()
+    program = step.lower(state, batch, asked).compile()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:  # of glibc alone
