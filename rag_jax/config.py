@@ -16,14 +16,10 @@ from ml_collections import ConfigDict
 
 from rag_jax import untrusted
 from rag_jax.errors import UserError
+from rag_jax.evaluation import metrics
 
 MOST = 2**31
 OBJECTIVES = ("token", "sequence", "dalm", "none")
-RANKING_METRICS = (
-    *(f"{name}@{k}" for k in (1, 5, 10) for name in ("recall", "hit_rate", "precision")),
-    *("mrr@10", "ndcg@10", "map@100"),
-)
-ANSWER_METRICS = ("answer_nll", "answer_nll_gold", "answer_nll_top1", "retrieval_utility", "em", "f1")
 REMAT = ("none", "dots", "full")
 REMAT_MEANING = "what layers compute again in the backward pass: nothing, all but weight products, all"
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -168,7 +164,7 @@ KEYS: dict[str, Key] = {
     "eval.answers": Key(int, at_least(0), "how many greedy answers are generated for EM and F1; 0: none"),
     "eval.metric": Key(
         str,
-        one_of("auto", *RANKING_METRICS, *ANSWER_METRICS),
+        one_of("auto", *metrics.METRICS),
         "what tells the best step; auto: mrr@10, else answer_nll",
     ),
     "eval.patience": Key(int, at_least(0), "evaluations without a better eval.metric that end the run; 0: never"),
@@ -471,17 +467,17 @@ _JOINT_CHECKS: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
     ),
     (
         ("eval.metric", "retriever.path"),
-        lambda metric, path: path is None and metric in (*RANKING_METRICS, "answer_nll_gold", "answer_nll_top1"),
+        lambda metric, path: path is None and metric in metrics.needing("retriever"),
         "there is no retriever to measure; give its path or another metric",
     ),
     (
         ("eval.metric", "generator.path"),
-        lambda metric, path: path is None and metric in ANSWER_METRICS,
+        lambda metric, path: path is None and metric in metrics.needing("generator"),
         "there is no generator to measure; give its path or another metric",
     ),
     (
         ("eval.metric", "eval.answers"),
-        lambda metric, answers: metric in ("em", "f1") and answers == 0,
+        lambda metric, answers: metric in metrics.needing("answers") and answers == 0,
         "no answers are generated; raise the second or choose another metric",
     ),
     (

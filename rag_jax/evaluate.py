@@ -21,7 +21,7 @@ def main() -> None:
     config.require(loaded, "data.eval")
 
     from rag_jax import pair
-    from rag_jax.evaluation import evaluation
+    from rag_jax.evaluation import evaluation, metrics
     from rag_jax.workdir.checkpoint import Checkpoints
 
     pair.keep_compiled()
@@ -32,7 +32,7 @@ def main() -> None:
     if args.workdir is None:
         step, params = 0, pair.pretrained_params(opened)
     else:
-        with Checkpoints(args.workdir) as checkpoints:
+        with Checkpoints(args.workdir, higher_is_better=metrics.HIGHER_IS_BETTER) as checkpoints:
             step = checkpoints.find(args.step)
             params = checkpoints.restore({"params": pair.abstract_params(opened)}, step)["params"]
     result = evaluation.evaluate(opened.model, params, rows, args.index)

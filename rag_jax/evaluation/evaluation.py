@@ -30,20 +30,7 @@ SAMPLE_SEED = 0
 DEFINITIONS = {
     "relevant": "to a query are the passages of all rows with its text; retrieved are those of highest cosine, of all "
     "passages; means are over rows",
-    "eval/recall@k": "share of the relevant passages that are among the first k",
-    "eval/hit_rate@k": "share of queries with a relevant passage among the first k",
-    "eval/precision@k": "share of the first k passages that are relevant",
-    "eval/mrr@10": "mean of 1 / rank of the first relevant passage, 0 beyond rank 10",
-    "eval/ndcg@10": "sum of 1 / log2(1 + rank) of the relevant passages up to rank 10, as a share of the most possible",
-    "eval/map@100": "mean of the precision at the rank of each relevant passage, 0 beyond rank 100",
-    "eval/answer_nll": "nats per answer token, end-of-sequence included: negative log marginal over the K passages of "
-    "highest cosine, their weights softmax(cosine / marginal_temperature); without a retriever the own passage alone",
-    "eval/answer_nll_gold": "the same with the row's own passage alone",
-    "eval/answer_nll_top1": "the same with the passage of highest cosine alone",
-    "eval/answer_nll_none": "the same without a passage: the prompt with an empty one",
-    "eval/retrieval_utility": "answer_nll minus answer_nll_none: below 0 where passages help",
-    "eval/em": "share of greedy RAG-Token answers equal to the row's answer after SQuAD normalisation",
-    "eval/f1": "mean F1 of the words of greedy answer and row's answer after SQuAD normalisation",
+    **metrics.definitions(),
     "intervals": "95 %, percentile bootstrap over rows, 1,000 resamples",
 }
 # Of the retrieved passages in the file of rows, and characters of each.
@@ -309,11 +296,10 @@ def greedy_answers(
     return texts
 
 
-def answer_metrics(rows: EvalRows, answers: list[str]) -> dict[str, metrics.Column]:
-    gold = [rows.examples.rows.answers[row] for row in rows.sample[: len(answers)]]
-    pairs, ones = list(zip(answers, gold, strict=True)), np.ones(len(answers))
-    scores = {"em": metrics.exact_match, "f1": metrics.f1}
-    return {name: (np.array([score(a, g) for a, g in pairs]), ones) for name, score in scores.items()}
+def answer_metrics(rows: EvalRows, generated: list[str]) -> dict[str, metrics.Column]:
+    gold = [rows.examples.rows.answers[row] for row in rows.sample[: len(generated)]]
+    ones = np.ones(len(generated))
+    return {name: (values, ones) for name, values in metrics.answers(generated, gold).items()}
 
 
 def by_row(

@@ -11,6 +11,7 @@ from rag_jax import pair
 from rag_jax.config import Config
 from rag_jax.distributed import processes, sharding
 from rag_jax.evaluation import evaluation
+from rag_jax.evaluation.metrics import HIGHER_IS_BETTER
 from rag_jax.training import announce, feed, optim, setup, watch
 from rag_jax.training.record import Facts, Record, due
 from rag_jax.training.setup import Training, say
@@ -46,7 +47,8 @@ def train(config: Config, workdir: pathlib.Path) -> int:
                 setup.write_workdir(training, start_step, inputs)
                 for line in set_aside(workdir, damaged):
                     say(training, line)
-        checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every))
+        kept = (config.checkpoint.keep, config.checkpoint.keep_every)
+        checkpoints = stack.enter_context(Checkpoints(workdir, *kept, HIGHER_IS_BETTER))
         if start_step >= config.total_steps:
             say(training, f"{workdir} is trained to step {start_step} already; total_steps={config.total_steps}")
             return 0
@@ -151,7 +153,7 @@ def evaluate(training: Training, state: TrainState, step: int, record: Record, s
         content = evaluation.record(result, training.eval_rows, training.opened.model, step)
         if training.is_main:
             evaluation.write_record(training.workdir, content, result.by_row)
-        score = checkpoint.score(content, content.get("best_by"))
+        score = checkpoint.score(content, content.get("best_by"), HIGHER_IS_BETTER)
         scores |= {} if score is None else {step: score}
         record.evaluation(step, result.metrics)
 
@@ -159,7 +161,7 @@ def evaluate(training: Training, state: TrainState, step: int, record: Record, s
 def earlier_scores(training: Training, start_step: int) -> dict[int, float]:
     """Scores of the evaluations in this run's loop up to the step it goes on from; not those of the command."""
     every = training.config.eval.every_steps
-    known = checkpoint.scores(training.workdir) if start_step else {}
+    known = checkpoint.scores(training.workdir, HIGHER_IS_BETTER) if start_step else {}
     return {step: score for step, score in known.items() if step <= start_step and (step == 0 or due(step, every))}
 
 

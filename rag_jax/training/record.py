@@ -9,13 +9,12 @@ import jax
 
 from rag_jax import data, models
 from rag_jax.config import Config
+from rag_jax.evaluation.metrics import METRICS
 from rag_jax.models import flops
 from rag_jax.training import watch
 from rag_jax.training.step import Metrics
 from rag_jax.training.writer import Progress, Writer, clock, peak_flops
 
-# Of an evaluation, on the console; the record has all.
-SHOWN = ("recall@1", "recall@10", "mrr@10", "ndcg@10", "answer_nll", "em", "f1")
 # What a run stops its steps for.
 PAUSES = ("compile", "eval", "checkpoint", "mining")
 
@@ -96,7 +95,11 @@ class Record:
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         self.writer.evaluation(step, values)
-        shown = "  ".join(f"{name} {values[f'eval/{name}']:.3f}" for name in SHOWN if f"eval/{name}" in values)
+        shown = "  ".join(
+            f"{name} {values[f'eval/{name}']:.3f}"
+            for name, metric in METRICS.items()
+            if metric.shown and f"eval/{name}" in values
+        )
         self.progress.print(f"step {step}: {shown}")
 
     def mining(self, step: int, values: dict[str, float]) -> None:
