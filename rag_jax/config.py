@@ -98,6 +98,12 @@ KEYS: dict[str, Key] = {
     "batch_size": Key(int, at_least(1), "global queries a step"),
     "group_size": Key(int, at_least(1), "rows whose passages can be each other's candidates; divides batch_size"),
     "dtype": Key(str, one_of("float32", "bfloat16"), "compute type; parameters are float32"),
+    "matmul_precision": Key(
+        str,
+        one_of("default", "high", "highest"),
+        "of a float32 run's products: highest is float32; default is the device's own, on an H100 TF32 (about 8 times "
+        "as fast), on TPUs one bfloat16 pass (high: three, highest: six)",
+    ),
     "dropout": Key(float | None, fraction, "None: what each model's config says; a number: that, for both"),
     "data.train": Key(str | None, not_empty, "rows to train on: a file, a save_to_disk folder or a hub name"),
     "data.eval": Key(str | None, not_empty, "rows to evaluate on; None: no evaluation"),

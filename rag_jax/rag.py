@@ -162,7 +162,8 @@ def gold_log_probs(
     @jax.checkpoint
     def one(chunk: tuple[Array, Array]) -> Array:
         hidden, ids = chunk
-        logits = jnp.einsum("MD,VD->MV", hidden, kernel_VD, preferred_element_type=jnp.float32)
+        exact = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None  # whatever the device's default is
+        logits = jnp.einsum("MD,VD->MV", hidden, kernel_VD, precision=exact, preferred_element_type=jnp.float32)
         # A sum over V, not a gather: of a vocabulary split over devices each has a part of it.
         gold = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == ids[:, None], logits, 0.0), axis=-1)
         return gold - jax.nn.logsumexp(logits, axis=-1)
