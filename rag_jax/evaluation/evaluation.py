@@ -48,6 +48,7 @@ class EvalRows:
     empty_prefix: data.Ragged | None  # of the prompt without a passage: one
     sample: np.ndarray  # (R,) rows of the examples that are evaluated
     num_answers: int  # how many of the sample, from its start, are answered for EM and F1
+    answer_len: int  # tokens of such an answer at most, end-of-sequence included: as many as training reads
     batch_size: int
     tokenizer: Any  # the generator's
     metric: str  # what the best step is chosen by
@@ -102,6 +103,7 @@ def load_rows(
         empty_prefix=empty_prefix,
         sample=sample,
         num_answers=min(section.answers, len(sample)) if prompt is not None else 0,
+        answer_len=prompt.answer_len if prompt is not None else 0,
         batch_size=min(section.batch_size, len(sample)),
         tokenizer=None if prompt is None else prompt.tokenizer,
         metric=section.metric,
@@ -276,12 +278,14 @@ def greedy_answers(
     candidates: Int[np.ndarray, "R K"],
     cosine: Float[np.ndarray, "R K"],
 ) -> list[str]:
-    """Greedy RAG-Token answers to the first `rows.num_answers` sampled rows, at most as long as answers in training."""
+    """Greedy RAG-Token answers to the first `rows.num_answers` sampled rows, of `rows.answer_len` tokens at most.
+
+    Not of as many as the longest gold answer has: what is to be found out must not say where to stop.
+    """
     examples, num_answers = rows.examples, rows.num_answers
     queries = examples.prompt_queries
     assert queries is not None
-    shape = data.longest(examples)
-    query_len = segments.padded_length(queries.lengths, shape.suffix)
+    query_len = segments.padded_length(queries.lengths, data.longest(examples).suffix)
     texts, places = [""] * num_answers, Places.of(params, "generator")
     weights = losses.doc_log_probs(jax.numpy.asarray(cosine) / model.objective.marginal_temperature)
     eos_id = segments.eos_id(rows.tokenizer)
@@ -289,7 +293,7 @@ def greedy_answers(
         query = segments.pad(queries, examples.query_key[rows.sample[batch.rows]], query_len)
         ids = decoding.answer_ids(
             model, params, batch.prefix, query, batch.candidates, np.asarray(weights)[batch.rows],
-            num_tokens=shape.answer, eos_id=eos_id,
+            num_tokens=rows.answer_len, eos_id=eos_id,
         )  # fmt: skip
         for row, answer in zip(batch.rows[batch.real], sharding.to_host(ids)[batch.real], strict=True):
             texts[row] = decoding.text(rows.tokenizer, answer)

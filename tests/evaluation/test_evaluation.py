@@ -220,7 +220,7 @@ def test_greedy_answers_mix_the_retrieved_passages(folder):
     for row, text, top, scores in zip(rows.sample, texts, retrieved[:, :3], cosine[:, :3], strict=False):
         weights = np.exp(scores / MARGINAL_TEMPERATURE)
         answer = []
-        for _ in range(8):  # the longest answer in the file, 8 tokens with its end
+        for _ in range(PROMPT.answer_len):  # the longest answer in the file has fewer
             prompts = [reference_strings(ROWS[row][0], rows.passages[p], "")[0] for p in top]
             mixed = sum(
                 w * np.exp(forward(p + answer)[len(p) + len(answer) - 1]) for w, p in zip(weights, prompts, strict=True)
