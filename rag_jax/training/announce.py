@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 
 from rag_jax import data, hf
+from rag_jax.training import optim
 from rag_jax.training.setup import Training
 from rag_jax.training.step import Tree
 
@@ -61,6 +63,19 @@ def summary(training: Training, start_step: int) -> str:
     saves = f"a checkpoint every {' and every '.join(often)}, {keep} kept" if often else "no checkpoints"
     lines["output"] = f"{training.workdir} ({saves})"
     return "\n".join(f"{name:<11}{text}" for name, text in lines.items())
+
+
+def rate_change(section: Any, step: int, was: int, now: int) -> str | None:
+    """A line where a changed `total_steps` makes the learning rate jump after `step`; None where it does not.
+
+    `section`: the config's `optimizer`. The schedules are functions of total_steps too.
+    """
+    before, after = (float(optim.learning_rate(section, total_steps)(step)) for total_steps in (was, now))
+    if math.isclose(before, after, rel_tol=1e-6):
+        return None
+    return (
+        f"rate       learning rate at step {step + 1} was {before:.3g}, is {after:.3g}: total_steps was {was}, is {now}"
+    )
 
 
 def model_line(training: Training, role: str, source: hf.Source) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import jax
 
+from rag_jax import config as configs
 from rag_jax import pair
 from rag_jax.config import Config
 from rag_jax.distributed import processes, sharding
@@ -34,6 +35,10 @@ def train(config: Config, workdir: pathlib.Path) -> int:
     with processes.all_or_none():
         training = setup.build(config, workdir, mesh, start_step)
         say(training, announce.summary(training, start_step))
+        if start_step:
+            was = configs.load_workdir(workdir).total_steps
+            if line := announce.rate_change(config.optimizer, start_step, was, config.total_steps):
+                say(training, line)
         inputs = provenance.of_run(config, training.examples)
         if start_step:
             provenance.check(workdir, config, inputs)

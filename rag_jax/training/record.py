@@ -12,8 +12,9 @@ from rag_jax.config import Config
 from rag_jax.evaluation.metrics import METRICS
 from rag_jax.models import flops
 from rag_jax.training import watch
+from rag_jax.training.peak import peak
 from rag_jax.training.step import Metrics
-from rag_jax.training.writer import Progress, Writer, clock, peak_flops
+from rag_jax.training.writer import Progress, Writer, clock
 
 # What a run stops its steps for.
 PAUSES = ("compile", "eval", "checkpoint", "mining")
@@ -42,7 +43,7 @@ class Record:
         self.nonfinite = nonfinite
         self.leaps = watch.Leaps(config.guard.spike_factor, writer.written("loss/total"))
         self.config, self.used, self.writer, self.progress = config, used, writer, progress
-        self.peak_flops = peak_flops()
+        self.peak = peak()
         self.steps, self.flops, self.padding = 0, 0.0, 0.0  # sums over this process's steps
         self.seconds: dict[str, float] = dict.fromkeys(("step", "data_wait", *PAUSES), 0.0)
         self.unwritten: dict[str, float] = dict.fromkeys(PAUSES, 0.0)  # since the last line of metrics
@@ -86,7 +87,7 @@ class Record:
                 "time/step_s": step_s,
                 "time/data_wait_s": facts.wait_s,
                 "throughput/queries_per_s": config.batch_size / step_s,
-                "throughput/mfu": model_flops / step_s / self.peak_flops,
+                "throughput/mfu": model_flops / step_s / self.peak.flops,
                 "throughput/padding_share": facts.padding_share,
             }
             numbers |= {f"time/{name}_s": seconds for name, seconds in self.unwritten.items()}
@@ -121,7 +122,7 @@ class Record:
         return (
             f"time       {', '.join(spent)}\n"
             f"speed      {steps_s / self.steps:.3g} s a step, {queries_per_s:.3g} queries/s, "
-            f"MFU {self.flops / steps_s / self.peak_flops:.0%} of {self.peak_flops / 1e12:.3g} TFLOP/s, "
+            f"MFU {self.flops / steps_s / self.peak.flops:.0%} of {self.peak}, "
             f"{self.padding / self.steps:.0%} of the tokens padding"
         )
 
