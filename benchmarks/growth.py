@@ -96,7 +96,7 @@ def measure(point: Point, steps: int) -> dict[str, float]:
     places = jax.tree.map(lambda a: a.sharding, state)
     step = train_step.make_train_step(composite, optimizer, rate, places, dropout_seed=None)
     began = time.perf_counter()
-    compiled = step.lower(state, batch).compile()
+    compiled = step.lower(state, batch, None).compile()
     compile_s = time.perf_counter() - began
     configs: dict[str, models.ModelConfig] = {"retriever": retriever, "generator": generator}
     minimum = flops.training_step(configs, point.batch, point.candidates, data.lengths(batch))
@@ -109,7 +109,7 @@ def measure(point: Point, steps: int) -> dict[str, float]:
         seconds = []
         for _ in range(1 + steps):
             began = time.perf_counter()
-            state, metrics = compiled(state, placed)
+            state, metrics = compiled(state, placed, None)
             jax.block_until_ready(metrics)
             seconds.append(time.perf_counter() - began)
         seconds = seconds[1:]

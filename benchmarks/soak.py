@@ -41,7 +41,7 @@ import orbax.checkpoint as ocp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rag_jax import data
-from rag_jax.training import loop
+from rag_jax.training import setup
 from rag_jax.workdir import checkpoint
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -414,7 +414,7 @@ WRONG = ("moments of zero", "another order of rows")
 
 def make_mistake(name: str) -> None:
     """In this process: what going on is told to do wrongly."""
-    right, order = loop.restore, data.iterate
+    right, order = setup.restore, data.iterate
 
     def restore(*args: Any) -> Any:
         state = right(*args)
@@ -422,7 +422,7 @@ def make_mistake(name: str) -> None:
         return dataclasses.replace(state, opt_state=zeros)
 
     if name == WRONG[0]:
-        loop.restore = restore
+        setup.restore = restore
     elif name == WRONG[1]:
         data.iterate = lambda *args, seed, **more: order(*args, seed=seed + 1, **more)
 

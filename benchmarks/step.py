@@ -135,7 +135,7 @@ def peak_memory() -> int:
 
 def timed(step, steps: int, num_params: int, imports: int, flops: float) -> dict:
     """`step()` returns its loss when it is done."""
-    from rag_jax.training import writer
+    from rag_jax.training import peak as peaks
 
     loss = step()
     seconds = []
@@ -145,7 +145,7 @@ def timed(step, steps: int, num_params: int, imports: int, flops: float) -> dict
         seconds.append(time.perf_counter() - began)
     peak = peak_memory()
     extra = peak - 16 * num_params  # weights, gradients and AdamW's two moments, float32
-    peak_flops = writer.measured_flops()
+    peak_flops = peaks.measured_flops()
     return {
         "seconds": seconds,
         "peak": [peak],
@@ -243,11 +243,11 @@ def ours(args: argparse.Namespace) -> dict:
     rate = optim.learning_rate(section, 1000)
     placed = sharding.put_batch(mesh, batch, len(batch.row))
     made = train_step.make_train_step(opened.model, optimizer, rate, shardings, dropout_seed=None)
-    compiled = train_step.compile_step(made, state, placed)
+    compiled = train_step.compile_step(made, state, placed, None)
 
     def step() -> float:
         nonlocal state
-        state, metrics = compiled(state, placed)
+        state, metrics = compiled(state, placed, None)
         return float(metrics["loss/total"])
 
     return timed(step, args.steps, num_params, imports, model_flops(opened, batch))

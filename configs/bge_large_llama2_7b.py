@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 2048
     config.group_size = 8
     config.dtype = "bfloat16"
+    config.matmul_precision = "default"
     config.dropout = None
 
     config.data = data = ConfigDict()

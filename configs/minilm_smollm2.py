@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 16
     config.group_size = 4
     config.dtype = "float32"
+    config.matmul_precision = "highest"
     config.dropout = None
 
     config.data = data = ConfigDict()

@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 8
     config.group_size = 8
     config.dtype = "float32"
+    config.matmul_precision = "highest"
     config.dropout = None
 
     config.data = data = ConfigDict()

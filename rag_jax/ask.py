@@ -26,6 +26,7 @@ from typing import Any
 from rag_jax import cli, data
 from rag_jax.data import rows, segments
 from rag_jax.errors import UserError
+from rag_jax.evaluation.metrics import HIGHER_IS_BETTER
 from rag_jax.inference import answering
 from rag_jax.objectives import OBJECTIVES
 from rag_jax.workdir import checkpoint
@@ -231,7 +232,7 @@ def open_pairs(
         pairs["untrained"] = answerer(opened, pair.pretrained_params(opened), 0)
     if args.workdir is not None:
         opened = pair.open_pair(loaded, args.workdir)
-        with checkpoint.Checkpoints(args.workdir) as checkpoints:
+        with checkpoint.Checkpoints(args.workdir, higher_is_better=HIGHER_IS_BETTER) as checkpoints:
             step = checkpoints.find(args.step)
             params = checkpoints.restore({"params": pair.abstract_params(opened)}, step)["params"]
         pairs["trained"] = answerer(opened, params, step)

@@ -22,7 +22,7 @@ def main() -> None:
 
     from rag_jax import pair
     from rag_jax.distributed import compile_cache
-    from rag_jax.evaluation import evaluation
+    from rag_jax.evaluation import evaluation, metrics
     from rag_jax.workdir.checkpoint import Checkpoints
 
     compile_cache.keep_compiled()
@@ -33,7 +33,7 @@ def main() -> None:
     if args.workdir is None:
         step, params = 0, pair.pretrained_params(opened)
     else:
-        with Checkpoints(args.workdir) as checkpoints:
+        with Checkpoints(args.workdir, higher_is_better=metrics.HIGHER_IS_BETTER) as checkpoints:
             step = checkpoints.find(args.step)
             params = checkpoints.restore({"params": pair.abstract_params(opened)}, step)["params"]
     result = evaluation.evaluate(opened.model, params, rows, args.index)

@@ -16,6 +16,7 @@ import safetensors
 
 from rag_jax import cli, config, files, untrusted
 from rag_jax.errors import UserError
+from rag_jax.evaluation.metrics import HIGHER_IS_BETTER
 from rag_jax.workdir import checkpoint
 
 DTYPES = ("float32", "float16", "bfloat16", "source")
@@ -47,7 +48,7 @@ def export(loaded: Any, workdir: pathlib.Path, out: pathlib.Path, step: str | in
     from rag_jax import hf, pair
 
     opened = pair.open_pair(loaded, workdir)
-    with checkpoint.Checkpoints(workdir) as checkpoints:
+    with checkpoint.Checkpoints(workdir, higher_is_better=HIGHER_IS_BETTER) as checkpoints:
         found = checkpoints.find(step)
         params = checkpoints.restore({"params": pair.abstract_params(opened)}, found)["params"]
     out = out.resolve()  # a link to an empty folder stays one

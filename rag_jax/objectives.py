@@ -13,13 +13,13 @@ class Formula:
 
     meaning: str  # one line, for --help and the docs
     likelihood: str  # "token" | "sequence": the p(y | q) by which answers are scored and decoded
-    terms: str | None = None  # the function of `losses` that gives its terms; None: no generator is trained
+    terms: str = ""  # the function of `losses` that gives its terms; "": no generator is trained
     reads: str = "pairs"  # what of a batch its generator reads: "pairs" of query and candidate | "strings"
     needs_scores: bool = False  # even of a single candidate
     prefixes: tuple[str, str] | None = None  # of query and passage where the config has none; None: the folder's
 
     def uses_generator(self, marginal_weight: float) -> bool:
-        return self.terms is not None and marginal_weight > 0
+        return self.terms != "" and marginal_weight > 0
 
     def uses_retriever(self, candidates: int, contrastive_weight: float, marginal_weight: float) -> bool:
         """With one candidate, the positive, the marginal is plain answer likelihood and asks for no scores."""

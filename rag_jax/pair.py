@@ -33,7 +33,11 @@ class Pair:
 
 
 def open_pair(config: Any, workdir: pathlib.Path | None = None) -> Pair:
-    """Configs and tokenizers of the models, from the copies in the workdir where it has them. Reads no weights."""
+    """Configs and tokenizers of the models, from the copies in the workdir where it has them. Reads no weights.
+
+    What is traced from now on computes with the config's precision, see `use_precision`.
+    """
+    use_precision(config)
     sources = {}
     for role in ROLES:
         if config[role].path is not None:
@@ -46,6 +50,16 @@ def open_pair(config: Any, workdir: pathlib.Path | None = None) -> Pair:
     if prompt_text is not None and OBJECTIVES[config.objective.name].reads == "strings":
         whole_string = data.WholeString(prompt_text.tokenizer, string_len(config))
     return Pair(config, sources, composite(config, sources), text, prompt_text, whole_string)
+
+
+def use_precision(config: Any) -> None:
+    """Of every float32 product that is traced from now on, until another run is opened; jax keeps programs apart by it.
+
+    In a bfloat16 run it stays the device's own: all of its float32 products but those of the scores, which ask for
+    more themselves, are gradients of bfloat16 ones.
+    """
+    precision = config.matmul_precision if config.dtype == "float32" else "default"
+    jax.config.update("jax_default_matmul_precision", precision)
 
 
 def string_len(config: Any) -> int:

@@ -101,7 +101,7 @@ def compile_step(loaded: Any, topology: chips.Topology) -> dict[str, Any]:
     from rag_jax.distributed import sharding
     from rag_jax.models import flops
     from rag_jax.planning import hlo
-    from rag_jax.training import loop
+    from rag_jax.training import setup
 
     sources = {
         role: hf.open_config(loaded[role].path, f"{role}.path", role)
@@ -109,18 +109,19 @@ def compile_step(loaded: Any, topology: chips.Topology) -> dict[str, Any]:
         if loaded[role].path is not None
     }
     pair.check_lengths(loaded, sources)
+    pair.use_precision(loaded)
     mesh = sharding.make_mesh(**loaded.mesh.to_dict(), devices=devices(topology))
     sharding.check_batch(mesh, loaded.batch_size, loaded.group_size)
     opened = pair.Pair(loaded, sources, pair.composite(loaded, sources), None, None, None)
-    _, _, state, step = loop.make_step(opened, mesh)
-    lengths = batch_lengths(loaded, loop.used_roles(opened))
+    _, _, state, step = setup.make_step(opened, mesh)
+    lengths = batch_lengths(loaded, setup.used_roles(opened))
     rows = jax.sharding.NamedSharding(mesh, sharding.BATCH)
     batch = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(*a, sharding=rows),
         data.shape_of(lengths, loaded.batch_size, loaded.objective.negatives),
         is_leaf=lambda a: isinstance(a, tuple) and not hasattr(a, "_fields"),
     )
-    used = {role: sources[role].model_config for role in loop.used_roles(opened)}
+    used = {role: sources[role].model_config for role in setup.used_roles(opened)}
     K, H = loaded.objective.candidates, loaded.objective.negatives
     needed = flops.training_step(used, loaded.batch_size, K, lengths, H) / topology.devices
     facts = {
@@ -136,7 +137,7 @@ def compile_step(loaded: Any, topology: chips.Topology) -> dict[str, Any]:
         "model_flops_per_device": needed,
     }
     try:
-        program = step.lower(state, batch).compile()
+        program = step.lower(state, batch, None).compile()
     except jax.errors.JaxRuntimeError as error:
         told = TOO_MUCH.search(str(error))
         if told is None:

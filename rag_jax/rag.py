@@ -385,8 +385,9 @@ def pair_terms(rag: Rag, params: dict, batch: Batch, embs: Embs | None, keys: Ke
     return map_rows(group_terms, (batch, embs, keys), rag.group_size)
 
 
-def string_terms(rag: Rag, params: dict, batch: Batch, embs: Embs, keys: Keys) -> dict[str, Term]:
+def string_terms(rag: Rag, params: dict, batch: Batch, embs: Embs | None, keys: Keys) -> dict[str, Term]:
     """The objective's terms from the log-probabilities of whole strings, and the scores of the whole batch."""
+    assert embs is not None  # such an objective needs scores
     generator = rag.model("generator", params)
     query_emb_bE, passage_emb_bE, _ = embs
     cosine_bP = cosines(query_emb_bE, rag.shard.from_all(passage_emb_bE))

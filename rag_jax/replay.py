@@ -29,7 +29,7 @@ def replay(loaded: Any, workdir: pathlib.Path, step: int) -> None:
     """Print all about a step; see above."""
     from rag_jax import data, pair
     from rag_jax.distributed import compile_cache, sharding
-    from rag_jax.training import loop, mining, optim
+    from rag_jax.training import announce, feed, mining, optim, setup
     from rag_jax.training.writer import Progress
     from rag_jax.workdir import provenance
     from rag_jax.workdir.checkpoint import Checkpoints
@@ -38,29 +38,30 @@ def replay(loaded: Any, workdir: pathlib.Path, step: int) -> None:
     mesh = sharding.make_mesh(**loaded.mesh.to_dict())
     with Checkpoints(workdir) as checkpoints:
         start, damaged = checkpoints.newest_good(before=step)
-        training = loop.build(loaded, workdir, mesh, start or 0)
+        training = setup.build(loaded, workdir, mesh, start or 0)
+        setup.say(training, announce.summary(training, start or 0))
         provenance.check(workdir, loaded, provenance.of_run(loaded, training.examples))
         for bad, problem in damaged.items():
             print(f"checkpoint {bad} is damaged ({problem})")
         if start:
-            state = loop.restore(training, checkpoints, start)
+            state = setup.restore(training, checkpoints, start)
         else:
-            state = loop.pretrained(training, pair.pretrained_params(training.opened, mesh))
-    compiled, progress = loop.Compiled(training), Progress(step, start or 0)
+            state = setup.pretrained(training, pair.pretrained_params(training.opened, mesh))
+    programs = feed.Programs(training, Progress(step, start or 0))
     print(f"replay     steps {(start or 0) + 1} to {step}", flush=True)
     every = loaded.mining.every_steps
     spans = mining.kept(workdir, start or 0, every) if every else iter([(start or 0, None)])
-    for number, (batch, facts) in enumerate(loop.batches(training, spans, loop.Wishes([], 0.0)), (start or 0) + 1):
+    for number, (batch, facts) in enumerate(feed.batches(training, spans), (start or 0) + 1):
         if number == step:
             break
-        state, _ = compiled.of(state, batch, facts.lengths, progress)[0](state, batch)
+        state, _ = programs.for_batch(state, batch, None, facts.lengths)(state, batch, None)
     params, dropout_seed = (
         optim.join(state.params, state.frozen),
-        loaded.seed if loop.has_dropout(training.opened) else None,
+        loaded.seed if setup.has_dropout(training.opened) else None,
     )
     for line in taken_apart(training, state, batch, dropout_seed):
         print(line)
-    rows, mined = loop.batch_of(training, step)
+    rows, mined = feed.rows_of(training, step)
     host = data.collate(training.examples, rows, training.shapes, mined=mined)
     for line in row_lines(training, params, host, dropout_seed, step - 1):
         print(line)

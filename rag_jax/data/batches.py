@@ -16,39 +16,41 @@ PREFETCH_THREADS = 2
 PREFETCH_BATCHES = 8
 
 
+# An array with a leading axis of rows: numpy's where batches are made, jax's in the step, shapes where it is planned;
+# None where no model reads it.
+Rows = Any
+
+
 class Negatives(NamedTuple):
     """Passages that each row of a batch brings besides its own; where it brings none, a text of one token."""
 
-    passage_key: np.ndarray  # (B, H) as in `Batch`; -1: none
-    passage_ids: np.ndarray | None  # (B, H, Lr)
-    passage_mask: np.ndarray | None  # (B, H, Lr)
-    prefix_ids: np.ndarray | None  # (B, H, Lp)
-    prefix_mask: np.ndarray | None  # (B, H, Lp)
+    passage_key: Rows  # (B, H) as in `Batch`; -1: none
+    passage_ids: Rows  # (B, H, Lr)
+    passage_mask: Rows  # (B, H, Lr)
+    prefix_ids: Rows  # (B, H, Lp)
+    prefix_mask: Rows  # (B, H, Lp)
 
 
 class Batch(NamedTuple):
     """One batch: ids and indices int32, masks bool, padding on the right. Fields of an unused model are None."""
 
-    row: np.ndarray  # (B,) which row of the examples
-    query_key: np.ndarray  # (B,) equal where the query's text is equal
-    passage_key: np.ndarray  # (B,) equal where the passage's text is equal
-    query_ids: np.ndarray | None  # (B, Lq) what the retriever reads
-    query_mask: np.ndarray | None  # (B, Lq)
-    passage_ids: np.ndarray | None  # (B, Lr)
-    passage_mask: np.ndarray | None  # (B, Lr)
-    prefix_ids: np.ndarray | None  # (B, Lp) generator's passage segment, bos first
-    prefix_mask: np.ndarray | None  # (B, Lp)
-    suffix_ids: np.ndarray | None  # (B, Ls) generator's query segment, answer segment, end-of-sequence
-    suffix_mask: np.ndarray | None  # (B, Ls)
-    answer_start: np.ndarray | None  # (B,) where in the suffix the answer's first token stands
-    answer_mask: np.ndarray | None  # (B, T) the answer's tokens, end-of-sequence included
-    string_ids: np.ndarray | None  # (B, Ld) objective "dalm"
-    string_mask: np.ndarray | None  # (B, Ld)
-    string_answer_start: np.ndarray | None  # (B,) first position that predicts an answer token
+    row: Rows  # (B,) which row of the examples
+    query_key: Rows  # (B,) equal where the query's text is equal
+    passage_key: Rows  # (B,) equal where the passage's text is equal
+    query_ids: Rows  # (B, Lq) what the retriever reads
+    query_mask: Rows  # (B, Lq)
+    passage_ids: Rows  # (B, Lr)
+    passage_mask: Rows  # (B, Lr)
+    prefix_ids: Rows  # (B, Lp) generator's passage segment, bos first
+    prefix_mask: Rows  # (B, Lp)
+    suffix_ids: Rows  # (B, Ls) generator's query segment, answer segment, end-of-sequence
+    suffix_mask: Rows  # (B, Ls)
+    answer_start: Rows  # (B,) where in the suffix the answer's first token stands
+    answer_mask: Rows  # (B, T) the answer's tokens, end-of-sequence included
+    string_ids: Rows  # (B, Ld) objective "dalm"
+    string_mask: Rows  # (B, Ld)
+    string_answer_start: Rows  # (B,) first position that predicts an answer token
     negatives: Negatives | None = None
-    # (B,) what a process asks of all, as a number (see `train`): through the step they learn of it at the same time.
-    # None: alone.
-    stop: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, order=True)

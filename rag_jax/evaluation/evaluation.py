@@ -28,20 +28,7 @@ SAMPLE_SEED = 0
 DEFINITIONS = {
     "relevant": "to a query are the passages of all rows with its text; retrieved are those of highest cosine, of all "
     "passages; means are over rows",
-    "eval/recall@k": "share of the relevant passages that are among the first k",
-    "eval/hit_rate@k": "share of queries with a relevant passage among the first k",
-    "eval/precision@k": "share of the first k passages that are relevant",
-    "eval/mrr@10": "mean of 1 / rank of the first relevant passage, 0 beyond rank 10",
-    "eval/ndcg@10": "sum of 1 / log2(1 + rank) of the relevant passages up to rank 10, as a share of the most possible",
-    "eval/map@100": "mean of the precision at the rank of each relevant passage, 0 beyond rank 100",
-    "eval/answer_nll": "nats per answer token, end-of-sequence included: negative log marginal over the K passages of "
-    "highest cosine, their weights softmax(cosine / marginal_temperature); without a retriever the own passage alone",
-    "eval/answer_nll_gold": "the same with the row's own passage alone",
-    "eval/answer_nll_top1": "the same with the passage of highest cosine alone",
-    "eval/answer_nll_none": "the same without a passage: the prompt with an empty one",
-    "eval/retrieval_utility": "answer_nll minus answer_nll_none: below 0 where passages help",
-    "eval/em": "share of greedy RAG-Token answers equal to the row's answer after SQuAD normalisation",
-    "eval/f1": "mean F1 of the words of greedy answer and row's answer after SQuAD normalisation",
+    **metrics.definitions(),
     "intervals": "95 %, percentile bootstrap over rows, 1,000 resamples",
 }
 # Of the retrieved passages in the file of rows, and characters of each.
@@ -59,6 +46,7 @@ class EvalRows:
     empty_prefix: data.Ragged | None  # of the prompt without a passage: one
     sample: np.ndarray  # (R,) rows of the examples that are evaluated
     num_answers: int  # how many of the sample, from its start, are answered for EM and F1
+    answer_len: int  # tokens of such an answer at most, end-of-sequence included: as many as training reads
     batch_size: int
     tokenizer: Any  # the generator's
     metric: str  # what the best step is chosen by
@@ -113,6 +101,7 @@ def load_rows(
         empty_prefix=empty_prefix,
         sample=sample,
         num_answers=min(section.answers, len(sample)) if prompt is not None else 0,
+        answer_len=prompt.answer_len if prompt is not None else 0,
         batch_size=min(section.batch_size, len(sample)),
         tokenizer=None if prompt is None else prompt.tokenizer,
         metric=section.metric,
@@ -289,12 +278,14 @@ def greedy_answers(
     candidates: Int[np.ndarray, "R K"],
     cosine: Float[np.ndarray, "R K"],
 ) -> list[str]:
-    """Greedy RAG-Token answers to the first `rows.num_answers` sampled rows, at most as long as answers in training."""
+    """Greedy RAG-Token answers to the first `rows.num_answers` sampled rows, of `rows.answer_len` tokens at most.
+
+    Not of as many as the longest gold answer has: what is to be found out must not say where to stop.
+    """
     examples, num_answers = rows.examples, rows.num_answers
     queries = examples.prompt_queries
     assert queries is not None
-    shape = data.longest(examples)
-    query_len = segments.padded_length(queries.lengths, shape.suffix)
+    query_len = segments.padded_length(queries.lengths, data.longest(examples).suffix)
     texts, places = [""] * num_answers, programs.placement(params, "generator")
     weights = losses.doc_log_probs(jax.numpy.asarray(cosine) / model.objective.marginal_temperature)
     eos_id = segments.eos_id(rows.tokenizer)
@@ -302,18 +293,17 @@ def greedy_answers(
         query = segments.pad(queries, examples.query_key[rows.sample[batch.rows]], query_len)
         ids = decoding.answer_ids(
             model, params, batch.prefix, query, batch.candidates, np.asarray(weights)[batch.rows],
-            num_tokens=shape.answer, eos_id=eos_id,
+            num_tokens=rows.answer_len, eos_id=eos_id,
         )  # fmt: skip
         for row, answer in zip(batch.rows[batch.real], sharding.to_host(ids)[batch.real], strict=True):
             texts[row] = decoding.text(rows.tokenizer, answer)
     return texts
 
 
-def answer_metrics(rows: EvalRows, answers: list[str]) -> dict[str, metrics.Column]:
-    gold = [rows.examples.rows.answers[row] for row in rows.sample[: len(answers)]]
-    pairs, ones = list(zip(answers, gold, strict=True)), np.ones(len(answers))
-    scores = {"em": metrics.exact_match, "f1": metrics.f1}
-    return {name: (np.array([score(a, g) for a, g in pairs]), ones) for name, score in scores.items()}
+def answer_metrics(rows: EvalRows, generated: list[str]) -> dict[str, metrics.Column]:
+    gold = [rows.examples.rows.answers[row] for row in rows.sample[: len(generated)]]
+    ones = np.ones(len(generated))
+    return {name: (values, ones) for name, values in metrics.answers(generated, gold).items()}
 
 
 def by_row(

@@ -4,9 +4,11 @@
 """
 
 import collections
+import dataclasses
+import functools
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -15,6 +17,8 @@ CUTOFFS = (1, 5, 10)
 # How many passages are retrieved for the metrics that look deepest.
 DEPTH = 100
 RESAMPLES, SEED = 1000, 0
+Hits = Bool[np.ndarray, "R K"]  # whether each retrieved passage is relevant, nearest first
+Counts = Int[np.ndarray, " R"]  # of each query's relevant passages
 # What a metric is the mean of: values of each query, and what their sum is divided by the sum of.
 Column = tuple[Float[np.ndarray, " R"], Float[np.ndarray, " R"]]
 
@@ -23,7 +27,7 @@ def relevant_hits(
     retrieved: Int[np.ndarray, "R K"],
     query_key: Int[np.ndarray, " R"],
     relevant: tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]],
-) -> tuple[Bool[np.ndarray, "R K"], Int[np.ndarray, " R"]]:
+) -> tuple[Hits, Counts]:
     """Which retrieved passages are relevant, and how many are in all; `relevant`: keys of queries and of passages."""
     queries, passages = relevant
     base = int(max(passages.max(), retrieved.max())) + 1
@@ -32,30 +36,42 @@ def relevant_hits(
     return hits, np.bincount(pairs // base, minlength=int(query_key.max()) + 1)[query_key]
 
 
-def ranking(hits: Bool[np.ndarray, "R K"], num_relevant: Int[np.ndarray, " R"]) -> dict[str, Float[np.ndarray, " R"]]:
-    """Metrics of each query's retrieved passages, nearest first, r of which are relevant of R_q in all.
+def at_k(hits: Hits, k: int) -> tuple[Float[np.ndarray, " R"], int]:
+    """How many of each query's first k passages are relevant, and how many there are: k, or all that were retrieved."""
+    k = min(k, hits.shape[1])
+    return hits[:, :k].sum(axis=1).astype(np.float64), k
 
-    recall@k = r_k / R_q        hit_rate@k = [r_k > 0]        precision@k = r_k / retrieved_k
-    mrr@10 = 1 / rank of the first relevant one, 0 beyond 10
-    ndcg@10 = sum_{ranks i <= 10 of relevant ones} 1 / log2(1 + i), divided by the most that R_q allow
-    map@100 = sum_{ranks i <= 100 of relevant ones} precision@i / R_q
-    """
-    hits, num_relevant = hits.astype(np.float64), num_relevant.astype(np.float64)
-    rank = np.arange(1, hits.shape[1] + 1)
-    found = hits.cumsum(axis=1)
-    metrics: dict[str, np.ndarray] = {}
-    for k in CUTOFFS:
-        at = found[:, min(k, len(rank)) - 1]
-        metrics |= {f"recall@{k}": at / num_relevant, f"hit_rate@{k}": (at > 0).astype(np.float64)}
-        metrics[f"precision@{k}"] = at / min(k, len(rank))
-    top, gain = hits[:, :10], 1 / np.log2(1 + np.arange(1, 11))
-    first = 1 / rank[top.argmax(axis=1)]
-    metrics["mrr@10"] = np.where(top.any(axis=1), first, 0.0)
-    ideal = np.concatenate([[0.0], gain.cumsum()])[np.minimum(num_relevant, 10).astype(int)]
-    metrics["ndcg@10"] = top @ gain[: top.shape[1]] / ideal
-    deep = slice(0, DEPTH)
-    metrics[f"map@{DEPTH}"] = (hits * found / rank)[:, deep].sum(axis=1) / num_relevant
-    return metrics
+
+def recall(hits: Hits, num_relevant: Counts, k: int) -> Float[np.ndarray, " R"]:
+    return at_k(hits, k)[0] / num_relevant
+
+
+def hit_rate(hits: Hits, num_relevant: Counts, k: int) -> Float[np.ndarray, " R"]:
+    return (at_k(hits, k)[0] > 0).astype(np.float64)
+
+
+def precision(hits: Hits, num_relevant: Counts, k: int) -> Float[np.ndarray, " R"]:
+    found, k = at_k(hits, k)
+    return found / k
+
+
+def mrr(hits: Hits, num_relevant: Counts, k: int) -> Float[np.ndarray, " R"]:
+    """1 / rank of the first relevant passage, 0 beyond k."""
+    top = hits[:, :k]
+    return np.where(top.any(axis=1), 1 / (1.0 + top.argmax(axis=1)), 0.0)
+
+
+def ndcg(hits: Hits, num_relevant: Counts, k: int) -> Float[np.ndarray, " R"]:
+    """sum_{ranks i <= k of relevant ones} 1 / log2(1 + i), divided by the most that the relevant ones allow."""
+    top, gain = hits[:, :k].astype(np.float64), 1 / np.log2(1 + np.arange(1, k + 1))
+    ideal = np.concatenate([[0.0], gain.cumsum()])[np.minimum(num_relevant, k)]
+    return top @ gain[: top.shape[1]] / ideal
+
+
+def average_precision(hits: Hits, num_relevant: Counts, k: int) -> Float[np.ndarray, " R"]:
+    """sum_{ranks i <= k of relevant ones} precision@i / number of relevant ones."""
+    top = hits[:, :k].astype(np.float64)
+    return (top * top.cumsum(axis=1) / np.arange(1, top.shape[1] + 1)).sum(axis=1) / num_relevant
 
 
 def summarise(columns: Mapping[str, Column]) -> tuple[dict[str, float], dict[str, list[float]]]:
@@ -63,7 +79,7 @@ def summarise(columns: Mapping[str, Column]) -> tuple[dict[str, float], dict[str
 
     Queries are drawn with replacement, the same ones for all metrics that are over the same number of them.
     """
-    metrics = {name: float(values.sum() / divisors.sum()) for name, (values, divisors) in columns.items()}
+    means = {name: float(values.sum() / divisors.sum()) for name, (values, divisors) in columns.items()}
     intervals: dict[str, list[float]] = {}
     for size in {len(values) for values, _ in columns.values()}:
         names = [name for name, (values, _) in columns.items() if len(values) == size]
@@ -73,7 +89,7 @@ def summarise(columns: Mapping[str, Column]) -> tuple[dict[str, float], dict[str
         sums = np.stack([np.bincount(rng.integers(0, size, size), minlength=size) @ both for _ in range(RESAMPLES)])
         low, high = np.quantile(sums[:, : len(names)] / sums[:, len(names) :], [0.025, 0.975], axis=0)
         intervals |= {name: [float(low[i]), float(high[i])] for i, name in enumerate(names)}
-    return metrics, {name: intervals[name] for name in columns}
+    return means, {name: intervals[name] for name in columns}
 
 
 def normalise(text: str) -> str:
@@ -93,3 +109,94 @@ def f1(answer: str, gold: str) -> float:
         return float(ours == theirs)
     common = (collections.Counter(ours) & collections.Counter(theirs)).total()
     return 2 * common / (len(ours) + len(theirs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A row of the table. Its value is that of one query (`ranking`), of one answer, or a likelihood's.
+
+    `ranking(hits, num_relevant)`, `answer(answer, gold)`; likelihoods are computed together, in `evaluation`.
+    """
+
+    definition: str
+    higher_is_better: bool
+    needs: frozenset[str]  # of "retriever", "generator", "answers" (generated ones)
+    shown: bool = False  # on the console; the record has all
+    ranking: Callable[[Hits, Counts], Float[np.ndarray, " R"]] | None = None
+    answer: Callable[[str, str], float] | None = None
+
+
+def _ranking(value: Callable[..., Float[np.ndarray, " R"]], k: int, definition: str, *, shown: bool = False) -> Metric:
+    return Metric(definition, True, frozenset({"retriever"}), shown, ranking=functools.partial(value, k=k))
+
+
+def _likelihood(definition: str, *needs: str, shown: bool = False) -> Metric:
+    return Metric(definition, False, frozenset({"generator", *needs}), shown)
+
+
+def _answer(value: Callable[[str, str], float], definition: str) -> Metric:
+    return Metric(definition, True, frozenset({"generator", "answers"}), shown=True, answer=value)
+
+
+_AT_K = {
+    "recall": (recall, "share of the relevant passages that are among the first k"),
+    "hit_rate": (hit_rate, "share of queries with a relevant passage among the first k"),
+    "precision": (precision, "share of the first k passages that are relevant"),
+}
+_SHOWN_AT_K = ("recall@1", "recall@10")
+# Every metric of an evaluation, in the order in which they are shown; the record names them `eval/...`.
+METRICS: dict[str, Metric] = {
+    **{
+        f"{name}@{k}": _ranking(value, k, definition, shown=f"{name}@{k}" in _SHOWN_AT_K)
+        for k in CUTOFFS
+        for name, (value, definition) in _AT_K.items()
+    },
+    "mrr@10": _ranking(mrr, 10, "mean of 1 / rank of the first relevant passage, 0 beyond rank 10", shown=True),
+    "ndcg@10": _ranking(
+        ndcg, 10, "sum of 1 / log2(1 + rank) of the relevant passages up to rank 10, as a share of the most possible",
+        shown=True,
+    ),
+    f"map@{DEPTH}": _ranking(
+        average_precision, DEPTH, "mean of the precision at the rank of each relevant passage, 0 beyond rank 100"
+    ),
+    "answer_nll": _likelihood(
+        "nats per answer token, end-of-sequence included: negative log marginal over the K passages of highest cosine, "
+        "their weights softmax(cosine / marginal_temperature); without a retriever the own passage alone",
+        shown=True,
+    ),
+    "answer_nll_gold": _likelihood("the same with the row's own passage alone", "retriever"),
+    "answer_nll_top1": _likelihood("the same with the passage of highest cosine alone", "retriever"),
+    "answer_nll_none": _likelihood("the same without a passage: the prompt with an empty one"),
+    "retrieval_utility": _likelihood("answer_nll minus answer_nll_none: below 0 where passages help"),
+    "em": _answer(exact_match, "share of greedy RAG-Token answers equal to the row's answer after SQuAD normalisation"),
+    "f1": _answer(f1, "mean F1 of the words of greedy answer and row's answer after SQuAD normalisation"),
+}  # fmt: skip
+# By the names of the record: what `--step=best` and `eval.patience` compare by.
+HIGHER_IS_BETTER = {f"eval/{name}": metric.higher_is_better for name, metric in METRICS.items()}
+
+
+def needing(what: str) -> tuple[str, ...]:
+    """Names of the metrics that there are only with a retriever, a generator or generated answers."""
+    return tuple(name for name, metric in METRICS.items() if what in metric.needs)
+
+
+def definitions() -> dict[str, str]:
+    """What the record says of every metric; of cut-offs that share a definition once, as `recall@k`."""
+    named: dict[str, str] = {}
+    for name, metric in METRICS.items():
+        first = named.setdefault(metric.definition, name)
+        if first != name:
+            named[metric.definition] = re.sub(r"@\d+$", "@k", name)
+    return {f"eval/{name}": definition for definition, name in named.items()}
+
+
+def ranking(hits: Hits, num_relevant: Counts) -> dict[str, Float[np.ndarray, " R"]]:
+    """All metrics of each query's retrieved passages."""
+    return {name: m.ranking(hits, num_relevant) for name, m in METRICS.items() if m.ranking is not None}
+
+
+def answers(generated: Sequence[str], gold: Sequence[str]) -> dict[str, Float[np.ndarray, " n"]]:
+    """All metrics of each generated answer."""
+    pairs = list(zip(generated, gold, strict=True))
+    scores = {name: metric.answer for name, metric in METRICS.items() if metric.answer is not None}
+    return {name: np.array([score(*pair) for pair in pairs]) for name, score in scores.items()}

@@ -7,23 +7,26 @@ from typing import Any
 import jax
 
 from rag_jax import data, hf
+from rag_jax.training import optim
+from rag_jax.training.setup import Training
+from rag_jax.training.step import Tree
 
 
-def summary(training: Any, report: data.Report, eval_report: data.Report | None, start_step: int) -> str:
-    """One line a topic; `training` is a `train.Training`."""
+def summary(training: Training, start_step: int) -> str:
+    """One line a topic."""
     config, opened, mesh = training.config, training.opened, training.mesh
     objective, devices = opened.model.objective, mesh.devices.size
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     lines = {"devices": f"{devices} {jax.devices()[0].device_kind} ({axes})"}
     for role, source in opened.sources.items():
         lines[role] = model_line(training, role, source)
-    lines["rows"] = str(report)
+    lines["rows"] = str(training.report)
     if training.eval_rows is not None:
         counts = training.eval_rows.counts()
         lines["evaluation"] = (
             f"{counts['queries']:,} queries against {counts['passages']:,} passages and {counts['answers']} greedy "
             f"answers, every {config.eval.every_steps} steps"
-            + ("" if config.data.eval == config.data.train else f"; {eval_report}")
+            + ("" if config.data.eval == config.data.train else f"; {training.eval_report}")
         )
     lines["objective"] = (
         f"{objective.name}: contrastive weight {objective.contrastive_weight:g}, marginal weight "
@@ -62,8 +65,21 @@ def summary(training: Any, report: data.Report, eval_report: data.Report | None,
     return "\n".join(f"{name:<11}{text}" for name, text in lines.items())
 
 
-def model_line(training: Any, role: str, source: hf.Source) -> str:
-    def count(tree: Any) -> int:
+def rate_change(section: Any, step: int, was: int, now: int) -> str | None:
+    """A line where a changed `total_steps` makes the learning rate jump after `step`; None where it does not.
+
+    `section`: the config's `optimizer`. The schedules are functions of total_steps too.
+    """
+    before, after = (float(optim.learning_rate(section, total_steps)(step)) for total_steps in (was, now))
+    if math.isclose(before, after, rel_tol=1e-6):
+        return None
+    return (
+        f"rate       learning rate at step {step + 1} was {before:.3g}, is {after:.3g}: total_steps was {was}, is {now}"
+    )
+
+
+def model_line(training: Training, role: str, source: hf.Source) -> str:
+    def count(tree: Tree) -> int:
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree.get(role)))
 
     trainable, frozen = count(training.state.params), count(training.state.frozen)

@@ -82,9 +82,18 @@ def clip_each(max_norm: float) -> optax.GradientTransformation:
 
 
 def updates_done(opt_state: Any) -> jax.Array:
-    """How many updates the optimizer has made: steps less those that were skipped. Int32, shape ()."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(opt_state)
-    return next(leaf for path, leaf in leaves if jax.tree_util.keystr(path[-1:], simple=True) == "count")
+    """How many updates the optimizer has made: steps less those that were skipped. Int32, shape ().
+
+    It is the count that the learning rate is a function of. ValueError unless there is exactly one such.
+    """
+
+    def is_schedule(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    schedules = [node for node in jax.tree.leaves(opt_state, is_leaf=is_schedule) if is_schedule(node)]
+    if len(schedules) != 1:
+        raise ValueError(f"the optimizer has {len(schedules)} schedules, so its updates cannot be told from a count")
+    return schedules[0].count
 
 
 def multipliers(params: Any, rules: Rules, key: str = "rules") -> Any:

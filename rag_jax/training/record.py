@@ -1,18 +1,21 @@
 """What a run writes down: every step's metrics once its values are there, and where the time went."""
 
+import contextlib
 import dataclasses
 import time
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 
 from rag_jax import data, models
+from rag_jax.config import Config
+from rag_jax.evaluation.metrics import METRICS
 from rag_jax.models import flops
 from rag_jax.training import watch
-from rag_jax.training.writer import Progress, Writer, clock, peak_flops
+from rag_jax.training.peak import peak
+from rag_jax.training.step import Metrics
+from rag_jax.training.writer import Progress, Writer, clock
 
-# Of an evaluation, on the console; the record has all.
-SHOWN = ("recall@1", "recall@10", "mrr@10", "ndcg@10", "answer_nll", "em", "f1")
 # What a run stops its steps for.
 PAUSES = ("compile", "eval", "checkpoint", "mining")
 
@@ -31,7 +34,7 @@ class Record:
 
     def __init__(
         self,
-        config: Any,
+        config: Config,
         used: dict[str, models.ModelConfig],
         writer: Writer,
         progress: Progress,
@@ -40,20 +43,24 @@ class Record:
         self.nonfinite = nonfinite
         self.leaps = watch.Leaps(config.guard.spike_factor, writer.written("loss/total"))
         self.config, self.used, self.writer, self.progress = config, used, writer, progress
-        self.peak_flops = peak_flops()
+        self.peak = peak()
         self.steps, self.flops, self.padding = 0, 0.0, 0.0  # sums over this process's steps
         self.seconds: dict[str, float] = dict.fromkeys(("step", "data_wait", *PAUSES), 0.0)
         self.unwritten: dict[str, float] = dict.fromkeys(PAUSES, 0.0)  # since the last line of metrics
         self.done_at = time.perf_counter()
 
-    def pause(self, name: str, seconds: float) -> None:
-        """Time that was no step's."""
+    @contextlib.contextmanager
+    def pausing(self, name: str) -> Iterator[None]:
+        """Around what a run stops its steps for: its time is no step's."""
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
         self.done_at += seconds
         self.progress.pause(seconds)
         self.seconds[name] += seconds
         self.unwritten[name] += seconds
 
-    def train(self, step: int, values: dict[str, jax.Array], facts: Facts) -> None:
+    def train(self, step: int, values: Metrics, facts: Facts) -> None:
         """Waits for the values of a step and writes them; UserError when a number is none any more."""
         numbers = {name: float(value) for name, value in jax.device_get(values).items()}
         now = time.perf_counter()
@@ -80,7 +87,7 @@ class Record:
                 "time/step_s": step_s,
                 "time/data_wait_s": facts.wait_s,
                 "throughput/queries_per_s": config.batch_size / step_s,
-                "throughput/mfu": model_flops / step_s / self.peak_flops,
+                "throughput/mfu": model_flops / step_s / self.peak.flops,
                 "throughput/padding_share": facts.padding_share,
             }
             numbers |= {f"time/{name}_s": seconds for name, seconds in self.unwritten.items()}
@@ -89,7 +96,11 @@ class Record:
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         self.writer.evaluation(step, values)
-        shown = "  ".join(f"{name} {values[f'eval/{name}']:.3f}" for name in SHOWN if f"eval/{name}" in values)
+        shown = "  ".join(
+            f"{name} {values[f'eval/{name}']:.3f}"
+            for name, metric in METRICS.items()
+            if metric.shown and f"eval/{name}" in values
+        )
         self.progress.print(f"step {step}: {shown}")
 
     def mining(self, step: int, values: dict[str, float]) -> None:
@@ -111,7 +122,7 @@ class Record:
         return (
             f"time       {', '.join(spent)}\n"
             f"speed      {steps_s / self.steps:.3g} s a step, {queries_per_s:.3g} queries/s, "
-            f"MFU {self.flops / steps_s / self.peak_flops:.0%} of {self.peak_flops / 1e12:.3g} TFLOP/s, "
+            f"MFU {self.flops / steps_s / self.peak.flops:.0%} of {self.peak}, "
             f"{self.padding / self.steps:.0%} of the tokens padding"
         )
 

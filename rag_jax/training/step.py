@@ -12,9 +12,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rag_jax import rag
+from rag_jax import data, rag
 from rag_jax.distributed import sharding
-from rag_jax.training import optim
+from rag_jax.training import optim, signals
+
+# Arrays in the structure of parameters, or their shapes or shardings: transformations take and give them alike.
+Tree = Any
+Metrics = dict[str, jax.Array]
+Gradients = Callable[[Tree, Tree, data.Batch, jax.Array], tuple[Tree, Metrics]]
 
 
 @jax.tree_util.register_dataclass
@@ -22,45 +27,46 @@ from rag_jax.training import optim
 class TrainState:
     """What a checkpoint holds. Random keys and the order of rows are functions of (seed, step)."""
 
-    step: Any  # int32, shape (): updates done. Any because the same tree holds shapes and shardings too
-    params: Any  # float32, the trainable leaves; None in place of a frozen one
-    frozen: Any  # the others; None in place of a trainable one
-    opt_state: Any
+    step: Tree  # int32, shape (): updates done, skipped ones too
+    params: Tree  # float32, the trainable leaves; None in place of a frozen one
+    frozen: Tree  # the others; None in place of a trainable one
+    opt_state: Tree
 
 
-Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+# (state, batch, what each device is asked, see `signals.Requests`) -> (the next state, metrics)
+Step = Callable[[TrainState, data.Batch, jax.Array | None], tuple[TrainState, Metrics]]
 
 
-def init_state(params: Any, frozen: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def init_state(params: Tree, frozen: Tree, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Step 0 around parameters that lie on the mesh; the optimizer's moments are born beside them."""
     init = functools.partial(_init, optimizer)
     shardings = state_shardings(jax.eval_shape(init, params, frozen), mesh)
     return jax.jit(init, out_shardings=shardings, donate_argnums=(0, 1))(params, frozen)
 
 
-def abstract_state(params: Any, frozen: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
+def abstract_state(params: Tree, frozen: Tree, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The shapes and places of `init_state`'s result for abstract parameters; no array is made."""
     state = jax.eval_shape(functools.partial(_init, optimizer), params, frozen)
     shardings = state_shardings(state, mesh)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
 
 
-def _init(optimizer: optax.GradientTransformation, params: Any, frozen: Any) -> TrainState:
+def _init(optimizer: optax.GradientTransformation, params: Tree, frozen: Tree) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
 
 
-def state_shardings(state: TrainState, mesh: Mesh) -> Any:
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     """Shardings of a state: parameters by the rules; the optimizer's leaves like the parameter they are of."""
     whole = NamedSharding(mesh, PartitionSpec())
 
-    def place(tree: Any) -> Any:
+    def shardings(tree: Tree) -> Tree:
         scalars = jax.tree.map(lambda a: whole if a.ndim == 0 else None, tree)
         arrays = sharding.param_shardings(mesh, jax.tree.map(lambda a: None if a.ndim == 0 else a, tree))
         return jax.tree.map(lambda s, a: a if s is None else s, scalars, arrays, is_leaf=lambda x: x is None)
 
     return jax.tree.unflatten(
         jax.tree.structure(state),
-        jax.tree.leaves((whole, place(state.params), place(state.frozen), place(state.opt_state))),
+        jax.tree.leaves((whole, shardings(state.params), shardings(state.frozen), shardings(state.opt_state))),
     )
 
 
@@ -68,20 +74,20 @@ def make_train_step(
     model: rag.Rag,
     optimizer: optax.GradientTransformation,
     learning_rate: Callable[[jax.Array], jax.Array],
-    shardings: Any,
+    shardings: TrainState,
     *,
     dropout_seed: int | None,
     skips_nonfinite: bool = False,
 ) -> Step:
     """One update of both models, compiled once: total loss, its gradients, optax. The old state's memory is reused.
 
-    Losses are those of the batch before the update. `dropout_seed` None: no dropout at all. `skips_nonfinite`: a loss
-    or gradient norm that is no number leaves parameters and optimizer as they are, its count of updates too.
+    Losses are those of the batch before the update. `dropout_seed` None: no dropout at all. `skips_nonfinite`: a
+    non-finite loss or gradient norm leaves parameters and optimizer as they are, its count of updates too.
     """
 
     gradients = make_gradients(model, shardings.params, shardings.frozen, dropout_seed)
 
-    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def train_step(state: TrainState, batch: data.Batch, asked: jax.Array | None) -> tuple[TrainState, Metrics]:
         grads, metrics = gradients(state.params, state.frozen, batch, state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updates_done = optim.updates_done(state.opt_state) if skips_nonfinite else state.step
@@ -91,8 +97,8 @@ def make_train_step(
             "optim/grad_norm": optax.tree.norm(norms),
             **{f"optim/grad_norm_{role}": norm for role, norm in norms.items()},  # each is clipped on its own
         }
-        if batch.stop is not None:
-            metrics["stop"] = jnp.max(batch.stop)
+        if asked is not None:
+            metrics["asked"] = jnp.max(asked)
         params = optax.apply_updates(state.params, updates)
         if skips_nonfinite:
             finite = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(metrics["optim/grad_norm"])
@@ -102,16 +108,17 @@ def make_train_step(
 
     mesh = shardings.step.mesh
     whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, sharding.BATCH)
-    return jax.jit(train_step, in_shardings=(shardings, rows), out_shardings=(shardings, whole), donate_argnums=0)
+    inputs = (shardings, rows, NamedSharding(mesh, signals.EACH_DEVICE))
+    return jax.jit(train_step, in_shardings=inputs, out_shardings=(shardings, whole), donate_argnums=0)
 
 
-def compile_step(step: Step, state: TrainState, batch: Any) -> Step:
+def compile_step(step: Step, state: TrainState, batch: data.Batch, asked: jax.Array | None) -> Step:
     """The step as a program for batches of this one's shapes.
 
     What the compiler took goes back to the system: glibc would keep it for the process, half a gigabyte that the
     program's own memory then stands beside.
     """
-    program = step.lower(state, batch).compile()
+    program = step.lower(state, batch, asked).compile()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:  # of glibc alone
@@ -119,7 +126,7 @@ def compile_step(step: Step, state: TrainState, batch: Any) -> Step:
     return program
 
 
-def make_gradients(model: rag.Rag, trainable: Any, frozen: Any, dropout_seed: int | None) -> Callable[..., Any]:
+def make_gradients(model: rag.Rag, trainable: Tree, frozen: Tree, dropout_seed: int | None) -> Gradients:
     """`gradients(trainable, frozen, batch, step) -> (of the trainable, metrics)`, every device on its own rows.
 
     Made from the shardings of both. Metrics are sums over all devices, gradients lie like their parameters.
@@ -130,16 +137,16 @@ def make_gradients(model: rag.Rag, trainable: Any, frozen: Any, dropout_seed: in
         gather = functools.partial(sharding.gather_params, optim.join(trainable, frozen))
         model = dataclasses.replace(model, shard=rag.Shard(axes), gather=gather)
 
-    def own(params: Any, others: Any, batch: Any, step: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+    def own(params: Tree, others: Tree, batch: data.Batch, step: jax.Array) -> tuple[Tree, Metrics]:
         key = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), step)
 
-        def share(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        def share(params: Tree) -> tuple[jax.Array, Metrics]:
             return rag.loss(model, optim.join(params, others), batch, key)
 
         grads, metrics = jax.grad(share, has_aux=True)(params)
         return sharding.sum_gradients(grads, trainable), jax.tree.map(model.shard.total, metrics)
 
-    def gradients(params: Any, others: Any, batch: Any, step: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+    def gradients(params: Tree, others: Tree, batch: data.Batch, step: jax.Array) -> tuple[Tree, Metrics]:
         inputs = (trainable, frozen, jax.tree.map(lambda _: rows, batch), whole)
         return sharding.on_each_device(own, mesh, inputs, (trainable, whole))(params, others, batch, step)
 

@@ -1,4 +1,4 @@
-"""The record of a run: metrics.jsonl, TensorBoard, the line of progress; and the peak FLOP/s that MFU is a share of."""
+"""Where the numbers of a run go: metrics.jsonl, TensorBoard, the line of progress."""
 
 import json
 import math
@@ -10,8 +10,6 @@ import time
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
-import jax
-import jax.numpy as jnp
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.record_writer import masked_crc32c
@@ -19,7 +17,6 @@ from tqdm import tqdm
 
 from rag_jax import files
 from rag_jax.errors import UserError
-from rag_jax.planning import chips
 
 # Between lines of progress where there is no terminal, seconds.
 LINE_EVERY_S = 20.0
@@ -170,26 +167,3 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def peak_flops() -> float:
-    """FLOP/s of all devices of the run together: from the table, else (CPUs) as a float32 matrix product shows."""
-    known = chips.peak_flops(jax.devices()[0].device_kind)
-    if known is not None:
-        return known * jax.device_count()
-    # The CPU devices of a process share its cores, so one of them shows what all have.
-    shared = jax.process_count() if jax.default_backend() == "cpu" else jax.device_count()
-    return measured_flops() * shared
-
-
-def measured_flops(size: int = 1024, repeats: int = 5) -> float:
-    """FLOP/s of a float32 product of square matrices on one device, the best of several."""
-    a = jax.device_put(jnp.ones((size, size), jnp.float32), jax.local_devices()[0])
-    product = jax.jit(lambda a: a @ a).lower(a).compile()
-    jax.block_until_ready(product(a))
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(product(a))
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / min(seconds)

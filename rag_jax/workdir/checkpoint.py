@@ -26,7 +26,8 @@ from rag_jax.errors import UserError
 from rag_jax.workdir import checksums
 
 ITEMS = ("params", "opt_state")
-BEST_METRICS = (("eval/mrr@10", 1), ("eval/answer_nll", -1))
+# What steps are compared by where a run names nothing, and whether higher is better; callers know more metrics.
+BEST_METRICS = {"eval/mrr@10": True, "eval/answer_nll": False}
 SET_ASIDE = "damaged-"
 # Of what one process found wrong, as the others get to hear it.
 MESSAGE_BYTES = 256
@@ -36,11 +37,18 @@ class Checkpoints:
     """The checkpoints of one workdir. Use as a context manager, or call `close()`: it waits for the last save.
 
     `keep`: how many of the newest stay; the best by evaluation and every `keep_every`-th step (0: none) stay too.
-    None: open for reading only.
+    None: open for reading only. `higher_is_better`: of the metrics that may say which is best.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, keep: int | None = None, keep_every: int = 0):
+    def __init__(
+        self,
+        workdir: str | pathlib.Path,
+        keep: int | None = None,
+        keep_every: int = 0,
+        higher_is_better: Mapping[str, bool] = BEST_METRICS,
+    ):
         self.workdir = pathlib.Path(workdir).absolute()
+        self.best_step = functools.partial(best_step, self.workdir, higher_is_better=higher_is_better)
         self.directory = self.workdir / "checkpoints"
         self._problems: dict[int, str | None] = {}
         self._saving: int | None = None
@@ -48,7 +56,7 @@ class Checkpoints:
             create=keep is not None,
             read_only=keep is None,
             cleanup_tmp_directories=keep is not None,  # what a killed process left half-written
-            preservation_policy=_Kept(keep, keep_every, self.workdir),
+            preservation_policy=_Kept(keep, keep_every, self.best_step),
             temporary_path_class=_Summed,
             async_options=None if keep is None else ocp.AsyncOptions(barrier_sync_fn=_barrier()),
             lightweight_initialize=True,  # reads no file of any step yet, damaged ones least of all
@@ -112,7 +120,7 @@ class Checkpoints:
             assert newest is not None
             return newest
         if step == "best":
-            best = best_step(self.workdir, steps)
+            best = self.best_step(steps)
             if best is None:
                 raise UserError(f"--step=best: no saved step of {self.workdir} was evaluated; give --step=latest")
         elif not str(step).isdecimal() or int(step) not in steps:
@@ -237,12 +245,12 @@ class _Kept:
     answers otherwise would remember other checkpoints than there are.
     """
 
-    def __init__(self, keep: int | None, every: int, workdir: pathlib.Path):
-        self.keep, self.every, self.workdir = keep, every, workdir
+    def __init__(self, keep: int | None, every: int, best_step: Callable[[Sequence[int]], int | None]):
+        self.keep, self.every, self.best_step = keep, every, best_step
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         steps = [checkpoint.step for checkpoint in checkpoints]
-        best = best_step(self.workdir, steps)
+        best = self.best_step(steps)
         kept = {*(sorted(steps)[-self.keep :] if self.keep else steps), _of_main(-1 if best is None else best)}
         return [step in kept or bool(self.every and step % self.every == 0) for step in steps]
 
@@ -288,14 +296,16 @@ def _first_of_all(text: str | None) -> str | None:
     return next(filter(None, texts), None)
 
 
-def best_step(workdir: pathlib.Path, steps: Sequence[int]) -> int | None:
+def best_step(
+    workdir: pathlib.Path, steps: Sequence[int], higher_is_better: Mapping[str, bool] = BEST_METRICS
+) -> int | None:
     """Of the steps that were evaluated the one with the best metric, the newest of equals."""
-    found = {step: value for step, value in scores(workdir).items() if step in steps}
+    found = {step: value for step, value in scores(workdir, higher_is_better).items() if step in steps}
     return max(found, key=lambda step: (found[step], step)) if found else None
 
 
-def scores(workdir: pathlib.Path) -> dict[int, float]:
-    """Every evaluated step's metric in `eval/step_N.json`, higher is better.
+def scores(workdir: pathlib.Path, higher_is_better: Mapping[str, bool] = BEST_METRICS) -> dict[int, float]:
+    """Every evaluated step's metric in `eval/step_N.json`, with the sign that makes the highest the best.
 
     The metric is the one that the newest of them names as `best_by` (`eval.metric`), else the first that it has of
     eval/mrr@10 and, without a retriever, the answer NLL.
@@ -308,14 +318,15 @@ def scores(workdir: pathlib.Path) -> dict[int, float]:
             continue
     contents = {step: content for step, content in contents.items() if isinstance(content, dict)}
     by = contents[max(contents)].get("best_by") if contents else None
-    found = {step: score(content, by) for step, content in sorted(contents.items())}
+    found = {step: score(content, by, higher_is_better) for step, content in sorted(contents.items())}
     return {step: value for step, value in found.items() if value is not None}
 
 
-def score(metrics: Mapping[str, Any], by: str | None) -> float | None:
-    """The metric that steps are compared by, higher is better; None where it is missing."""
-    names = BEST_METRICS if by is None else ((by, -1 if "nll" in by or "utility" in by else 1),)
-    return next((sign * metrics[name] for name, sign in names if isinstance(metrics.get(name), int | float)), None)
+def score(metrics: Mapping[str, Any], by: str | None, higher_is_better: Mapping[str, bool]) -> float | None:
+    """The metric that steps are compared by, so signed that the highest is the best; None where it is missing."""
+    names = [name for name in (BEST_METRICS if by is None else (by,)) if name in higher_is_better]
+    found = [(metrics[name], higher_is_better[name]) for name in names if isinstance(metrics.get(name), int | float)]
+    return next((value if higher else -value for value, higher in found), None)
 
 
 def exhausted(scores: Mapping[int, float], patience: int) -> bool:

@@ -165,7 +165,7 @@ def test_the_step_of_a_config_takes_its_shapes(file):
     sources = {role: hf.open_config(loaded[role].path, f"{role}.path", role) for role in pair.ROLES}
     opened = pair.Pair(loaded, sources, pair.composite(loaded, sources), None, None, None)
     mesh = sharding.make_mesh(**loaded.mesh.to_dict(), devices=jax.devices()[: devices_of(loaded)])
-    _, _, state, step = loop.make_step(opened, mesh)
+    _, _, state, step = setup.make_step(opened, mesh)
     shapes = data.shape_of(plan.batch_lengths(loaded, set(pair.ROLES)), loaded.batch_size, loaded.objective.negatives)
     batch = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(*shape),

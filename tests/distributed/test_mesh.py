@@ -156,7 +156,7 @@ def ten_losses(shape):
     state = train_step.init_state(placed, frozen, optimizer, mesh)
     found = []
     for n in range(10):
-        state, metrics = step(state, sharding.put_batch(mesh, make_rows(32, seed=n % 2), 32))
+        state, metrics = step(state, sharding.put_batch(mesh, make_rows(32, seed=n % 2), 32), None)
         found.append(float(metrics["loss/total"]))
     return np.array(found)
 

@@ -35,7 +35,7 @@ def compare(queries, passages, query_key, relevant):
         for p, s in zip(retrieved[row], score[row], strict=True)
     ]
     theirs = {(m.query_id, m.measure): m.value for m in ir_measures.iter_calc(THEIRS.values(), qrels, run)}
-    assert set(ours) == set(THEIRS) == set(config.RANKING_METRICS)
+    assert set(ours) == set(THEIRS) == {name for name, m in metrics.METRICS.items() if m.ranking}
     for name, measure in THEIRS.items():
         expected = [theirs[str(row), measure] for row in range(len(queries))]
         expected = [value if measure != RR or value >= 0.1 else 0.0 for value in expected]
@@ -120,3 +120,25 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
 def test_exact_match_and_f1(answer, gold, em, f1):
     assert metrics.exact_match(answer, gold) == em
     assert metrics.f1(answer, gold) == pytest.approx(f1)
+
+
+def test_a_metric_is_its_function_and_a_row(monkeypatch):
+    def first_word(answer, gold):
+        return float(answer.split()[:1] == gold.split()[:1])
+
+    row = metrics.Metric("share of first words", True, frozenset({"generator", "answers"}), False, None, first_word)
+    monkeypatch.setitem(metrics.METRICS, "first_word", row)
+    found = metrics.answers(["a cat", "the dog"], ["a dog", "dog"])
+    assert found["first_word"].tolist() == [1, 0] and set(found) == {"em", "f1", "first_word"}
+    assert metrics.definitions()["eval/first_word"] == "share of first words"
+    assert "first_word" in metrics.needing("answers") and "first_word" not in metrics.needing("retriever")
+
+
+def test_cut_offs_are_defined_once_and_every_metric_is():
+    defined = metrics.definitions()
+    assert {"eval/recall@k", "eval/hit_rate@k", "eval/precision@k", "eval/mrr@10", "eval/answer_nll_none"} <= set(
+        defined
+    )
+    assert len(defined) == len(metrics.METRICS) - 2 * 3
+    worse = {name for name, metric in metrics.METRICS.items() if not metric.higher_is_better}
+    assert worse == {"answer_nll", "answer_nll_gold", "answer_nll_top1", "answer_nll_none", "retrieval_utility"}

@@ -17,7 +17,7 @@ from rag_jax import config, data, hf, models
 from rag_jax import pair as runs
 from rag_jax.errors import UserError
 from rag_jax.models import flops
-from rag_jax.training import loop
+from rag_jax.training import optim, setup, signals
 from rag_jax.workdir import checkpoint, provenance
 
 
@@ -48,7 +48,7 @@ def state_of(workdir, step, cache):
         patch.setenv("RAG_JAX_CACHE", str(cache))
         opened = runs.open_pair(config.load_workdir(workdir), workdir)
         abstract = runs.abstract_params(opened)
-        optimizer = loop.optim.make_optimizer(opened.config.optimizer, opened.config.total_steps, abstract)
+        optimizer = optim.make_optimizer(opened.config.optimizer, opened.config.total_steps, abstract)
         moments = jax.eval_shape(optimizer.init, abstract)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         items = jax.tree.map(
@@ -140,10 +140,10 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(whole, cache):
 def test_another_config_is_refused_with_the_difference(whole, cache, monkeypatch):
     workdir, _ = whole
     longer = config.load_workdir(workdir, {"total_steps": 9, "log.every_steps": 2, "mesh.data": 1})
-    assert loop.resumable(longer, workdir)
+    assert setup.resumable(longer, workdir)
     other = config.load_workdir(workdir, {"seed": 1, "objective.name": "sequence"})
     with pytest.raises(UserError, match="objective.name was 'token' and is 'sequence'; seed was 0 and is 1"):
-        loop.resumable(other, workdir)
+        setup.resumable(other, workdir)
 
 
 @pytest.mark.slow
@@ -322,11 +322,11 @@ def test_locale_umask_time_zone_and_names_do_not_matter(whole, cache, tmp_path):
 
 def test_signals_are_noted_once_then_as_before():
     before = signal.getsignal(signal.SIGTERM)
-    with loop.stop_signals() as received:
+    with signals.stop_signals() as received:
         os.kill(os.getpid(), signal.SIGTERM)
         assert received == [signal.SIGTERM]
         # A second one of either is the system's: nothing of ours stands in its way.
-        assert {signal.getsignal(number) for number in loop.SIGNALS} == {signal.SIG_DFL}
+        assert {signal.getsignal(number) for number in signals.SIGNALS} == {signal.SIG_DFL}
     assert signal.getsignal(signal.SIGTERM) == before
 
 

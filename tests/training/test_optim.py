@@ -107,6 +107,20 @@ def test_updates_are_adamw_with_each_model_clipped_by_itself_and_multipliers_by_
             np.testing.assert_allclose(tree[role][name], value, rtol=2e-5, atol=5e-6, err_msg=f"{role}/{name}")
 
 
+def test_updates_are_counted_by_the_one_schedule():
+    params = {"retriever": {"kernel": jnp.ones(3)}}
+    optimizer = optim.make_optimizer(section(weight_decay=0.1, clip_norm=1.0), 9, params)
+    state = optimizer.init(params)
+    for _ in range(2):
+        _, state = optimizer.update(params, state, params)
+    assert int(optim.updates_done(state)) == 2
+    second = optax.chain(optimizer, optax.scale_by_schedule(lambda count: 1.0))
+    with pytest.raises(ValueError, match="the optimizer has 2 schedules"):
+        optim.updates_done(second.init(params))
+    with pytest.raises(ValueError, match="the optimizer has 0 schedules"):
+        optim.updates_done(optax.adam(0.1).init(params))  # keeps a count, but the rate is no function of it
+
+
 def params_of_two():
     layers = {"attention": {"kernel": jnp.ones((2, 3))}, "norm": {"scale": jnp.ones(3)}}
     return {"retriever": layers, "generator": {**layers, "head": {"kernel": jnp.ones((3, 5))}}}

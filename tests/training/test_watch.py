@@ -89,16 +89,18 @@ def test_a_skipped_update_changes_nothing_but_the_step():
         model, optimizer, lambda n: 0.01 / (1 + n), places, dropout_seed=None, skips_nonfinite=True
     )
     placed = jax.device_put(jax.tree.map(np.array, trainable), sharding.param_shardings(mesh, trainable))
-    state, values = step(train_step.init_state(placed, frozen, optimizer, mesh), sharding.put_batch(mesh, good, 32))
+    state, values = step(
+        train_step.init_state(placed, frozen, optimizer, mesh), sharding.put_batch(mesh, good, 32), None
+    )
     assert np.isfinite(values["loss/total"])
     before = jax.device_get(state)
-    state, values = step(state, sharding.put_batch(mesh, bad, 32))
+    state, values = step(state, sharding.put_batch(mesh, bad, 32), None)
     assert not np.isfinite(values["optim/grad_norm"])
     after = jax.device_get(state)
     assert after.step == before.step + 1 == 2
     jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), (before.params, before.opt_state))
     assert int(optim.updates_done(state.opt_state)) == 1
-    state, values = step(state, sharding.put_batch(mesh, good, 32))
+    state, values = step(state, sharding.put_batch(mesh, good, 32), None)
     np.testing.assert_allclose(values["optim/learning_rate"], 0.01 / 2)
     assert int(optim.updates_done(state.opt_state)) == 2
     # The same update as right after the first: the skipped one left no trace.

@@ -19,6 +19,7 @@ from command import ROOT
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rag_jax.errors import UserError
+from rag_jax.evaluation.metrics import HIGHER_IS_BETTER
 from rag_jax.workdir import checkpoint, checksums
 from rag_jax.workdir.checkpoint import Checkpoints, best_step, set_aside
 
@@ -109,8 +110,17 @@ def test_the_best_is_the_best_by_what_the_newest_evaluation_names(tmp_path):
     assert best_step(tmp_path, [1, 2, 3]) == 1
     for name, best in (("eval/recall@1", 2), ("eval/answer_nll_gold", 3), ("eval/mrr@10", 1)):
         write_eval(tmp_path, 4, **{"best_by": name, "eval/mrr@10": 0.0})
-        assert best_step(tmp_path, [1, 2, 3]) == best
-    assert checkpoint.scores(tmp_path) == {1: 0.9, 2: 0.8, 3: 0.7, 4: 0.0}
+        assert best_step(tmp_path, [1, 2, 3], HIGHER_IS_BETTER) == best
+    assert checkpoint.scores(tmp_path, HIGHER_IS_BETTER) == {1: 0.9, 2: 0.8, 3: 0.7, 4: 0.0}
+
+
+def test_the_direction_is_what_the_table_says_and_not_what_the_name_looks_like(tmp_path):
+    for step, (loss, nll) in enumerate([(3.0, 1.0), (1.0, 2.0), (2.0, 3.0)], start=1):
+        write_eval(tmp_path, step, **{"best_by": "eval/answer_loss", "eval/answer_loss": loss, "eval/nllish": nll})
+    assert best_step(tmp_path, [1, 2, 3], HIGHER_IS_BETTER | {"eval/answer_loss": False}) == 2
+    write_eval(tmp_path, 4, best_by="eval/nllish")
+    assert best_step(tmp_path, [1, 2, 3], HIGHER_IS_BETTER | {"eval/nllish": True}) == 3
+    assert best_step(tmp_path, [1, 2, 3], HIGHER_IS_BETTER) is None  # of a metric nobody knows there is no best
 
 
 def test_patience_ends_when_nothing_better_came():
@@ -308,7 +318,8 @@ import sys, time
 from rag_jax import cli
 def main():
     import jax.numpy as jnp, numpy as np
-    from rag_jax.workdir.checkpoint import Checkpoints
+    from rag_jax.evaluation.metrics import HIGHER_IS_BETTER
+from rag_jax.workdir.checkpoint import Checkpoints
     arrays = {str(n): jnp.asarray(np.random.default_rng(n).normal(size=(300, 300))) for n in range(8)}
     checkpoints = Checkpoints(sys.argv[1], keep=9)
     for step in range(1, 9):
@@ -341,7 +352,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_ones_before(tmp_path):
 def test_a_process_killed_while_it_saves_leaves_the_finished_ones(tmp_path):
     program = textwrap.dedent("""
         import sys, jax.numpy as jnp
-        from rag_jax.workdir.checkpoint import Checkpoints
+        from rag_jax.evaluation.metrics import HIGHER_IS_BETTER
+from rag_jax.workdir.checkpoint import Checkpoints
         checkpoints = Checkpoints(sys.argv[1], keep=100)
         for step in range(1, 1000):
             tree = {"kernel": jnp.full((1024, 1024), float(step))}

@@ -1,0 +1,179 @@
+"""How a run starts: anew or from a checkpoint, with everything it needs but the values of its parameters."""
+
+import dataclasses
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from rag_jax import config as configs
+from rag_jax import data, files, hf, pair
+from rag_jax.config import Config
+from rag_jax.distributed import processes
+from rag_jax.errors import UserError
+from rag_jax.evaluation import evaluation
+from rag_jax.training import optim
+from rag_jax.training.step import Step, TrainState, Tree, abstract_state, init_state, make_train_step
+from rag_jax.workdir import provenance
+from rag_jax.workdir.checkpoint import Checkpoints
+
+# Keys that may differ between a run and its continuation; all others change what the checkpoint means.
+MAY_CHANGE = (
+    "total_steps", "mesh", "checkpoint", "guard", "log", "eval", "data.eval", "data.passages", "retriever.remat",
+    "retriever.chunk_size", "generator.remat",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Everything that stays the same from the first step to the last."""
+
+    config: Config
+    workdir: pathlib.Path
+    opened: pair.Pair
+    mesh: Mesh
+    examples: data.Examples
+    report: data.Report  # of reading data.train
+    shapes: tuple[data.Lengths, ...]  # of batches
+    eval_rows: evaluation.EvalRows | None
+    eval_report: data.Report | None
+    rules: optim.Rules  # of rate and freezing
+    optimizer: optax.GradientTransformation
+    state: TrainState  # abstract: shapes and shardings
+    step: Step
+    is_main: bool  # the one process that prints and writes the record
+
+
+def newest_checkpoint(config: Config, workdir: pathlib.Path) -> tuple[int, dict[int, str]]:
+    """The step to go on from, 0 to begin anew, and what is wrong with newer checkpoints: the same in all processes."""
+    with processes.all_or_none():
+        goes_on = resumable(config, workdir)
+    processes.check_agreement({"--workdir": workdir.absolute(), "a checkpoint in it": goes_on})
+    if not goes_on:
+        return 0, {}
+    with Checkpoints(workdir) as checkpoints:
+        step, damaged = checkpoints.newest_good()
+    return step or 0, damaged
+
+
+def resumable(config: Config, workdir: pathlib.Path) -> bool:
+    """Whether the workdir holds checkpoints of this very run; UserError with the difference if they are of another."""
+    if not (workdir / "config.json").is_file() or not (workdir / "checkpoints").is_dir():
+        return False
+    with Checkpoints(workdir) as checkpoints:
+        if not checkpoints.steps():
+            return False
+    before, now = configs.flat(configs.load_workdir(workdir)), configs.flat(config)
+    changed = [
+        f"{name} was {before[name]!r} and is {now[name]!r}"
+        for name in now
+        if before[name] != now[name] and not any(name == key or name.startswith(f"{key}.") for key in MAY_CHANGE)
+    ]
+    if changed:
+        raise UserError(
+            f"--workdir={workdir} holds a run of another config: {'; '.join(changed)}; "
+            f"give the same values to go on, or another --workdir; only {', '.join(MAY_CHANGE)} may change"
+        )
+    return True
+
+
+def build(config: Config, workdir: pathlib.Path, mesh: Mesh, start_step: int) -> Training:
+    """Everything of a run that needs no array: models, rows, optimizer, step."""
+    opened = pair.open_pair(config, workdir if start_step else None)
+    used = used_roles(opened)
+    prompt = opened.prompt if opened.whole_string is None else None
+    examples, report = data.load_examples(
+        config.data.train,
+        key="data.train",
+        columns=config.data.columns.to_dict(),
+        bad_rows=config.data.bad_rows,
+        retriever=opened.retriever_text if "retriever" in used or config.mining.every_steps else None,
+        prompt=prompt if "generator" in used else None,
+        whole_string=opened.whole_string if "generator" in used else None,
+        min_rows=config.batch_size,
+        negatives=config.objective.negatives if config.data.columns.negative else 0,
+    )
+    eval_rows = eval_report = None
+    if config.data.eval is not None and config.eval.every_steps:
+        eval_rows, eval_report = evaluation.load_rows(config, opened.retriever_text, opened.prompt)
+    rules, optimizer, state, step = make_step(opened, mesh)
+    shapes = data.buckets(examples, config.batch_size, config.objective.candidates, config.objective.negatives)
+    return Training(
+        config, workdir, opened, mesh, examples, report, shapes, eval_rows, eval_report, rules, optimizer, state, step,
+        is_main=jax.process_index() == 0,
+    )  # fmt: skip
+
+
+def make_step(opened: pair.Pair, mesh: Mesh) -> tuple[optim.Rules, optax.GradientTransformation, TrainState, Step]:
+    """The rules of rate and freezing, the optimizer, the abstract state, and the step; no array is made."""
+    config = opened.config
+    rules = rate_rules(config, used_roles(opened))
+    trainable, frozen = optim.split_frozen(pair.abstract_params(opened, mesh), rules)
+    optimizer = optim.make_optimizer(config.optimizer, config.total_steps, trainable)
+    state = abstract_state(trainable, frozen, optimizer, mesh)
+    step = make_train_step(
+        opened.model,
+        optimizer,
+        optim.learning_rate(config.optimizer, config.total_steps),
+        jax.tree.map(lambda a: a.sharding, state),
+        dropout_seed=config.seed if has_dropout(opened) else None,
+        skips_nonfinite=config.guard.skip_nonfinite > 0,
+    )
+    return rules, optimizer, state, step
+
+
+def shared_facts(training: Training, start_step: int) -> dict[str, Any]:
+    """What must be the same in all processes of a run."""
+    examples = {"rows of data.train": data.fingerprint(training.examples)}
+    place = {"--workdir": training.workdir.absolute(), "step to start from": start_step}
+    return {f"config.{name}": value for name, value in configs.flat(training.config).items()} | place | examples
+
+
+def used_roles(opened: pair.Pair) -> set[str]:
+    objective = opened.model.objective
+    return {role for role in opened.sources if getattr(objective, f"uses_{role}")}
+
+
+def rate_rules(config: Config, used: set[str]) -> optim.Rules:
+    """The config's rules; a model that the objective does not use stays as it is."""
+    unused = tuple((f"^{role}/", 0.0) for role in pair.ROLES if role not in used)
+    return unused + tuple(config.optimizer.rate_rules)
+
+
+def has_dropout(opened: pair.Pair) -> bool:
+    model_configs = [pair.model_config(opened.config, role, source) for role, source in opened.sources.items()]
+    return any(rate > 0 for model_config in model_configs for rate in pair.dropouts(model_config).values())
+
+
+def write_workdir(training: Training, start_step: int, inputs: provenance.Inputs) -> None:
+    """config.json, what the run reads, and all of the models but their weights: the workdir can be used on its own."""
+    files.write_whole(training.workdir / "config.json", configs.to_json(training.config))
+    folder = training.workdir / "models"
+    if not start_step:
+        for old in (folder, training.workdir / "mining"):
+            shutil.rmtree(old, ignore_errors=True)
+        for role, source in training.opened.sources.items():
+            hf.copy_small_files(source, folder / role)
+        provenance.write(training.workdir, inputs)
+
+
+def pretrained(training: Training, params: Tree) -> TrainState:
+    return init_state(*optim.split_frozen(params, training.rules), training.optimizer, training.mesh)
+
+
+def restore(training: Training, checkpoints: Checkpoints, step: int) -> TrainState:
+    abstract = training.state
+    items = {"params": optim.join(abstract.params, abstract.frozen), "opt_state": abstract.opt_state}
+    restored = checkpoints.restore(items, step)
+    trainable, frozen = optim.split_frozen(restored["params"], training.rules)
+    at = jax.device_put(np.int32(step), abstract.step.sharding)
+    return TrainState(at, trainable, frozen, restored["opt_state"])
+
+
+def say(training: Training, text: str) -> None:
+    if training.is_main:
+        print(text, flush=True)

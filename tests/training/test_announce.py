@@ -1,0 +1,19 @@
+"""What a run says of itself before it starts."""
+
+import pytest
+from test_optim import section
+
+from rag_jax.training import announce
+
+
+@pytest.mark.parametrize(
+    ("schedule", "line"),
+    [
+        ("linear", "rate       learning rate at step 5 was 0.06, is 0.08: total_steps was 10, is 20"),
+        ("constant", None),
+    ],
+)
+def test_a_rate_that_jumps_at_resume_is_told(schedule, line):
+    """Linear from 0.1 at step 0 to 0 at the end: after 4 steps 0.1 (1 - 4/10), in the longer run 0.1 (1 - 4/20)."""
+    assert announce.rate_change(section(schedule=schedule), 4, 10, 20) == line
+    assert announce.rate_change(section(schedule=schedule), 4, 10, 10) is None
