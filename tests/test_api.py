@@ -148,9 +148,11 @@ def test_the_nearest_are_those_of_numpy(pair, passages):
     assert len(pair.retrieve(QUESTIONS[:1])[0]) == 5
 
 
-def test_answers_are_those_of_the_command(pair, workdir, monkeypatch, capsys):
-    for question, found in zip(QUESTIONS, pair.answer(QUESTIONS), strict=True):
-        expected = asked(workdir, monkeypatch, capsys, question)
+def test_answers_are_those_of_the_command(pair, workdir, tmp_path, monkeypatch, capsys):
+    (tmp_path / "asked.txt").write_text("\n".join(QUESTIONS))
+    record = asked(workdir, monkeypatch, capsys, f"--questions={tmp_path / 'asked.txt'}")
+    for question, found, expected in zip(QUESTIONS, pair.answer(QUESTIONS), record["answers"], strict=True):
+        assert expected["question"] == question
         assert (found.answer, found.num_tokens) == (expected["answer"], expected["tokens"])
         assert list(found.passages) == [row["passage"] for row in expected["passages"]]
         for ours, name in ((found.doc_probs, "probability"), (found.evidence, "evidence")):
