@@ -164,7 +164,7 @@ def test_marginal_and_gradients_equal_brute_force(
     for model in torch_models:
         model.zero_grad()
     contrastive, marginal = by_brute_force["contrastive"], by_brute_force[name]
-    (contrastive + marginal).backward(retain_graph=True)
+    (contrastive + marginal).backward(retain_graph=name == "token")  # the other objective's is still to come
     np.testing.assert_allclose(metrics["loss/marginal"], marginal.item(), rtol=1e-4)
     np.testing.assert_allclose(metrics["loss/contrastive"], contrastive.item(), rtol=1e-4)
     np.testing.assert_allclose(total, (contrastive + marginal).item(), rtol=1e-4)

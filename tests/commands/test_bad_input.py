@@ -395,6 +395,7 @@ def test_a_real_run_with_too_few_rows(cache, tmp_path):
     assert answer[1] == "" and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_real_evaluation_and_a_real_export(cache, trained, tmp_path):
     before = contents(trained)
     check(

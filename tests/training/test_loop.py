@@ -80,6 +80,7 @@ def test_the_record_has_every_step_once_and_the_names_of_the_contract(whole):
         assert word in printed, word
 
 
+@pytest.mark.slow
 def test_evaluation_in_the_loop_and_by_command_are_the_same(whole, cache):
     workdir, _ = whole
     assert [line["step"] for line in records(workdir, "eval/")] == [0, 3, 6]

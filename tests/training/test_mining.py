@@ -74,6 +74,7 @@ def test_the_plans_and_their_metrics(whole):
     assert "negatives  2 more that each query brings, of those mined for it" in printed
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(whole, cache, tmp_path):
     workdir = tmp_path / "run"
     command = words("main", f"--config={TINY}", f"--workdir={workdir}", **VALUES)
