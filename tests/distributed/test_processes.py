@@ -1,6 +1,7 @@
 """Several real processes on loopback: they find each other, agree, train as one, and end together."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -245,6 +246,13 @@ def test_processes_that_disagree_say_in_what(cache, tmp_path):
         assert [process.returncode for process in running] == [2, 2], outputs
     assert "the processes of this run disagree: in process 0 config.dropout is 0.1" in outputs[0][1]
     assert "the processes of this run disagree: in process 1 config.dropout is 0.2" in outputs[1][1]
+
+
+def test_the_code_that_processes_compare_is_all_of_the_package():
+    sources = sorted((ROOT / "rag_jax").rglob("*.py"))
+    assert len({path.parent for path in sources}) > 5
+    content = b"".join(path.read_bytes() for path in sources)
+    assert processes._code() == hashlib.blake2b(content, digest_size=processes.DIGEST_BYTES).hexdigest()
 
 
 def test_where_one_cannot_start_none_does(cache, tmp_path):
