@@ -163,7 +163,10 @@ def pretrained_params(run: Run, mesh: Mesh | None = None) -> dict[str, Any]:
     """The parameters in the models' folders, placed as `abstract_params` says."""
     return {
         role: hf.load_params(
-            run.sources[role].folder, run.sources[role].model_config, jax.tree.map(lambda a: a.sharding, places)
+            run.sources[role].folder,
+            run.sources[role].model_type,
+            run.sources[role].model_config,
+            jax.tree.map(lambda a: a.sharding, places),
         )
         for role, places in abstract_params(run, mesh).items()
     }

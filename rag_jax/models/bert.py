@@ -1,17 +1,20 @@
 """BERT encoders: bge, MiniLM, e5, gte, contriever (Devlin et al., 2018)."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from rag_jax.models import layers
+from rag_jax.models.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class BertConfig:
+class BertConfig(ModelConfig):
+    causal: ClassVar[bool] = False
+
     vocab_size: int  # V
     num_layers: int  # N
     num_heads: int  # H
@@ -23,7 +26,10 @@ class BertConfig:
     activation: str
     dropout: float
     attention_dropout: float
-    remat: str = "none"  # a key of layers.REMAT
+    remat: str = "none"
+
+    def build(self, rngs: nnx.Rngs) -> "Bert":
+        return Bert(self, rngs=rngs)
 
 
 class BertEmbed(nnx.Module):
@@ -53,9 +59,8 @@ class BertLayer(nnx.Module):
     """Attention and MLP, each followed by a residual sum and a norm."""
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
-        heads = (config.num_heads, config.num_heads, config.width // config.num_heads)
         self.attention = layers.Attention(
-            config.width, heads, qkv_bias=True, out_bias=True, dropout_rate=config.attention_dropout, rngs=rngs
+            config.width, config.heads, qkv_bias=True, out_bias=True, dropout_rate=config.attention_dropout, rngs=rngs
         )
         self.attention_norm = layers.layer_norm(config.width, config.norm_eps, rngs)
         self.mlp = BertMlp(config, rngs=rngs)

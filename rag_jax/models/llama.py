@@ -6,6 +6,7 @@ a sliding window, and whether the output matrix is tied to the word embedding.
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from rag_jax.models import layers
+from rag_jax.models.config import ModelConfig
 from rag_jax.models.decoder import Decoder
 
 
@@ -28,7 +30,9 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
+class LlamaConfig(ModelConfig):
+    causal: ClassVar[bool] = True
+
     vocab_size: int  # V
     num_layers: int  # N
     num_heads: int  # H
@@ -48,7 +52,17 @@ class LlamaConfig:
     tied_head: bool
     sliding_window: int | None
     attention_dropout: float
-    remat: str = "none"  # a key of layers.REMAT
+    remat: str = "none"
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        return self.num_heads, self.num_kv_heads, self.head_dim
+
+    def without_head(self) -> "LlamaConfig":
+        return dataclasses.replace(self, tied_head=True)
+
+    def build(self, rngs: nnx.Rngs) -> "Llama":
+        return Llama(self, rngs=rngs)
 
 
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:
@@ -91,7 +105,7 @@ class LlamaLayer(nnx.Module):
         self.attention_norm = layers.rms_norm(config.width, config.norm_eps, rngs)
         self.attention = layers.Attention(
             config.width,
-            (config.num_heads, config.num_kv_heads, config.head_dim),
+            config.heads,
             qkv_bias=config.qkv_bias,
             out_bias=config.out_bias,
             qk_norm_eps=config.norm_eps if config.qk_norm else None,

@@ -346,16 +346,16 @@ WEIGHTS = {
 @pytest.mark.parametrize("case", WEIGHTS)
 def test_weights_that_are_refused(folder, case):
     spoil, message = WEIGHTS[case]
-    hf.load_params(folder, SMALL)
+    hf.load_params(folder, "gpt2", SMALL)
     spoil(folder)
-    assert message.format(folder=folder) in refused(hf.load_params, folder, SMALL)
+    assert message.format(folder=folder) in refused(hf.load_params, folder, "gpt2", SMALL)
 
 
 def test_nan_is_found_also_where_only_a_part_is_read(folder):
     where = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[1]), models.abstract(SMALL)[1])
-    jax.tree.map(lambda a: a.block_until_ready(), hf.load_params(folder, SMALL, where))
+    jax.tree.map(lambda a: a.block_until_ready(), hf.load_params(folder, "gpt2", SMALL, where))
     value_of(np.nan)(folder)
-    assert "transformer.h.1.mlp.c_fc.weight in" in refused(hf.load_params, folder, SMALL, where)
+    assert "transformer.h.1.mlp.c_fc.weight in" in refused(hf.load_params, folder, "gpt2", SMALL, where)
 
 
 def changed(**values):
@@ -484,7 +484,7 @@ def test_a_retriever_without_pad_or_end_is_exported_with_a_pad_token(folder, tmp
     without("eos_token", "bos_token")(folder)
     source = hf.open_model(str(folder), "retriever.path", "retriever")
     (tmp_path / "out").mkdir()
-    hf.save_model(source, hf.load_params(folder, SMALL), tmp_path / "out", pooling=source.pooling)
+    hf.save_model(source, hf.load_params(folder, "gpt2", SMALL), tmp_path / "out", pooling=source.pooling)
     again = hf.open_model(str(tmp_path / "out"), "retriever.path", "retriever").tokenizer
     assert again.pad_token is not None and again.pad_token_id == 0
 

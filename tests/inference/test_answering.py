@@ -27,7 +27,7 @@ ALL = [
 
 def lively(config, seed):
     """A random model whose distributions are far from flat, as (Rag, params, its plain forward pass)."""
-    graphdef, state = nnx.split(models.FAMILIES[type(config)](config, rngs=nnx.Rngs(seed)))
+    graphdef, state = nnx.split(config.build(nnx.Rngs(seed)))
     params = jax.tree.map(lambda a: a * 4 if a.ndim > 1 else a, nnx.to_pure_dict(state))
     module = nnx.merge(graphdef, params)
     forward = jax.jit(lambda ids, mask: jax.nn.log_softmax(module.logits(module(ids, mask))))

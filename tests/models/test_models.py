@@ -130,14 +130,14 @@ def ours(graphdef, params, batch):
     return jax.value_and_grad(loss, has_aux=True)(params)
 
 
-def theirs(model, batch, folder, config):
+def theirs(model, batch, folder, model_type, config):
     """The same of PyTorch; its gradients take the way of the weights: a file, read by the table of names."""
     import torch
 
     ids, mask, picks, positions = (torch.tensor(a) for a in (batch.ids, batch.mask, batch.picks, batch.positions))
     count = mask.sum()
     inputs = dict(input_ids=ids, attention_mask=mask.long(), position_ids=positions)
-    if isinstance(config, models.BertConfig):
+    if not config.causal:
         hidden, logits = model(**inputs).last_hidden_state, None
     else:
         output = model(**inputs, output_hidden_states=True, use_cache=False)
@@ -151,7 +151,7 @@ def theirs(model, batch, folder, config):
     gradients = {n: p.grad.numpy() for n, p in model.named_parameters() if not n.startswith("pooler.")}
     safetensors.numpy.save_file(gradients, folder / "model.safetensors")
     outputs = (hidden.detach().numpy(), None if logits is None else logits.detach().numpy())
-    return (loss.item(), outputs), hf.load_params(folder, config)
+    return (loss.item(), outputs), hf.load_params(folder, model_type, config)
 
 
 @pytest.fixture(scope="module")
@@ -173,14 +173,14 @@ def pair(tmp_path_factory):
         model.save_pretrained(folder)
         model_type, read = configs.read_config(folder, family)
         assert model_type == config.model_type
-        return model, read, jax.tree.map(jnp.asarray, hf.load_params(folder, read))
+        return model, model_type, read, jax.tree.map(jnp.asarray, hf.load_params(folder, model_type, read))
 
     @functools.cache
     def run(family, side):
-        model, config, params = load(family)
+        model, model_type, config, params = load(family)
         batch = make_batch(side)
         got = ours(models.abstract(config)[0], params, batch)
-        return batch, got, theirs(model, batch, tmp_path_factory.mktemp("gradients"), config)
+        return batch, got, theirs(model, batch, tmp_path_factory.mktemp("gradients"), model_type, config)
 
     return run
 
