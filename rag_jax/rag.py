@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from rag_jax import losses
+from rag_jax.models import layers
 from rag_jax.models.decoder import Decoder
 from rag_jax.models.layers import named_keys, several_keys
 
@@ -72,11 +73,10 @@ class Rag:
     def model(self, name: str, params: dict) -> Any:
         """A model in the compute dtype over float32 parameters; those of its layers follow one layer at a time."""
         rest = {part: leaf for part, leaf in params[name].items() if part != "layers"}
-        whole = self._whole((name,), rest) | {"layers": params[name]["layers"]}
-        model = nnx.merge(getattr(self, name), whole)
+        stacked = params[name]["layers"]
         if self.gather is not None or self.dtype != jnp.float32:
-            model.prepare_layer = functools.partial(self._whole, (name, "layers"))
-        return model
+            stacked = layers.deferred(stacked, lambda path, layer: self._whole((name, "layers", *path), layer))
+        return nnx.merge(getattr(self, name), self._whole((name,), rest) | {"layers": stacked})
 
     def _whole(self, path: tuple[str, ...], params: Any) -> Any:
         if self.gather is not None:
@@ -204,7 +204,7 @@ def group_log_probs(
             prefix = (joined(prefix[0], negatives.prefix_ids), joined(prefix[1], negatives.prefix_mask))
         candidates_bK = choose_candidates(cosine_bp, key_p, objective.candidates)
         scores_bK = jnp.take_along_axis(cosine_bp, candidates_bK, axis=1) / objective.marginal_temperature
-    hidden_bKLD = generator.prefix_suffix(prefix, (group.suffix_ids, group.suffix_mask), candidates_bK, keys)
+    hidden_bKLD = generator.forward_shared_prefix(prefix, (group.suffix_ids, group.suffix_mask), candidates_bK, keys)
     token_log_probs_bKT = answer_log_probs(
         generator, hidden_bKLD, group.suffix_ids, group.answer_start, group.answer_mask.shape[1]
     )

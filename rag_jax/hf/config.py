@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from rag_jax import untrusted
 from rag_jax.errors import UserError
-from rag_jax.hf.families import FAMILIES, is_number
+from rag_jax.hf.families import FAMILIES, is_number, is_size
 from rag_jax.models import ModelConfig
 
 # Theirs -> ours; the first name of each kind is the one written.
@@ -88,7 +88,7 @@ def from_hf(theirs: Mapping[str, Any], problems: list[str]) -> Any:
                 problems.append(f"{key}={untrusted.short(theirs.get(key))} (supported: {', '.join(ACTIVATIONS)})")
         for name in (names,) if isinstance(names, str) else names:
             ours[name] = value
-    if _is_size(ours["width"]) and _is_size(ours["num_heads"]):
+    if is_size(ours["width"]) and is_size(ours["num_heads"]):
         ours |= {name: value(ours) for name, value in family.absent.items() if ours[name] is None}
     ours |= family.read(theirs, problems)
     _check_values(family.config, ours, problems)
@@ -116,7 +116,7 @@ def _check_values(config: type[ModelConfig], ours: Mapping[str, Any], problems: 
         if field.name in ours and (must := _must(field, ours[field.name])):
             problems.append(f"{field.name}={untrusted.short(ours[field.name])} (must be {must})")
     heads = [ours[name] for name in ("width", "num_heads", "num_kv_heads", "head_dim") if name in ours]
-    if not all(map(_is_size, heads)):
+    if not all(map(is_size, heads)):
         return
     if "head_dim" not in ours and ours["width"] % ours["num_heads"]:
         problems.append(f"width {ours['width']} is not a multiple of {ours['num_heads']} heads")
@@ -135,9 +135,5 @@ def _must(field: dataclasses.Field, value: Any) -> str | None:
     if field.type is float:
         return None if is_number(value) and value > 0 else "a number above 0"
     if field.type in (int, int | None):
-        return None if _is_size(value) or (value is None and field.type is not int) else "a whole number above 0"
+        return None if is_size(value) or (value is None and field.type is not int) else "a whole number above 0"
     return None
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rag_jax import untrusted
-from rag_jax.models import BertConfig, Gpt2Config, LlamaConfig, ModelConfig, RopeScaling
+from rag_jax.models import BertConfig, Gpt2Config, LayerKind, LlamaConfig, ModelConfig, RopeScaling
+
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,10 @@ class Family:
     def prefixed(self) -> bool:
         """Whether `rules` name tensors with the prefix."""
         return self.rules[0].hf.startswith(self.prefix)
+
+
+def is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def is_number(value: Any) -> bool:
@@ -210,13 +216,38 @@ def _write_rope(config: LlamaConfig) -> dict[str, Any]:
     return {"rope_parameters": rope}
 
 
+def _read_windows(theirs: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Rope, and which layers look how far: all, none, or some, which are then a kind of their own."""
+    ours, window = _read_rope(theirs, problems), theirs.get("sliding_window")
+    types = theirs.get("layer_types") or []
+    if not theirs.get("use_sliding_window") or window is None or SLIDING not in types:
+        return ours | {"sliding_window": None}
+    if not is_size(window):
+        problems.append(f"sliding_window={untrusted.short(window)} (must be a whole number above 0)")
+    if set(types) - {FULL, SLIDING} or len(types) != theirs.get("num_hidden_layers"):
+        problems.append(f"layer_types={untrusted.short(types)} (supported: {FULL} or {SLIDING} for every layer)")
+    if FULL not in types:
+        return ours | {"sliding_window": window}
+    local = LayerKind(ours["rope_theta"], ours["rope_scaling"], window)
+    kinds = tuple(int(one == SLIDING) for one in types)
+    return ours | {"sliding_window": None, "layer_kinds": kinds, "further_kinds": (local,)}
+
+
+def _write_windows(config: LlamaConfig) -> dict[str, Any]:
+    windows = [kind.sliding_window for kind in config.kinds]
+    kinds = config.layer_kinds or (0,) * config.num_layers
+    sizes = {"use_sliding_window": any(windows)}
+    if any(windows):
+        sizes |= {"sliding_window": max(window or 0 for window in windows)}
+        sizes |= {"layer_types": [SLIDING if windows[kind] else FULL for kind in kinds]}
+    return _write_rope(config) | sizes
+
+
 _HEADS = r"(lm_head|score)\.weight"
 _NO_BIAS = {"qkv_bias": False, "out_bias": False, "mlp_bias": False}
 
 
-def _llama(
-    architecture: str, fields: dict[str, Any], constants: Mapping[str, Any], only: Mapping[str, Any] | None = None
-) -> Family:
+def _llama(architecture: str, fields: dict[str, Any], constants: Mapping[str, Any], **more: Any) -> Family:
     return Family(
         LlamaConfig,
         architecture,
@@ -225,13 +256,11 @@ def _llama(
         "model.",
         dropped=_HEADS,
         constants=constants,
-        only=only or {},
         absent={
             "num_kv_heads": lambda ours: ours["num_heads"],
             "head_dim": lambda ours: ours["width"] // ours["num_heads"],
         },
-        read=_read_rope,
-        write=_write_rope,
+        **{"read": _read_rope, "write": _write_rope} | more,
     )
 
 
@@ -270,13 +299,15 @@ FAMILIES: dict[str, Family] = {
     "qwen2": _llama(
         "Qwen2ForCausalLM",
         {},
-        _NO_BIAS | {"qkv_bias": True, "qk_norm": False, "sliding_window": None},
-        {"use_sliding_window": False},
+        _NO_BIAS | {"qkv_bias": True, "qk_norm": False},
+        read=_read_windows,
+        write=_write_windows,
     ),
     "qwen3": _llama(
         "Qwen3ForCausalLM",
         {"attention_bias": ("qkv_bias", "out_bias")},
-        {"mlp_bias": False, "qk_norm": True, "sliding_window": None},
-        {"use_sliding_window": False},
+        {"mlp_bias": False, "qk_norm": True},
+        read=_read_windows,
+        write=_write_windows,
     ),
 }

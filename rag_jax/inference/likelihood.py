@@ -158,7 +158,7 @@ def _programs(model: rag.Rag, places: Places, num_slots: int, suffix_slots: int)
     """Compiled for each shape: reading passages, suffixes behind them, log-probabilities of the suffixes' tokens."""
 
     def read(generator: Decoder, ids: Int[Array, "P Lp"], mask: Bool[Array, "P Lp"]) -> tuple[Array, ...]:
-        return tuple(generator.prefill(ids, mask, num_slots)[1])
+        return tuple(generator.fill_cache(ids, mask, num_slots)[1])
 
     def behind(
         generator: Decoder,
@@ -169,7 +169,7 @@ def _programs(model: rag.Rag, places: Places, num_slots: int, suffix_slots: int)
         mask: Bool[Array, "S Ls"],
         place: Int[Array, " S"],
     ) -> tuple[Float[Array, "S slots D"]]:
-        hidden = generator.behind(ids, mask, Cache(key, value, length), place)
+        hidden = generator.read_cache(ids, mask, Cache(key, value, length), place)
         return (jnp.pad(hidden, ((0, 0), (0, suffix_slots - ids.shape[1]), (0, 0))),)
 
     def score(

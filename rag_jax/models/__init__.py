@@ -8,7 +8,7 @@ from rag_jax.models.bert import Bert, BertConfig
 from rag_jax.models.config import ModelConfig
 from rag_jax.models.decoder import Cache, Decoder
 from rag_jax.models.gpt2 import Gpt2, Gpt2Config
-from rag_jax.models.llama import Llama, LlamaConfig, RopeScaling
+from rag_jax.models.llama import LayerKind, Llama, LlamaConfig, RopeScaling
 
 __all__ = [
     "Bert",
@@ -17,6 +17,7 @@ __all__ = [
     "Decoder",
     "Gpt2",
     "Gpt2Config",
+    "LayerKind",
     "Llama",
     "LlamaConfig",
     "ModelConfig",

@@ -1,7 +1,7 @@
 """BERT encoders: bge, MiniLM, e5, gte, contriever (Devlin et al., 2018)."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -68,9 +68,9 @@ class BertLayer(nnx.Module):
         self.dropout = config.dropout
 
     def __call__(
-        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L L"], dropout_keys: Key[Array, " B"] | None
+        self, x: Float[Array, "B L D"], seen: layers.Seen, dropout_keys: Key[Array, " B"] | None
     ) -> Float[Array, "B L D"]:
-        attended, _ = self.attention(x, mask, dropout_keys=dropout_keys)
+        attended, _ = self.attention(x, seen, dropout_keys=dropout_keys)
         x = self.attention_norm(x + self._drop(attended, dropout_keys, "residual"))
         return self.mlp_norm(x + self._drop(self.mlp(x), dropout_keys, "mlp"))
 
@@ -79,8 +79,6 @@ class BertLayer(nnx.Module):
 
 
 class Bert(nnx.Module):
-    prepare_layer: Any = None  # see `layers.scan`
-
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embed = BertEmbed(config, rngs=rngs)
@@ -93,17 +91,15 @@ class Bert(nnx.Module):
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """Hidden states after the last layer. Every token looks at every real token."""
-        B, L = ids.shape
         x = self.embed(ids, layers.positions_of(attention_mask))
         x = layers.dropout(x, self.config.dropout, layers.named_keys(dropout_keys, "embed"))
-        mask = jnp.broadcast_to(attention_mask[:, None, :], (B, L, L))
+        seen = layers.Seen(attention_mask)
         x, _ = layers.scan(
             self.layers,
-            lambda layer, x, _, keys: (layer(x, mask, keys), None),
+            lambda layer, x, _, keys: (layer(x, seen, keys), None),
             x,
             num_layers=self.config.num_layers,
             remat=self.config.remat,
-            prepare=self.prepare_layer,
             dropout_keys=dropout_keys,
         )
         return x

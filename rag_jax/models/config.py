@@ -17,6 +17,9 @@ class ModelConfig:
     remat: str  # a key of layers.REMAT
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+    layer_kinds: tuple[
+        int, ...
+    ] = ()  # of each layer, which of the family's kinds of layers it is; (): all of the first
     causal: ClassVar[bool]  # a token sees what stands before it and no more, so the model can generate
 
     @property

@@ -4,7 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from rag_jax.models import layers
 from rag_jax.models.config import ModelConfig
@@ -61,14 +61,14 @@ class Gpt2Layer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L M"],
+        own: layers.Seen,
         *,
         rope: layers.Rope | None = None,
-        context: layers.KeysValues | None = None,
+        context: tuple[layers.KeysValues, layers.Seen] | None = None,
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B L D"], layers.KeysValues]:
         attended, keys_values = self.attention(
-            self.attention_norm(x), mask, rope=rope, context=context, dropout_keys=dropout_keys
+            self.attention_norm(x), own, rope=rope, context=context, dropout_keys=dropout_keys
         )
         x = x + layers.dropout(attended, self.dropout, layers.named_keys(dropout_keys, "residual"))
         x = x + layers.dropout(self.mlp(self.mlp_norm(x)), self.dropout, layers.named_keys(dropout_keys, "mlp"))
@@ -88,8 +88,8 @@ class Gpt2(Decoder):
         x = self.embed.word(ids) + self.embed.position(positions)
         return layers.dropout(x, self.config.embed_dropout, dropout_keys)
 
-    def _rope(self, positions: Int[Array, "B L"]) -> None:
-        return None
+    def _views(self, positions: Int[Array, "B L"]) -> list[layers.View]:
+        return [layers.View()]
 
     def head_kernel(self) -> Float[Array, "V D"]:
         return self.embed.word.embedding[...]

@@ -22,7 +22,7 @@ from rag_jax.hf import config as configs
 from rag_jax.hf import folder as folders
 from rag_jax.hf import tiny, weights
 from rag_jax.hf.families import FAMILIES
-from rag_jax.models import BertConfig, Gpt2Config, LlamaConfig, RopeScaling
+from rag_jax.models import BertConfig, Gpt2Config, LayerKind, LlamaConfig, RopeScaling
 
 BERT = BertConfig(53, 2, 2, 16, 24, 32, 2, 1e-12, "gelu", 0.1, 0.2)
 GPT2 = Gpt2Config(53, 2, 2, 16, 24, 32, 1e-5, "gelu_tanh", 0.1, 0.2, 0.3)
@@ -57,7 +57,9 @@ CONFIGS = {
     "mistral-no-window": ("mistral", LLAMA),
     "qwen2": ("qwen2", QWEN2),
     "qwen2-tied": ("qwen2", change(QWEN2, tied_head=True)),
+    "qwen2-local": ("qwen2", change(QWEN2, layer_kinds=(0, 1), further_kinds=(LayerKind(1e4, None, 7),))),
     "qwen3": ("qwen3", QWEN3),
+    "qwen3-window": ("qwen3", change(QWEN3, sliding_window=7)),
     "qwen3-biases": ("qwen3", change(QWEN3, qkv_bias=True, out_bias=True, rope_scaling=RopeScaling("linear", 4.0))),
 }
 every_config = pytest.mark.parametrize(("model_type", "config"), CONFIGS.values(), ids=CONFIGS)
@@ -261,7 +263,7 @@ def test_names_are_those_of_the_model_type_not_of_our_config(tmp_path, monkeypat
     theirs = {f"other.{name}": tensor for name, tensor in tensors.items()}
     write_tensors(tmp_path, theirs | {"lm_head.dense.weight": np.zeros((16, 16), np.float32)})
     assert_same_tree(hf.load_params(tmp_path, "other", BERT), expected)
-    with pytest.raises(UserError, match=r"other.*is unknown"):
+    with pytest.raises(UserError, match="embeddings.word_embeddings.weight is missing"):
         hf.load_params(tmp_path, "bert", BERT)
 
 
@@ -441,8 +443,11 @@ def test_dropouts_may_be_written_as_whole_numbers(tmp_path):
             ["rope_type='yarn' (supported: default, linear, llama3)", "partial_rotary_factor=0.5", "4 heads are not"],
         ),
         ("mistral", {"hidden_act": "mish"}, ["hidden_act='mish'"]),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 4}, ["use_sliding_window=True (supported: False)"]),
-        ("qwen3", {"use_sliding_window": True, "sliding_window": 4}, ["use_sliding_window=True (supported: False)"]),
+        (
+            "qwen2-local",
+            {"sliding_window": -4, "layer_types": ["full_attention", "sliding_attention"] * 2},
+            ["sliding_window=-4 (must be a whole number above 0)", "layer_types=['full_attention'"],
+        ),
         ("bert", {"num_attention_heads": 3, "hidden_size": 16}, ["width 16 is not a multiple of 3 heads"]),
         ("bert", {"num_hidden_layers": 0}, ["num_layers=0 (must be a whole number above 0)"]),
     ],

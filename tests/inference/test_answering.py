@@ -210,7 +210,7 @@ def test_training_scores_an_answer_as_decoding_did(name, how):
     @jax.jit
     def scored(params):
         generator = model.model("generator", params)
-        hidden = generator.prefix_suffix(padded(passages, LP), suffix, jnp.asarray(candidates))
+        hidden = generator.forward_shared_prefix(padded(passages, LP), suffix, jnp.asarray(candidates))
         return rag.answer_log_probs(generator, hidden, suffix[0], start, found.ids.shape[1])
 
     log_probs = scored(params)
