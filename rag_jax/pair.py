@@ -156,7 +156,7 @@ def abstract_params(run: Run, mesh: Mesh | None = None) -> dict[str, Any]:
     """Shapes of all parameters, with their places on a mesh, if none is given one of all devices."""
     shapes = run.shapes()
     places = sharding.param_shardings(mesh or sharding.make_mesh(1, -1, 1), shapes)
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, jnp.float32, sharding=s), shapes, places)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, places)
 
 
 def pretrained_params(run: Run, mesh: Mesh | None = None) -> dict[str, Any]:

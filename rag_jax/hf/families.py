@@ -220,12 +220,12 @@ def _read_windows(theirs: Mapping[str, Any], problems: list[str]) -> dict[str, A
     """Rope, and which layers look how far: all, none, or some, which are then a kind of their own."""
     ours, window = _read_rope(theirs, problems), theirs.get("sliding_window")
     types = theirs.get("layer_types") or []
+    if set(types) - {FULL, SLIDING}:
+        problems.append(f"layer_types={untrusted.short(types)} (supported: {FULL}, {SLIDING})")
     if not theirs.get("use_sliding_window") or window is None or SLIDING not in types:
         return ours | {"sliding_window": None}
     if not is_size(window):
         problems.append(f"sliding_window={untrusted.short(window)} (must be a whole number above 0)")
-    if set(types) - {FULL, SLIDING} or len(types) != theirs.get("num_hidden_layers"):
-        problems.append(f"layer_types={untrusted.short(types)} (supported: {FULL} or {SLIDING} for every layer)")
     if FULL not in types:
         return ours | {"sliding_window": window}
     local = LayerKind(ours["rope_theta"], ours["rope_scaling"], window)

@@ -1,4 +1,4 @@
-"""Weights in safetensors and our trees of stacked float32 arrays, both ways by the tables of `families`."""
+"""Weights in safetensors and our trees of stacked arrays, both ways by the tables of `families`."""
 
 import contextlib
 import dataclasses
@@ -44,8 +44,10 @@ class Expected:
 def load_params(
     folder: pathlib.Path, model_type: str, config: models.ModelConfig, shardings: Any = None
 ) -> dict[str, Any]:
-    """The parameters of a model folder as nested dicts of float32, layers stacked: numpy arrays, or with `shardings`
-    (a tree like them) jax arrays, of which every process reads only what its own devices hold.
+    """The parameters of a model folder as nested dicts, layers stacked, in the dtypes of `models.abstract`.
+
+    Numpy arrays, or with `shardings` (a tree like them) jax arrays, of which every process reads only what its own
+    devices hold.
 
     UserError, one line with all problems: no or broken files, tensors that are missing, unknown or of another shape.
     """
@@ -54,16 +56,16 @@ def load_params(
     _check(folder, tensors, expected_tensors(family, config), family)
     pieces = _pieces(family, config)
     leaves = {}
-    for path, shape in _leaves(config).items():
+    for path, leaf in _leaves(config).items():
         with _reading() as read:  # a leaf at a time, so that of the files no more is in memory than a leaf needs
 
-            def part(index: Any, path: str = path, shape: Any = shape, read: Any = read) -> np.ndarray:
-                return _part(pieces[path], index, shape.shape, lambda name, at: _finite(tensors[name], read, at))
+            def part(index: Any, path: str = path, leaf: Any = leaf, read: Any = read) -> np.ndarray:
+                return _part(pieces[path], index, leaf, lambda name, at: _finite(tensors[name], read, at, leaf.dtype))
 
             if shardings is None:
-                leaves[path] = part((slice(None),) * len(shape.shape))
+                leaves[path] = part((slice(None),) * len(leaf.shape))
             else:
-                leaves[path] = jax.make_array_from_callback(shape.shape, _at(shardings, path), part)
+                leaves[path] = jax.make_array_from_callback(leaf.shape, _at(shardings, path), part)
     return _nest(leaves)
 
 
@@ -116,8 +118,10 @@ def file_dtype(folder: pathlib.Path, model_type: str, config: models.ModelConfig
 
 
 def expected_tensors(family: Family, config: models.ModelConfig) -> dict[str, Expected]:
-    """`{their name: ...}` of every tensor that a model of this config has."""
+    """`{their name: ...}` of every tensor that a model of this config has. ValueError lists what no rule fills."""
     leaves = _leaves(config)
+    if unfilled := leaves.keys() - {path for rule in family.rules for path in rule.parts}:
+        raise ValueError(f"no rule fills {', '.join(sorted(unfilled))}; add one to the family's in hf.families")
     expected = {}
     for rule in family.rules:
         if not all(path in leaves for path in rule.parts):
@@ -154,11 +158,14 @@ def _pieces(family: Family, config: models.ModelConfig) -> dict[str, list[_Piece
 
 
 def _part(
-    pieces: Sequence[_Piece], index: tuple[slice, ...], shape: tuple[int, ...], read: Callable[[str, Any], np.ndarray]
+    pieces: Sequence[_Piece],
+    index: tuple[slice, ...],
+    leaf: jax.ShapeDtypeStruct,
+    read: Callable[[str, Any], np.ndarray],
 ) -> np.ndarray:
-    """`leaf[index]` as float32 from the files, reading no more than that."""
-    ranges = [range(size)[part] for part, size in zip(index, shape, strict=True)]
-    out = np.empty([len(r) for r in ranges], np.float32)
+    """`leaf[index]` from the files, reading no more than that."""
+    ranges = [range(size)[part] for part, size in zip(index, leaf.shape, strict=True)]
+    out = np.empty([len(r) for r in ranges], leaf.dtype)
     stacked = pieces[0].rule.stacked
     for n, layer in enumerate(ranges[0] if stacked else [0]):
         piece = pieces[layer]
@@ -196,9 +203,9 @@ def _tensors(folder: pathlib.Path, family: Family) -> dict[str, _Tensor]:
     return tensors
 
 
-def _finite(tensor: _Tensor, read: Callable[[_Tensor, Any], np.ndarray], where: Any) -> np.ndarray:
-    """A part of a tensor as float32; UserError for one that would spoil all that it meets."""
-    value = np.asarray(read(tensor, where), np.float32)
+def _finite(tensor: _Tensor, read: Callable[[_Tensor, Any], np.ndarray], where: Any, dtype: Any) -> np.ndarray:
+    """A part of a tensor; UserError for one that would spoil all that it meets."""
+    value = np.asarray(read(tensor, where), dtype)
     # Both are NaN where any value is; nothing of the size of the part is made.
     if value.size and not (np.isfinite(value.min()) and np.isfinite(value.max())):
         raise UserError(f"{tensor.name} in {tensor.path} holds NaN or infinity; fetch it again or save it in float32")

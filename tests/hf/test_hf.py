@@ -254,6 +254,35 @@ def test_names_of_old_bert_files(tmp_path):
     assert_same_bits(rest, {name.removeprefix("bert."): tensor for name, tensor in pooler.items()})
 
 
+@pytest.mark.parametrize("on_devices", [False, True])
+def test_parameters_are_read_in_the_dtypes_of_the_model(tmp_path, monkeypatch, on_devices):
+    write_model(tmp_path, "gpt2", GPT2)
+    expected, abstract = hf.load_params(tmp_path, "gpt2", GPT2), models.abstract
+
+    def half_mlp(config):
+        graphdef, shapes = abstract(config)
+        mlp = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), shapes["layers"]["mlp"])
+        return graphdef, shapes | {"layers": shapes["layers"] | {"mlp": mlp}}
+
+    monkeypatch.setattr(models, "abstract", half_mlp)
+    wanted = half_mlp(GPT2)[1]
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    got = hf.load_params(tmp_path, "gpt2", GPT2, jax.tree.map(lambda _: place, wanted) if on_devices else None)
+    assert jax.tree.map(lambda a: a.dtype, got) == jax.tree.map(lambda a: a.dtype, wanted)
+    assert_same_tree(got, jax.tree.map(lambda a, leaf: a.astype(leaf.dtype), expected, wanted))
+
+
+def test_parameters_that_no_rule_fills_are_listed(tmp_path, monkeypatch):
+    write_model(tmp_path, "bert", BERT)
+    rules = [rule for rule in FAMILIES["bert"].rules if "mlp_norm" not in rule.parts[0]]
+    monkeypatch.setitem(FAMILIES, "bert", dataclasses.replace(FAMILIES["bert"], rules=tuple(rules)))
+    message = "no rule fills layers/mlp_norm/bias, layers/mlp_norm/scale; add one"
+    with pytest.raises(ValueError, match=message):
+        hf.load_params(tmp_path, "bert", BERT)
+    with pytest.raises(ValueError, match=message):
+        weights.save_params(draw(BERT), tmp_path / "out", "bert", BERT, np.float32)
+
+
 def test_names_are_those_of_the_model_type_not_of_our_config(tmp_path, monkeypatch):
     """Another model type may share a config of ours and have a prefix and a head of its own."""
     other = dataclasses.replace(FAMILIES["bert"], prefix="other.", dropped=r"lm_head\..*")
@@ -445,8 +474,11 @@ def test_dropouts_may_be_written_as_whole_numbers(tmp_path):
         ("mistral", {"hidden_act": "mish"}, ["hidden_act='mish'"]),
         (
             "qwen2-local",
-            {"sliding_window": -4, "layer_types": ["full_attention", "sliding_attention"] * 2},
-            ["sliding_window=-4 (must be a whole number above 0)", "layer_types=['full_attention'"],
+            {"sliding_window": -4, "layer_types": ["sliding_attention", "chunked_attention"]},
+            [
+                "sliding_window=-4 (must be a whole number above 0)",
+                "layer_types=['sliding_attention', 'chunked_attention']",
+            ],
         ),
         ("bert", {"num_attention_heads": 3, "hidden_size": 16}, ["width 16 is not a multiple of 3 heads"]),
         ("bert", {"num_hidden_layers": 0}, ["num_layers=0 (must be a whole number above 0)"]),
