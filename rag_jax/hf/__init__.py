@@ -108,7 +108,7 @@ def _tokenizer(folder: pathlib.Path, where: str, vocab_size: int) -> Any:
         raise
     except BaseException as error:  # any kind, from any of its many readers; a panic in Rust is no Exception
         reason = untrusted.one_line(error, 160)
-        raise UserError(f"{where}: its tokenizer cannot be read ({reason}); is tokenizer.json whole?") from None
+        raise UserError(f"{where}: its tokenizer cannot be read ({reason}); is tokenizer.json complete?") from None
     if not tokenizer.is_fast:
         raise UserError(f"{where}: its tokenizer has no fast version; give a folder that holds tokenizer.json")
     if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):  # what transformers makes of no files

@@ -58,7 +58,7 @@ def read_config(folder: pathlib.Path, where: str) -> tuple[str, ModelConfig]:
 def _check_file(content: Any, where: str) -> None:
     """UserError for what must not come to the library that reads it: it would make lists of such sizes, or run code."""
     if not isinstance(content, dict):
-        raise UserError(f"{where}: its config.json cannot be read (no object with a model_type); fetch it again")
+        raise UserError(f"{where}: its config.json cannot be read (not an object with a model_type); fetch it again")
     for key, value in content.items():
         most = next(most for pattern, most in MOST.items() if re.search(pattern, key))
         if isinstance(value, int) and abs(value) > most:

@@ -199,7 +199,7 @@ def _tensors(folder: pathlib.Path, family: Family) -> dict[str, _Tensor]:
                         raise UserError(f"{known[:MOST_CHARS]} stands in {folder} twice, again in {path.name}")
                     tensors[known] = _Tensor(path, name, part.get_dtype(), tuple(part.get_shape()))
         except (safetensors.SafetensorError, OSError) as error:
-            raise UserError(f"{path} is no whole safetensors file ({str(error)[:120]}); fetch it again") from None
+            raise UserError(f"{path} is not a complete safetensors file ({str(error)[:120]}); fetch it again") from None
     return tensors
 
 
@@ -255,7 +255,7 @@ def files(folder: pathlib.Path) -> list[pathlib.Path]:
         if others and not outside:
             raise ValueError
     except (UserError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{folder / INDEX} is no index of safetensors files; fetch it again") from None
+        raise UserError(f"{folder / INDEX} is not an index of safetensors files; fetch it again") from None
     if outside:
         raise UserError(f"{folder / INDEX} points outside of its folder, to {outside[0][:MOST_CHARS]}")
     missing = [name for name in names if not (folder / name).is_file()]

@@ -1,6 +1,6 @@
 """Model FLOPs by formula: what the maths needs, no rematerialisation, padding included.
 
-A product of (M, D) and (D, F) counts 2 M D F; a backward pass counts twice its forward pass; norms, activations and
+A product of (L, D) and (D, F) counts 2 L D F; a backward pass counts twice its forward pass; norms, activations and
 softmaxes are left out; a causal token looks at half of its own stream on average.
 """
 

@@ -332,10 +332,10 @@ def broken_weights(case, folder):
     if case == "truncated":
         data = (folder / weights.SINGLE).read_bytes()
         (folder / weights.SINGLE).write_bytes(data[: len(data) // 2])
-        return "model.safetensors is no whole safetensors file .*fetch it again"
+        return "model.safetensors is not a complete safetensors file .*fetch it again"
     if case == "no header":
         (folder / weights.SINGLE).write_bytes(b"version https://git-lfs.github.com/spec/v1")
-        return "model.safetensors is no whole safetensors file"
+        return "model.safetensors is not a complete safetensors file"
     if case == "ill-fitting":
         del tensors["model.layers.1.mlp.up_proj.weight"]
         tensors["model.norm.weight"] = np.ones(17, np.float32)
@@ -368,7 +368,7 @@ def broken_weights(case, folder):
         write_json(folder / weights.INDEX, {"weight_map": {"model.norm.weight": "../other.safetensors"}})
         return r"index\.json points outside of its folder, to \.\./other\.safetensors"
     write_json(folder / weights.INDEX, case)
-    return "model.safetensors.index.json is no index of safetensors files"
+    return "model.safetensors.index.json is not an index of safetensors files"
 
 
 CASES = ["truncated", "no header", "ill-fitting", "another model's", "only pickle", "none", "missing shard", "outside"]
@@ -557,7 +557,7 @@ def test_tokens_beyond_the_vocabulary(random_model):
 def test_a_tokenizer_that_cannot_be_read(random_model):
     folder = random_model("gpt2")
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match=r"its tokenizer cannot be read \(.*\); is tokenizer.json whole"):
+    with pytest.raises(UserError, match=r"its tokenizer cannot be read \(.*\); is tokenizer.json complete"):
         open_model(folder, "generator")
 
 
