@@ -15,7 +15,6 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from rag_jax.models import layers
-from rag_jax.models.config import ModelConfig
 from rag_jax.models.layers import Seen, View
 
 
@@ -28,7 +27,7 @@ class Cache(NamedTuple):
 
 
 class Decoder(nnx.Module):
-    config: ModelConfig
+    config: Any  # the ModelConfig of its family
     layers: Any
     norm: Any
 
