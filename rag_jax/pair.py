@@ -141,14 +141,17 @@ def abstract_params(pair: Pair, mesh: Mesh | None = None) -> dict[str, Any]:
     """Shapes of all parameters and how they lie on a mesh; without one, on a mesh of all devices."""
     shapes = pair.shapes()
     places = sharding.param_shardings(mesh or sharding.make_mesh(1, -1, 1), shapes)
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, jnp.float32, sharding=s), shapes, places)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, places)
 
 
 def pretrained_params(pair: Pair, mesh: Mesh | None = None) -> dict[str, Any]:
     """The parameters in the models' folders, which lie as `abstract_params` says."""
     return {
         role: hf.load_params(
-            pair.sources[role].folder, pair.sources[role].model_config, jax.tree.map(lambda a: a.sharding, places)
+            pair.sources[role].folder,
+            pair.sources[role].model_type,
+            pair.sources[role].model_config,
+            jax.tree.map(lambda a: a.sharding, places),
         )
         for role, places in abstract_params(pair, mesh).items()
     }

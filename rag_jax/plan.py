@@ -199,7 +199,9 @@ def devices(topology: chips.Topology) -> Any:
             described = topologies.get_topology_desc(platform="tpu", topology_name=topology.text)
         except Exception as error:  # of any kind, for shapes that are not built
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"--topology={topology.text}: the TPU compiler knows no such shape ({reason})") from None
+            raise UserError(
+                f"--topology={topology.text}: the TPU compiler does not know this shape ({reason})"
+            ) from None
         return described.devices
     nodes, in_node = max(topology.devices // chips.NODE, 1), min(topology.devices, chips.NODE)
     described = topologies.get_topology_desc(

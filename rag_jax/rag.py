@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 from rag_jax import losses
 from rag_jax.data.batches import Batch
 from rag_jax.losses import Term
+from rag_jax.models import layers
 from rag_jax.models.decoder import Decoder
 from rag_jax.models.layers import named_keys, several_keys
 from rag_jax.objectives import OBJECTIVES, Formula
@@ -103,11 +104,10 @@ class Rag:
     def model(self, name: str, params: dict) -> Any:
         """A model in the compute dtype over float32 parameters; those of its layers follow one layer at a time."""
         rest = {part: leaf for part, leaf in params[name].items() if part != "layers"}
-        whole = self._whole((name,), rest) | {"layers": params[name]["layers"]}
-        model = nnx.merge(getattr(self, name), whole)
+        stacked = params[name]["layers"]
         if self.gather is not None or self.dtype != jnp.float32:
-            model.prepare_layer = functools.partial(self._whole, (name, "layers"))
-        return model
+            stacked = layers.deferred(stacked, lambda path, layer: self._whole((name, "layers", *path), layer))
+        return nnx.merge(getattr(self, name), self._whole((name,), rest) | {"layers": stacked})
 
     def _whole(self, path: tuple[str, ...], params: Any) -> Any:
         if self.gather is not None:
@@ -207,9 +207,10 @@ def may_read(passage_key_p: Int[Array, " p"], num_rows: int) -> Bool[Array, "g p
 
 def choose_candidates(cosine_gp: Float[Array, "g p"], num_candidates: int) -> Int[Array, "g K"]:
     """Each row's positive, on the diagonal, then the highest-scoring others; -inf comes last."""
+    g, p = cosine_gp.shape
     # Cosines lie within [-1, 1]: 4 puts the positive first without touching the order of the others.
-    first_gp = 4.0 * jnp.eye(*cosine_gp.shape)
-    return jax.lax.top_k(jax.lax.stop_gradient(cosine_gp + first_gp), num_candidates)[1].astype(jnp.int32)
+    order_gp = jax.lax.stop_gradient(cosine_gp) + 4.0 * jnp.eye(g, p)
+    return jax.lax.top_k(order_gp, num_candidates)[1].astype(jnp.int32)
 
 
 def gold_log_probs(
@@ -277,7 +278,7 @@ def group_log_probs(
         cosine_gp = jnp.where(may_read(key_p, g), cosine_gp, -jnp.inf)
         candidates_gK = choose_candidates(cosine_gp, objective.candidates)
         scores_gK = jnp.take_along_axis(cosine_gp, candidates_gK, axis=1) / objective.marginal_temperature
-    hidden_gKLD = generator.prefix_suffix(prefix, (group.suffix_ids, group.suffix_mask), candidates_gK, keys)
+    hidden_gKLD = generator.forward_shared_prefix(prefix, (group.suffix_ids, group.suffix_mask), candidates_gK, keys)
     token_log_probs_gKT = answer_log_probs(
         generator, hidden_gKLD, group.suffix_ids, group.answer_start, group.answer_mask.shape[1]
     )
@@ -348,7 +349,7 @@ def contrastive_term(rag: Rag, batch: Batch, embs: Embs) -> Term:
     all_queries_BE, all_passages_PE = from_all(query_emb_bE), from_all(passage_emb_bE)
     all_query_keys, all_passage_keys = from_all(batch.query_key), from_all(batch.passage_key)
     never = jnp.zeros(0, bool)
-    if negative_emb_bJE is not None:
+    if negative_emb_bJE is not None and batch.negatives is not None:
         all_passages_PE = joined(all_passages_PE, from_all(negative_emb_bJE))
         never = ~are_columns(from_all(batch.negatives.passage_key).ravel(), all_passage_keys)
 

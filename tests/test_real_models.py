@@ -90,7 +90,9 @@ def params(real_models):
         "retriever": hf.open_model(str(real_models / "minilm"), "retriever.path", "retriever"),
         "generator": hf.open_model(str(real_models / "smollm2-135m"), "generator.path", "generator"),
     }
-    return {r: jax.tree.map(jnp.asarray, hf.load_params(s.folder, s.model_config)) for r, s in sources.items()}
+    return {
+        r: jax.tree.map(jnp.asarray, hf.load_params(s.folder, s.model_type, s.model_config)) for r, s in sources.items()
+    }
 
 
 def embed(model, folder, texts):
@@ -142,8 +144,8 @@ def gradients_of(torch_models, real_models, tmp_path):
         folder.mkdir()
         grads = {n: p.grad.float().contiguous() for n, p in model.named_parameters() if p.grad is not None}
         safetensors.torch.save_file(grads, folder / "model.safetensors")
-        model_config = hf.open_model(str(real_models / name), "path", role).model_config
-        trees[role] = hf.load_params(folder, model_config)
+        source = hf.open_model(str(real_models / name), "path", role)
+        trees[role] = hf.load_params(folder, source.model_type, source.model_config)
     return trees
 
 

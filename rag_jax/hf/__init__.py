@@ -16,6 +16,7 @@ from rag_jax.errors import UserError
 from rag_jax.hf import config as configs
 from rag_jax.hf import folder as folders
 from rag_jax.hf import known, weights
+from rag_jax.hf.families import FAMILIES, Family
 from rag_jax.hf.pooling import Pooling, read_pooling, write_pooling
 from rag_jax.hf.weights import load_params
 
@@ -34,22 +35,24 @@ class Source:
     pooling: Pooling
     dtype: str  # of the weights in the folder
 
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
 
 def open_model(path: str, key: str, role: str) -> Source:
     """The model that the config key `key` names, as "retriever" or "generator". UserError for what cannot be used."""
     folder, where = folders.resolve(path, key), f"{key}={path!r}"
     folders.small_files(folder, where)
     model_type, model_config = configs.read_config(folder, where)
-    if isinstance(model_config, models.BertConfig):
-        if role == "generator":
-            able = [name for name, family in configs.FAMILIES.items() if family.config is not models.BertConfig]
-            raise UserError(f"{where}: a {model_type} model cannot generate; give one of type {', '.join(able)}")
-    elif role == "retriever" and isinstance(model_config, models.LlamaConfig):
-        # A retriever's output matrix is never used: not read, not kept, not written.
-        model_config = dataclasses.replace(model_config, tied_head=True)
+    if role == "generator" and not model_config.causal:
+        able = [name for name, family in FAMILIES.items() if family.config.causal]
+        raise UserError(f"{where}: a {model_type} model cannot generate; give one of type {', '.join(able)}")
+    if role == "retriever":
+        model_config = model_config.without_head()  # not read, not kept, not written
     tokenizer = _tokenizer(folder, where, model_config.vocab_size)
-    pooling = read_pooling(folder, "mean" if isinstance(model_config, models.BertConfig) else "last", where)
-    dtype = _rest_dtype(folder) or weights.file_dtype(folder, model_config)
+    pooling = read_pooling(folder, FAMILIES[model_type].pooling, where)
+    dtype = _rest_dtype(folder) or weights.file_dtype(folder, model_type, model_config)
     return Source(path, folder, model_type, model_config, tokenizer, pooling, dtype)
 
 
@@ -62,10 +65,9 @@ def open_config(path: str, key: str, role: str) -> Source:
     else:
         folder = folders.resolve(path, key)
         model_type, model_config = configs.read_config(folder, f"{key}={path!r}")
-    is_bert = isinstance(model_config, models.BertConfig)
-    if role == "retriever" and isinstance(model_config, models.LlamaConfig):
-        model_config = dataclasses.replace(model_config, tied_head=True)
-    return Source(path, folder, model_type, model_config, None, Pooling("mean" if is_bert else "last"), "float32")
+    if role == "retriever":
+        model_config = model_config.without_head()
+    return Source(path, folder, model_type, model_config, None, Pooling(FAMILIES[model_type].pooling), "float32")
 
 
 def save_model(
@@ -86,15 +88,15 @@ def save_model(
     if pooling is not None:
         write_pooling(folder, pooling, source.model_config.width)
         _with_pad_token(folder, source.tokenizer)
-    rest = weights.load_rest(source.folder, source.model_config)
-    weights.save_params(params, folder, source.model_config, np.dtype(dtype), rest)
+    rest = weights.load_rest(source.folder, source.model_type)
+    weights.save_params(params, folder, source.model_type, source.model_config, np.dtype(dtype), rest)
 
 
 def copy_small_files(source: Source, folder: pathlib.Path) -> None:
     """All of a model but its weights: with a checkpoint's parameters it can be evaluated and exported again."""
     folder.mkdir(parents=True, exist_ok=True)
     _copy(source.folder, folder)
-    rest = weights.load_rest(source.folder, source.model_config)
+    rest = weights.load_rest(source.folder, source.model_type)
     safetensors.numpy.save_file(rest, folder / weights.REST, {"dtype": source.dtype})
 
 
@@ -106,7 +108,7 @@ def _tokenizer(folder: pathlib.Path, where: str, vocab_size: int) -> Any:
         raise
     except BaseException as error:  # any kind, from any of its many readers; a panic in Rust is no Exception
         reason = untrusted.one_line(error, 160)
-        raise UserError(f"{where}: its tokenizer cannot be read ({reason}); is tokenizer.json whole?") from None
+        raise UserError(f"{where}: its tokenizer cannot be read ({reason}); is tokenizer.json complete?") from None
     if not tokenizer.is_fast:
         raise UserError(f"{where}: its tokenizer has no fast version; give a folder that holds tokenizer.json")
     if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):  # what transformers makes of no files
@@ -140,7 +142,7 @@ def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
 
 def _architecture(source: Source, *, is_retriever: bool) -> str:
     """The class to load with: a retriever has no head."""
-    architecture = configs.FAMILIES[source.model_type].architecture
+    architecture = source.family.architecture
     return re.sub(r"(ForCausalLM|LMHeadModel)$", "Model", architecture) if is_retriever else architecture
 
 

@@ -78,7 +78,7 @@ def _random(path: str, key: str) -> pathlib.Path:
 
 
 def _cached(name: str) -> pathlib.Path | None:
-    """The snapshot in the hub's cache, if it is whole."""
+    """The snapshot in the hub's cache, if it is complete."""
     try:
         folder = pathlib.Path(huggingface_hub.snapshot_download(name, local_files_only=True))
     except (hub_errors.LocalEntryNotFoundError, hub_errors.HFValidationError):
@@ -87,7 +87,7 @@ def _cached(name: str) -> pathlib.Path | None:
 
 
 def _lacks(folder: pathlib.Path) -> str | None:
-    """What a model's folder has not, if it is not whole."""
+    """What a model's folder lacks, if it is not complete."""
     if not (folder / "config.json").is_file():
         return f"{folder} holds no config.json"
     if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
@@ -104,8 +104,8 @@ def _downloaded(name: str, key: str) -> pathlib.Path:
         folder = pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=OTHERS))
         if lacking := _lacks(folder):
             raise UserError(
-                f"{key}={name!r}: is not whole in the hub's cache: {lacking}; if its download broke off, connect and "
-                "run again, else give another model"
+                f"{key}={name!r}: is not complete in the hub's cache: {lacking}; if its download broke off, connect "
+                "and run again, else give another model"
             )
         return folder
     except UserError:

@@ -35,7 +35,8 @@ def read_pooling(folder: pathlib.Path, default: str, where: str) -> Pooling:
         kind = str(module.get("type", "")).rsplit(".", 1)[-1]
         if not str(module.get("type", "")).startswith("sentence_transformers."):
             problems.append(
-                f"modules.json: a module {untrusted.short(module.get('type'))} of others' code, which is never run"
+                f"modules.json: a module {untrusted.short(module.get('type'))} that is code of its own, which is never "
+                "run"
             )
         elif kind == "Pooling":
             mode = _mode(_read(folder, f"{module.get('path', '')}/config.json", where, dict), problems)
@@ -43,11 +44,15 @@ def read_pooling(folder: pathlib.Path, default: str, where: str) -> Pooling:
             problems.append(f"modules.json: a module {kind[:80]} (supported: Transformer, Pooling, Normalize)")
     prompts = _read(folder, "config_sentence_transformers.json", where, dict).get("prompts") or {}
     if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
-        problems.append(f"config_sentence_transformers.json: prompts={untrusted.short(prompts)} are no texts by name")
+        problems.append(
+            f"config_sentence_transformers.json: prompts={untrusted.short(prompts)} must map names to texts"
+        )
         prompts = {}
     max_len = _read(folder, "sentence_bert_config.json", where, dict).get("max_seq_length")
     if max_len is not None and (not isinstance(max_len, int) or max_len < 1):
-        problems.append(f"sentence_bert_config.json: max_seq_length={untrusted.short(max_len)} is no number of tokens")
+        problems.append(
+            f"sentence_bert_config.json: max_seq_length={untrusted.short(max_len)} must be a number of tokens above 0"
+        )
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)}; set retriever.pooling and remove modules.json to go on")
     return Pooling(mode, _first(prompts, QUERY_PROMPTS), _first(prompts, PASSAGE_PROMPTS), max_len)
@@ -97,5 +102,5 @@ def _read(folder: pathlib.Path, name: str, where: str, kind: type) -> Any:
         return kind()
     content = untrusted.read_json(path, f"{where}: {name}")
     if not isinstance(content, kind | None):
-        raise UserError(f"{where}: {name} holds no {kind.__name__}; fetch it again")
+        raise UserError(f"{where}: {name} does not hold a {kind.__name__}; fetch it again")
     return content or kind()

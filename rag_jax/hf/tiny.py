@@ -39,7 +39,7 @@ def build(name: str, folder: pathlib.Path, config: models.ModelConfig | None = N
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     shapes = models.abstract(config)[1]
     params = jax.tree_util.tree_map_with_path(lambda path, leaf: _draw(rng, path[-1].key, leaf.shape), shapes)
-    weights.save_params(params, folder, config, np.float32)
+    weights.save_params(params, folder, name, config, np.float32)
     tokens = dict(SPECIAL[name])
     special = list(dict.fromkeys(tokens.values()))
     ids = {f"{kind}_id": special.index(token) for kind, token in tokens.items()}

@@ -1,4 +1,4 @@
-"""Weights in safetensors and our trees of stacked float32 arrays, both ways by the tables of `rules`."""
+"""Weights in safetensors and our trees of stacked arrays, both ways by the tables of `families`."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ import safetensors.numpy
 from rag_jax import models, untrusted
 from rag_jax.errors import UserError
 from rag_jax.files import write_json
-from rag_jax.hf.rules import CARRIED, DROPPED, PREFIXES, RULES, Rule
+from rag_jax.hf.families import FAMILIES, Family, Rule
 
 DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 DTYPE_NAMES = tuple(np.dtype(kind).name for kind in DTYPES.values())
@@ -25,6 +25,9 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What training leaves alone, kept in a workdir where the weights themselves are in checkpoints.
 REST = "rest.safetensors"
 SHARD_BYTES = 5 * 10**9
+# Tensors that no family has use for: buffers that a loaded model makes anew.
+BUFFERS = r"(.*\.)?(position_ids|token_type_ids|inv_freq|attn\.bias|attn\.masked_bias)"
+HEADS = ("lm_head.", "score.")  # stand beside a model, without its prefix
 MOST_SHOWN = 8
 MOST_CHARS = 120  # of a name that a file gives
 
@@ -38,32 +41,38 @@ class Expected:
     shape: tuple[int, ...]
 
 
-def load_params(folder: pathlib.Path, config: models.ModelConfig, shardings: Any = None) -> dict[str, Any]:
-    """The parameters of a model folder as nested dicts of float32, layers stacked: numpy arrays, or with `shardings`
-    (a tree like them) jax arrays, of which every process reads only what its own devices hold.
+def load_params(
+    folder: pathlib.Path, model_type: str, config: models.ModelConfig, shardings: Any = None
+) -> dict[str, Any]:
+    """The parameters of a model folder as nested dicts, layers stacked, in the dtypes of `models.abstract`.
+
+    Numpy arrays, or with `shardings` (a tree like them) jax arrays, of which every process reads only what its own
+    devices hold.
 
     UserError, one line with all problems: no or broken files, tensors that are missing, unknown or of another shape.
     """
-    tensors = _tensors(folder, config)
-    _check(folder, tensors, expected_tensors(config))
-    pieces = _pieces(config)
+    family = FAMILIES[model_type]
+    tensors = _tensors(folder, family)
+    _check(folder, tensors, expected_tensors(family, config), family)
+    pieces = _pieces(family, config)
     leaves = {}
-    for path, shape in _leaves(config).items():
+    for path, leaf in _leaves(config).items():
         with _reading() as read:  # a leaf at a time, so that of the files no more is in memory than a leaf needs
 
-            def part(index: Any, path: str = path, shape: Any = shape, read: Any = read) -> np.ndarray:
-                return _part(pieces[path], index, shape.shape, lambda name, at: _finite(tensors[name], read, at))
+            def part(index: Any, path: str = path, leaf: Any = leaf, read: Any = read) -> np.ndarray:
+                return _part(pieces[path], index, leaf, lambda name, at: _finite(tensors[name], read, at, leaf.dtype))
 
             if shardings is None:
-                leaves[path] = part((slice(None),) * len(shape.shape))
+                leaves[path] = part((slice(None),) * len(leaf.shape))
             else:
-                leaves[path] = jax.make_array_from_callback(shape.shape, _at(shardings, path), part)
+                leaves[path] = jax.make_array_from_callback(leaf.shape, _at(shardings, path), part)
     return _nest(leaves)
 
 
 def save_params(
     params: Mapping[str, Any],
     folder: pathlib.Path,
+    model_type: str,
     config: models.ModelConfig,
     dtype: Any,
     rest: Mapping[str, np.ndarray] | None = None,
@@ -73,7 +82,7 @@ def save_params(
 
     Of arrays on devices no more than one file of `shard_bytes` is brought to the host at a time.
     """
-    expected = expected_tensors(config)
+    expected = expected_tensors(FAMILIES[model_type], config)
 
     def tensor(name: str) -> np.ndarray:
         if name not in expected:
@@ -88,29 +97,33 @@ def save_params(
     _write(folder, tensor, {name: math.prod(s) * np.dtype(dtype).itemsize for name, s in shapes.items()}, shard_bytes)
 
 
-def load_rest(folder: pathlib.Path, config: models.ModelConfig) -> dict[str, np.ndarray]:
+def load_rest(folder: pathlib.Path, model_type: str) -> dict[str, np.ndarray]:
     """Tensors of the model that our forward pass does not use, such as BERT's pooler, as they stand in its files."""
-    found = {name: tensor for name, tensor in _tensors(folder, config).items() if re.fullmatch(CARRIED, name)}
+    family = FAMILIES[model_type]
+    found = {name: tensor for name, tensor in _tensors(folder, family).items() if re.fullmatch(family.carried, name)}
     with _reading() as read:
         return {name: read(tensor, ...) for name, tensor in found.items()}
 
 
-def file_dtype(folder: pathlib.Path, config: models.ModelConfig) -> str:
+def file_dtype(folder: pathlib.Path, model_type: str, config: models.ModelConfig) -> str:
     """ "float32", "float16" or "bfloat16": that of most of the folder's tensors, of which all must be there.
 
     UserError as of `load_params`, for only the files' headers are needed to see what it would complain about.
     """
-    tensors = _tensors(folder, config)
-    _check(folder, tensors, expected_tensors(config))
+    family = FAMILIES[model_type]
+    tensors = _tensors(folder, family)
+    _check(folder, tensors, expected_tensors(family, config), family)
     kinds = [tensor.kind for tensor in tensors.values() if tensor.kind in DTYPES] or ["F32"]
     return np.dtype(DTYPES[max(set(kinds), key=kinds.count)]).name
 
 
-def expected_tensors(config: models.ModelConfig) -> dict[str, Expected]:
-    """`{their name: ...}` of every tensor that a model of this config has."""
+def expected_tensors(family: Family, config: models.ModelConfig) -> dict[str, Expected]:
+    """`{their name: ...}` of every tensor that a model of this config has. ValueError lists what no rule fills."""
     leaves = _leaves(config)
+    if unfilled := leaves.keys() - {path for rule in family.rules for path in rule.parts}:
+        raise ValueError(f"no rule fills {', '.join(sorted(unfilled))}; add one to the family's in hf.families")
     expected = {}
-    for rule in RULES[type(config)]:
+    for rule in family.rules:
         if not all(path in leaves for path in rule.parts):
             continue  # a bias, norm or head that this model does without
         *first, last = leaves[rule.parts[0]].shape
@@ -132,11 +145,11 @@ class _Piece:
     first: int
 
 
-def _pieces(config: models.ModelConfig) -> dict[str, list[_Piece]]:
+def _pieces(family: Family, config: models.ModelConfig) -> dict[str, list[_Piece]]:
     """The pieces of every leaf by its path, as many as it has layers."""
     leaves = _leaves(config)
     pieces: dict[str, list[_Piece]] = {path: [] for path in leaves}
-    for name, tensor in expected_tensors(config).items():
+    for name, tensor in expected_tensors(family, config).items():
         first = 0
         for path in tensor.rule.parts:
             pieces[path].append(_Piece(name, tensor.rule, first))
@@ -145,11 +158,14 @@ def _pieces(config: models.ModelConfig) -> dict[str, list[_Piece]]:
 
 
 def _part(
-    pieces: Sequence[_Piece], index: tuple[slice, ...], shape: tuple[int, ...], read: Callable[[str, Any], np.ndarray]
+    pieces: Sequence[_Piece],
+    index: tuple[slice, ...],
+    leaf: jax.ShapeDtypeStruct,
+    read: Callable[[str, Any], np.ndarray],
 ) -> np.ndarray:
-    """`leaf[index]` as float32 from the files, reading no more than that."""
-    ranges = [range(size)[part] for part, size in zip(index, shape, strict=True)]
-    out = np.empty([len(r) for r in ranges], np.float32)
+    """`leaf[index]` from the files, reading no more than that."""
+    ranges = [range(size)[part] for part, size in zip(index, leaf.shape, strict=True)]
+    out = np.empty([len(r) for r in ranges], leaf.dtype)
     stacked = pieces[0].rule.stacked
     for n, layer in enumerate(ranges[0] if stacked else [0]):
         piece = pieces[layer]
@@ -170,26 +186,26 @@ class _Tensor:
     shape: tuple[int, ...]
 
 
-def _tensors(folder: pathlib.Path, config: models.ModelConfig) -> dict[str, _Tensor]:
-    """Every tensor of the folder by the name that `rules` knows it under; reads the files' headers."""
+def _tensors(folder: pathlib.Path, family: Family) -> dict[str, _Tensor]:
+    """Every tensor of the folder by the name that the family's rules know it under; reads the files' headers."""
     tensors: dict[str, _Tensor] = {}
     for path in files(folder):
         try:
             with safetensors.safe_open(path, "np") as file:
                 for name in file.keys():
                     part = file.get_slice(name)
-                    known = canonical(name, type(config))
+                    known = canonical(name, family)
                     if known in tensors:
                         raise UserError(f"{known[:MOST_CHARS]} stands in {folder} twice, again in {path.name}")
                     tensors[known] = _Tensor(path, name, part.get_dtype(), tuple(part.get_shape()))
         except (safetensors.SafetensorError, OSError) as error:
-            raise UserError(f"{path} is no whole safetensors file ({str(error)[:120]}); fetch it again") from None
+            raise UserError(f"{path} is not a complete safetensors file ({str(error)[:120]}); fetch it again") from None
     return tensors
 
 
-def _finite(tensor: _Tensor, read: Callable[[_Tensor, Any], np.ndarray], where: Any) -> np.ndarray:
-    """A part of a tensor as float32; UserError for one that would spoil all that it meets."""
-    value = np.asarray(read(tensor, where), np.float32)
+def _finite(tensor: _Tensor, read: Callable[[_Tensor, Any], np.ndarray], where: Any, dtype: Any) -> np.ndarray:
+    """A part of a tensor; UserError for one that would spoil all that it meets."""
+    value = np.asarray(read(tensor, where), dtype)
     # Both are NaN where any value is; nothing of the size of the part is made.
     if value.size and not (np.isfinite(value.min()) and np.isfinite(value.max())):
         raise UserError(f"{tensor.name} in {tensor.path} holds NaN or infinity; fetch it again or save it in float32")
@@ -211,13 +227,12 @@ def _reading() -> Iterator[Callable[[_Tensor, Any], np.ndarray]]:
         yield read
 
 
-def canonical(name: str, family: type) -> str:
+def canonical(name: str, family: Family) -> str:
     """The name as `transformers` writes it today: with or without its model's prefix, gamma and beta by their names."""
     name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
-    prefix = PREFIXES[family]
-    if family is models.BertConfig:
-        return name.removeprefix(prefix)
-    return name if name.startswith((prefix, "lm_head.", "score.")) else prefix + name
+    if not family.prefixed:
+        return name.removeprefix(family.prefix)
+    return name if name.startswith((family.prefix, *HEADS)) else family.prefix + name
 
 
 def files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -240,7 +255,7 @@ def files(folder: pathlib.Path) -> list[pathlib.Path]:
         if others and not outside:
             raise ValueError
     except (UserError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{folder / INDEX} is no index of safetensors files; fetch it again") from None
+        raise UserError(f"{folder / INDEX} is not an index of safetensors files; fetch it again") from None
     if outside:
         raise UserError(f"{folder / INDEX} points outside of its folder, to {outside[0][:MOST_CHARS]}")
     missing = [name for name in names if not (folder / name).is_file()]
@@ -249,12 +264,14 @@ def files(folder: pathlib.Path) -> list[pathlib.Path]:
     return [folder / name for name in names]
 
 
-def _check(folder: pathlib.Path, tensors: Mapping[str, _Tensor], expected: Mapping[str, Expected]) -> None:
+def _check(
+    folder: pathlib.Path, tensors: Mapping[str, _Tensor], expected: Mapping[str, Expected], family: Family
+) -> None:
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     for full, tensor in tensors.items():
         name = full if len(full) <= MOST_CHARS else f"{full[:MOST_CHARS]}..."
         if name not in expected:
-            if not re.fullmatch(f"{CARRIED}|{DROPPED}", name):
+            if not re.fullmatch(f"{family.carried}|{family.dropped}|{BUFFERS}", name):
                 problems.append(f"{name} is unknown")
         elif tensor.shape != expected[name].shape:
             problems.append(f"{name} is {tensor.shape}, not {expected[name].shape}")

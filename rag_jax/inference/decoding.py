@@ -57,9 +57,9 @@ def read(
 ) -> Reading:
     """Each passage runs once, whatever the number of queries that read it; `num_slots` >= Lp + Lq + T of a stream."""
     (prefix_ids, prefix_mask), (query_ids, query_mask), (B, K) = prefix, query, candidates.shape
-    _, passages = generator.prefill(prefix_ids, prefix_mask, num_slots)
+    _, passages = generator.fill_cache(prefix_ids, prefix_mask, num_slots)
     repeated_ids, repeated_mask = (jnp.repeat(a, K, axis=0) for a in (query_ids, query_mask))
-    hidden, cache = generator.extend(repeated_ids, repeated_mask, streams(passages, candidates.reshape(B * K)))
+    hidden, cache = generator.extend_cache(repeated_ids, repeated_mask, streams(passages, candidates.reshape(B * K)))
     last = repeated_mask.sum(axis=-1, dtype=jnp.int32)[:, None, None] - 1
     return Reading(jnp.take_along_axis(hidden, last, axis=1).reshape(B, K, -1), cache)
 
@@ -144,7 +144,7 @@ def one_by_one(
 
     def step(carry: Any) -> Any:
         t, ended, decoded, cache = carry
-        hidden, cache = generator.decode(jnp.repeat(decoded.ids[:, t - 1], K), cache)
+        hidden, cache = generator.decode_step(jnp.repeat(decoded.ids[:, t - 1], K), cache)
         return t + 1, *write(t, hidden.reshape(B, K, -1), ended, decoded), cache
 
     empty = Decoded(jnp.full((B, num_tokens), eos_id, jnp.int32), jnp.zeros((B, K, num_tokens)))
@@ -205,7 +205,7 @@ def beam(
         t, beams, parent, cache = carry
         beam_of = (jnp.arange(B)[:, None] * W + parent).reshape(B * W, 1)
         cache = streams(cache, (beam_of * K + jnp.arange(K)).reshape(-1))
-        hidden, cache = generator.decode(jnp.repeat(beams.ids[:, :, t - 1].reshape(B * W), K), cache)
+        hidden, cache = generator.decode_step(jnp.repeat(beams.ids[:, :, t - 1].reshape(B * W), K), cache)
         return t + 1, *advance(t, hidden.reshape(B * W, K, -1), beams), cache
 
     none = jnp.full((B, W), -jnp.inf)
@@ -226,7 +226,7 @@ def score(
 
     def one(hypothesis: Any) -> Array:
         ids, mask = (jnp.repeat(a, K, axis=0) for a in hypothesis)
-        after, _ = generator.extend(ids, mask, reading.cache)
+        after, _ = generator.extend_cache(ids, mask, reading.cache)
         before = jnp.concatenate([reading.hidden.reshape(B * K, 1, D), after[:, :-1]], axis=1)
         log_probs = rag.gold_log_probs(before.reshape(-1, D), generator.head_kernel(), ids.reshape(-1))
         return log_probs.reshape(B, K, -1)

@@ -160,7 +160,7 @@ def _read(
     generator: Decoder, ids: Int[Array, "P Lp"], mask: Bool[Array, "P Lp"], *, num_slots: int
 ) -> tuple[Array, ...]:
     """Keys, values and lengths of passages."""
-    return tuple(generator.prefill(ids, mask, num_slots)[1])
+    return tuple(generator.fill_cache(ids, mask, num_slots)[1])
 
 
 def _behind(
@@ -175,7 +175,7 @@ def _behind(
     num_slots: int,
 ) -> tuple[Float[Array, "S slots D"]]:
     """States of suffixes behind the passages at `place`."""
-    hidden = generator.behind(ids, mask, Cache(key, value, length), place)
+    hidden = generator.read_cache(ids, mask, Cache(key, value, length), place)
     return (jnp.pad(hidden, ((0, 0), (0, num_slots - ids.shape[1]), (0, 0))),)
 
 

@@ -1,27 +1,23 @@
 """The model families: a frozen config each, and modules that know no mesh, no tokenizer and no run config."""
 
-from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
 
 from rag_jax.models.bert import Bert, BertConfig
+from rag_jax.models.config import ModelConfig
 from rag_jax.models.decoder import Cache, Decoder
 from rag_jax.models.gpt2 import Gpt2, Gpt2Config
-from rag_jax.models.llama import Llama, LlamaConfig, RopeScaling
-
-ModelConfig = BertConfig | Gpt2Config | LlamaConfig
-
-FAMILIES: dict[type, Callable[..., nnx.Module]] = {BertConfig: Bert, Gpt2Config: Gpt2, LlamaConfig: Llama}
+from rag_jax.models.llama import LayerKind, Llama, LlamaConfig, RopeScaling
 
 __all__ = [
-    "FAMILIES",
     "Bert",
     "BertConfig",
     "Cache",
     "Decoder",
     "Gpt2",
     "Gpt2Config",
+    "LayerKind",
     "Llama",
     "LlamaConfig",
     "ModelConfig",
@@ -31,7 +27,6 @@ __all__ = [
 
 
 def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
-    """The model's definition and the shapes of its parameters, as plain nested dicts; no array is made."""
-    model = nnx.eval_shape(lambda: FAMILIES[type(config)](config, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(model)
+    """The model's definition and its parameters' shapes and dtypes, as plain nested dicts; no array is made."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: config.build(nnx.Rngs(0))))
     return graphdef, nnx.to_pure_dict(state)

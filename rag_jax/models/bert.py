@@ -1,17 +1,20 @@
 """BERT encoders: bge, MiniLM, e5, gte, contriever (Devlin et al., 2018)."""
 
 import dataclasses
-from typing import Any
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from rag_jax.models import layers
+from rag_jax.models.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class BertConfig:
+class BertConfig(ModelConfig):
+    causal: ClassVar[bool] = False
+
     vocab_size: int  # V
     num_layers: int  # N
     num_heads: int  # H
@@ -23,7 +26,10 @@ class BertConfig:
     activation: str
     dropout: float
     attention_dropout: float
-    remat: str = "none"  # a key of layers.REMAT
+    remat: str = "none"
+
+    def build(self, rngs: nnx.Rngs) -> "Bert":
+        return Bert(self, rngs=rngs)
 
 
 class BertEmbed(nnx.Module):
@@ -53,9 +59,8 @@ class BertLayer(nnx.Module):
     """Attention and MLP, each followed by a residual sum and a norm."""
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
-        heads = (config.num_heads, config.num_heads, config.width // config.num_heads)
         self.attention = layers.Attention(
-            config.width, heads, qkv_bias=True, out_bias=True, dropout_rate=config.attention_dropout, rngs=rngs
+            config.width, config.heads, qkv_bias=True, out_bias=True, dropout_rate=config.attention_dropout, rngs=rngs
         )
         self.attention_norm = layers.layer_norm(config.width, config.norm_eps, rngs)
         self.mlp = BertMlp(config, rngs=rngs)
@@ -63,9 +68,9 @@ class BertLayer(nnx.Module):
         self.dropout = config.dropout
 
     def __call__(
-        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L L"], dropout_keys: Key[Array, " B"] | None
+        self, x: Float[Array, "B L D"], seen: layers.Seen, dropout_keys: Key[Array, " B"] | None
     ) -> Float[Array, "B L D"]:
-        attended, _ = self.attention(x, mask, dropout_keys=dropout_keys)
+        attended, _ = self.attention(x, seen, dropout_keys=dropout_keys)
         x = self.attention_norm(x + self._drop(attended, dropout_keys, "residual"))
         return self.mlp_norm(x + self._drop(self.mlp(x), dropout_keys, "mlp"))
 
@@ -74,8 +79,6 @@ class BertLayer(nnx.Module):
 
 
 class Bert(nnx.Module):
-    prepare_layer: Any = None  # see `layers.scan`
-
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embed = BertEmbed(config, rngs=rngs)
@@ -88,17 +91,15 @@ class Bert(nnx.Module):
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """Hidden states after the last layer. Every token looks at every real token."""
-        B, L = ids.shape
         x = self.embed(ids, layers.positions_of(attention_mask))
         x = layers.dropout(x, self.config.dropout, layers.named_keys(dropout_keys, "embed"))
-        mask = jnp.broadcast_to(attention_mask[:, None, :], (B, L, L))
+        seen = layers.Seen(attention_mask)
         x, _ = layers.scan(
             self.layers,
-            lambda layer, x, _, keys: (layer(x, mask, keys), None),
+            lambda layer, x, _, keys: (layer(x, seen, keys), None),
             x,
             num_layers=self.config.num_layers,
             remat=self.config.remat,
-            prepare=self.prepare_layer,
             dropout_keys=dropout_keys,
         )
         return x

@@ -1,9 +1,12 @@
 """Causal language models, whatever the family: plain forward, shared-prefix forward, and decoding with a KV cache.
 
-A family gives `_embed`, `_rope`, `head_kernel`, `layers`, `norm` and a layer called as
-`layer(x, mask, rope=, context=, dropout_keys=) -> (x, keys and values)`; everything here is written once.
+A family gives `_embed`, `_views`, `head_kernel`, `layers`, `norm` and a layer called as
+`layer(x, own, rope=, context=, dropout_keys=) -> (x, keys and values)`; everything here is written once.
+
+Letters as in `layers`; **P** prefixes, **K** of which each of B suffixes is read behind; **S** rows behind a cache's.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,29 +15,29 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from rag_jax.models import layers
-from rag_jax.models.layers import Rope
+from rag_jax.models.layers import Seen, View
 
 
 class Cache(NamedTuple):
-    """Keys and values of every layer; of each row's `max_len` slots the first `length` are filled."""
+    """Keys and values of every layer; of each row's Lk slots the first `length` are filled."""
 
-    key: Float[Array, "N S G C M"]
-    value: Float[Array, "N S G M C"]
-    length: Int[Array, " S"]
+    key: Float[Array, "N B G C Lk"]
+    value: Float[Array, "N B G Lk C"]
+    length: Int[Array, " B"]
 
 
 class Decoder(nnx.Module):
-    config: Any
+    config: Any  # the ModelConfig of its family
     layers: Any
     norm: Any
-    prepare_layer: Any = None  # see `layers.scan`
 
     def _embed(
         self, ids: Int[Array, "B L"], positions: Int[Array, "B L"], dropout_keys: Key[Array, " B"] | None
     ) -> Float[Array, "B L D"]:
         raise NotImplementedError
 
-    def _rope(self, positions: Int[Array, "B L"]) -> Rope | None:
+    def _views(self, positions: Int[Array, "B L"]) -> Sequence[View]:
+        """What tells the kinds of layers apart, for tokens at these positions."""
         raise NotImplementedError
 
     def head_kernel(self) -> Float[Array, "V D"]:
@@ -51,9 +54,9 @@ class Decoder(nnx.Module):
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """Hidden states after the final norm; padding on the left or on the right."""
-        return self.norm(self._forward(ids, attention_mask, dropout_keys=dropout_keys)[0])
+        return self.norm(self._read(ids, attention_mask, dropout_keys=dropout_keys)[0])
 
-    def prefix_suffix(
+    def forward_shared_prefix(
         self,
         prefix: tuple[Int[Array, "P Lp"], Bool[Array, "P Lp"]],
         suffix: tuple[Int[Array, "B Ls"], Bool[Array, "B Ls"]],
@@ -71,14 +74,10 @@ class Decoder(nnx.Module):
         (B, Ls), K = suffix_ids.shape, candidates.shape[1]
         flat = candidates.reshape(B * K)
 
-        prefix_positions = layers.positions_of(prefix_mask)
-        prefix_rope, prefix_looks = self._rope(prefix_positions), self._causal_mask(prefix_mask)
-
+        prefix_positions, prefix_len = layers.positions_of(prefix_mask), prefix_mask.sum(axis=-1, dtype=jnp.int32)
         pairs_ids, pairs_mask = (jnp.repeat(a, K, axis=0) for a in (suffix_ids, suffix_mask))
-        pairs_positions = prefix_mask.sum(axis=-1, dtype=jnp.int32)[flat][:, None] + layers.positions_of(pairs_mask)
-        pairs_rope = self._rope(pairs_positions)
-        before = self._in_window(pairs_positions, prefix_positions[flat]) & prefix_mask[flat][:, None, :]
-        pairs_looks = jnp.concatenate([before, self._causal_mask(pairs_mask)], axis=-1)
+        pairs_prefix_mask, pairs_prefix_len = prefix_mask[flat], prefix_len[flat]
+        pairs_positions = pairs_prefix_len[:, None] + layers.positions_of(pairs_mask)
 
         prefix_keys = layers.named_keys(dropout_keys, "prefix")
         further_keys = layers.several_keys(layers.named_keys(dropout_keys, "further"), len(prefix_ids) // B - 1)
@@ -86,37 +85,40 @@ class Decoder(nnx.Module):
             prefix_keys = jnp.concatenate([prefix_keys, further_keys])
         pairs_keys = layers.several_keys(layers.named_keys(dropout_keys, "suffix"), K)
 
-        def body(layer: Any, carry: Any, _: Any, keys: Any) -> tuple[Any, None]:
-            prefix_x, pairs_x = carry
-            prefix_x, keys_values = layer(prefix_x, prefix_looks, rope=prefix_rope, dropout_keys=keys[0])
-            context = jax.tree.map(lambda a: a[flat], keys_values)
-            pairs_x, _ = layer(pairs_x, pairs_looks, rope=pairs_rope, context=context, dropout_keys=keys[1])
+        def body(layer: Any, carry: Any, _: Any, views: Sequence[View], keys: Any) -> tuple[Any, None]:
+            (prefix_x, pairs_x), (prefix_view, pairs_view) = carry, views
+            own = Seen(prefix_mask, prefix_view.window, causal=True)
+            prefix_x, keys_values = layer(prefix_x, own, rope=prefix_view.rope, dropout_keys=keys[0])
+            before = Seen(pairs_prefix_mask, pairs_view.window, offset=pairs_prefix_len)
+            context = (jax.tree.map(lambda a: a[flat], keys_values), before)
+            own = Seen(pairs_mask, pairs_view.window, causal=True)
+            pairs_x, _ = layer(pairs_x, own, rope=pairs_view.rope, context=context, dropout_keys=keys[1])
             return (prefix_x, pairs_x), None
 
         start = (
             self._embed(prefix_ids, prefix_positions, layers.named_keys(prefix_keys, "embed")),
             self._embed(pairs_ids, pairs_positions, layers.named_keys(pairs_keys, "embed")),
         )
-        (_, pairs_x), _ = self._scan(body, start, (prefix_keys, pairs_keys))
+        (_, pairs_x), _ = self._scan(body, start, [prefix_positions, pairs_positions], (prefix_keys, pairs_keys))
         return self.norm(pairs_x).reshape(B, K, Ls, -1)
 
-    def prefill(
-        self, ids: Int[Array, "S L"], attention_mask: Bool[Array, "S L"], max_len: int
-    ) -> tuple[Float[Array, "S L D"], Cache]:
+    def fill_cache(
+        self, ids: Int[Array, "B L"], attention_mask: Bool[Array, "B L"], max_len: int
+    ) -> tuple[Float[Array, "B L D"], Cache]:
         """Runs right-padded prompts; their hidden states, and a cache with room for `max_len` tokens a row."""
-        x, (key, value) = self._forward(ids, attention_mask, keep=True)
+        x, (key, value) = self._read(ids, attention_mask, keep=True)
         none, room = (0, 0), (0, max_len - ids.shape[1])
         key = jnp.pad(key, (none, none, none, none, room))
         value = jnp.pad(value, (none, none, none, room, none))
         return self.norm(x), Cache(key, value, attention_mask.sum(axis=-1, dtype=jnp.int32))
 
-    def extend(
-        self, ids: Int[Array, "S L"], attention_mask: Bool[Array, "S L"], cache: Cache
-    ) -> tuple[Float[Array, "S L D"], Cache]:
+    def extend_cache(
+        self, ids: Int[Array, "B L"], attention_mask: Bool[Array, "B L"], cache: Cache
+    ) -> tuple[Float[Array, "B L D"], Cache]:
         """Further right-padded tokens a row: their hidden states, and the cache with them."""
         num_slots = cache.key.shape[-1]
         positions = cache.length[:, None] + layers.positions_of(attention_mask)
-        x, (key, value) = self._further(ids, attention_mask, cache, None, keep=True)
+        x, (key, value) = self._read(ids, attention_mask, cache=cache, keep=True)
         # Padding is written outside of the cache, that is nowhere.
         rows, into = jnp.arange(ids.shape[0])[:, None], jnp.where(attention_mask, positions, num_slots)
         cache = Cache(
@@ -126,81 +128,65 @@ class Decoder(nnx.Module):
         )
         return self.norm(x), cache
 
-    def behind(
+    def read_cache(
         self, ids: Int[Array, "S L"], attention_mask: Bool[Array, "S L"], cache: Cache, rows: Int[Array, " S"]
     ) -> Float[Array, "S L D"]:
         """Hidden states of right-padded tokens behind row `rows[s]` of a cache, which stays as it is."""
-        return self.norm(self._further(ids, attention_mask, cache, rows, keep=False)[0])
+        return self.norm(self._read(ids, attention_mask, cache=cache, rows=rows)[0])
 
-    def decode(self, ids: Int[Array, " S"], cache: Cache) -> tuple[Float[Array, "S D"], Cache]:
+    def decode_step(self, ids: Int[Array, " B"], cache: Cache) -> tuple[Float[Array, "B D"], Cache]:
         """One more token a row: its hidden state, and the cache with it."""
-        hidden, cache = self.extend(ids[:, None], jnp.ones((ids.shape[0], 1), bool), cache)
+        hidden, cache = self.extend_cache(ids[:, None], jnp.ones((ids.shape[0], 1), bool), cache)
         return hidden[:, 0], cache
 
-    def _forward(
+    def _read(
         self,
         ids: Int[Array, "B L"],
         attention_mask: Bool[Array, "B L"],
         *,
+        cache: Cache | None = None,
+        rows: Int[Array, " B"] | None = None,
         keep: bool = False,
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B L D"], Any]:
-        """Hidden states before the final norm, and every layer's keys and values where they are to be kept."""
-        positions = layers.positions_of(attention_mask)
-        rope, looks = self._rope(positions), self._causal_mask(attention_mask)
+        """Hidden states before the final norm, and every layer's keys and values where they are to be kept.
 
-        def body(layer: Any, x: Any, _: Any, keys: Any) -> tuple[Any, Any]:
-            x, keys_values = layer(x, looks, rope=rope, dropout_keys=keys)
+        Of tokens that stand alone, behind the rows of a cache, or behind some of its rows.
+        """
+        positions, length, filled = layers.positions_of(attention_mask), None, attention_mask
+        if cache is not None:
+            length = cache.length if rows is None else cache.length[rows]
+            filled = jnp.arange(cache.key.shape[-1]) < length[:, None]
+            positions = positions + length[:, None]
+
+        def body(layer: Any, x: Any, layer_cache: Any, views: Sequence[View], keys: Any) -> tuple[Any, Any]:
+            (view,), context = views, None
+            if layer_cache is not None:
+                keys_values = layer_cache if rows is None else jax.tree.map(lambda a: a[rows], layer_cache)
+                context = (keys_values, Seen(filled, view.window, offset=length))
+            own = Seen(attention_mask, view.window, causal=True)
+            x, keys_values = layer(x, own, rope=view.rope, context=context, dropout_keys=keys)
             return x, keys_values if keep else None
 
         x = self._embed(ids, positions, layers.named_keys(dropout_keys, "embed"))
-        return self._scan(body, x, dropout_keys)
+        return self._scan(body, x, [positions], dropout_keys, None if cache is None else cache[:2])
 
-    def _further(
-        self,
-        ids: Int[Array, "S L"],
-        attention_mask: Bool[Array, "S L"],
-        cache: Cache,
-        rows: Int[Array, " S"] | None,
-        *,
-        keep: bool,
-    ) -> tuple[Float[Array, "S L D"], Any]:
-        """`_forward` of tokens behind the rows of a cache, or behind some of them."""
-        length = cache.length if rows is None else cache.length[rows]
-        positions = length[:, None] + layers.positions_of(attention_mask)
-        num_slots = cache.key.shape[-1]
-        slots = jnp.broadcast_to(jnp.arange(num_slots), (ids.shape[0], num_slots))
-        before = self._in_window(positions, slots) & (slots < length[:, None])[:, None, :]
-        looks = jnp.concatenate([before, self._causal_mask(attention_mask)], axis=-1)
-        rope = self._rope(positions)
+    def _scan(
+        self, body: Any, carry: Any, positions: Sequence[Int[Array, "_ _"]], dropout_keys: Any, xs: Any = None
+    ) -> tuple[Any, Any]:
+        """`body(layer, carry, x, views, dropout_keys)` over the layers, each with its kind's view of all positions."""
+        config, views = self.config, [layers.stacked_views(self._views(each)) for each in positions]
 
-        def body(layer: Any, x: Any, layer_cache: Any, _: Any) -> tuple[Any, Any]:
-            context = layer_cache if rows is None else jax.tree.map(lambda a: a[rows], layer_cache)
-            x, keys_values = layer(x, looks, rope=rope, context=context)
-            return x, keys_values if keep else None
+        def step(layer: Any, carry: Any, inputs: Any, keys: Any) -> tuple[Any, Any]:
+            x, kind = inputs
+            return body(layer, carry, x, views if kind is None else jax.tree.map(lambda a: a[kind], views), keys)
 
-        return self._scan(body, self._embed(ids, positions, None), None, (cache.key, cache.value))
-
-    def _scan(self, body: Any, carry: Any, dropout_keys: Any, xs: Any = None) -> tuple[Any, Any]:
-        config = self.config
         return layers.scan(
             self.layers,
-            body,
+            step,
             carry,
             num_layers=config.num_layers,
             remat=config.remat,
-            prepare=self.prepare_layer,
             dropout_keys=dropout_keys,
-            xs=xs,
+            xs=(xs, jnp.asarray(config.layer_kinds) if config.layer_kinds else None),
         )
-
-    def _causal_mask(self, mask: Bool[Array, "B L"]) -> Bool[Array, "B L L"]:
-        positions = layers.positions_of(mask)
-        earlier = jnp.tri(mask.shape[-1], dtype=bool)
-        return earlier & mask[:, None, :] & self._in_window(positions, positions)
-
-    def _in_window(self, query: Int[Array, "B L"], key: Int[Array, "B M"]) -> Bool[Array, "B L M"]:
-        """Which key positions a sliding window lets a query position see; all, for a model without one."""
-        window = getattr(self.config, "sliding_window", None)
-        distance = query[:, :, None] - key[:, None, :]
-        return jnp.ones_like(distance, dtype=bool) if window is None else distance < window

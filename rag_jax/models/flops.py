@@ -1,32 +1,33 @@
 """Model FLOPs by formula: what the maths needs, no rematerialisation, padding included.
 
-A product of (M, D) and (D, F) counts 2 M D F; a backward pass counts twice its forward pass; norms, activations and
+A product of (L, D) and (D, F) counts 2 L D F; a backward pass counts twice its forward pass; norms, activations and
 softmaxes are left out; a causal token looks at half of its own stream on average.
 """
 
+import functools
 from typing import Any
 
-from rag_jax.models import BertConfig, LlamaConfig, ModelConfig
+import jax
+
+from rag_jax.models import ModelConfig, abstract
 
 
 def layer_stack(config: ModelConfig, tokens: int, seen: float) -> float:
     """Forward FLOPs of all layers for `tokens` tokens that look at `seen` tokens each."""
-    width, mlp = config.width, config.mlp_width
-    if isinstance(config, LlamaConfig):
-        queries, keys_values, mlp_products = (
-            config.num_heads * config.head_dim,
-            config.num_kv_heads * config.head_dim,
-            3,
-        )
-    else:
-        queries, keys_values, mlp_products = width, width, 2
-    weights = width * (2 * queries + 2 * keys_values) + mlp_products * width * mlp
-    return config.num_layers * tokens * (2.0 * weights + 4.0 * seen * queries)
+    H, _, C = config.heads
+    return tokens * (2.0 * layer_weights(config) + config.num_layers * 4.0 * seen * H * C)
+
+
+@functools.lru_cache(maxsize=16)
+def layer_weights(config: ModelConfig) -> int:
+    """Elements of all matrices that tokens are multiplied by in all layers, whatever the family."""
+    leaves = jax.tree_util.tree_leaves_with_path(abstract(config)[1]["layers"])
+    return sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
 
 
 def encoding(config: ModelConfig, rows: int, length: int) -> float:
     """Forward FLOPs of embedding `rows` texts of `length` tokens."""
-    return layer_stack(config, rows * length, float(length) if isinstance(config, BertConfig) else length / 2)
+    return layer_stack(config, rows * length, length / 2 if config.causal else float(length))
 
 
 def shared_prefix(config: ModelConfig, prefixes: tuple[int, int], suffixes: tuple[int, int], tokens: int) -> float:

@@ -1,16 +1,20 @@
 """GPT-2 (Radford et al., 2019): learned positions, norms in front, output matrix tied to the word embedding."""
 
 import dataclasses
+from typing import ClassVar
 
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from rag_jax.models import layers
+from rag_jax.models.config import ModelConfig
 from rag_jax.models.decoder import Decoder
 
 
 @dataclasses.dataclass(frozen=True)
-class Gpt2Config:
+class Gpt2Config(ModelConfig):
+    causal: ClassVar[bool] = True
+
     vocab_size: int  # V
     num_layers: int  # N
     num_heads: int  # H
@@ -22,7 +26,10 @@ class Gpt2Config:
     dropout: float
     embed_dropout: float
     attention_dropout: float
-    remat: str = "none"  # a key of layers.REMAT
+    remat: str = "none"
+
+    def build(self, rngs: nnx.Rngs) -> "Gpt2":
+        return Gpt2(self, rngs=rngs)
 
 
 class Gpt2Embed(nnx.Module):
@@ -43,10 +50,9 @@ class Gpt2Mlp(nnx.Module):
 
 class Gpt2Layer(nnx.Module):
     def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs):
-        heads = (config.num_heads, config.num_heads, config.width // config.num_heads)
         self.attention_norm = layers.layer_norm(config.width, config.norm_eps, rngs)
         self.attention = layers.Attention(
-            config.width, heads, qkv_bias=True, out_bias=True, dropout_rate=config.attention_dropout, rngs=rngs
+            config.width, config.heads, qkv_bias=True, out_bias=True, dropout_rate=config.attention_dropout, rngs=rngs
         )
         self.mlp_norm = layers.layer_norm(config.width, config.norm_eps, rngs)
         self.mlp = Gpt2Mlp(config, rngs=rngs)
@@ -55,14 +61,14 @@ class Gpt2Layer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L M"],
+        own: layers.Seen,
         *,
         rope: layers.Rope | None = None,
-        context: layers.KeysValues | None = None,
+        context: tuple[layers.KeysValues, layers.Seen] | None = None,
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B L D"], layers.KeysValues]:
         attended, keys_values = self.attention(
-            self.attention_norm(x), mask, rope=rope, context=context, dropout_keys=dropout_keys
+            self.attention_norm(x), own, rope=rope, context=context, dropout_keys=dropout_keys
         )
         x = x + layers.dropout(attended, self.dropout, layers.named_keys(dropout_keys, "residual"))
         x = x + layers.dropout(self.mlp(self.mlp_norm(x)), self.dropout, layers.named_keys(dropout_keys, "mlp"))
@@ -82,8 +88,8 @@ class Gpt2(Decoder):
         x = self.embed.word(ids) + self.embed.position(positions)
         return layers.dropout(x, self.config.embed_dropout, dropout_keys)
 
-    def _rope(self, positions: Int[Array, "B L"]) -> None:
-        return None
+    def _views(self, positions: Int[Array, "B L"]) -> list[layers.View]:
+        return [layers.View()]
 
     def head_kernel(self) -> Float[Array, "V D"]:
         return self.embed.word.embedding[...]

@@ -1,16 +1,18 @@
 """What the model families share: attention, dropout, positions and the scan over stacked layers.
 
-Letters as in the whole project: B rows, L own tokens, M keys that may be looked at, D width, H heads, G key-value
-heads, R query heads per key-value head (H = G * R), C channels of a head, N layers.
+**B** rows, **L** their own tokens, **Lk** keys that are looked at, **D** width, **H** heads, **G** key-value heads,
+**C** channels of a head, **N** layers.
 """
 
+import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
@@ -26,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
-# A layer's parameters as `prepare` made them: whole, in the compute dtype. Never kept for the backward pass.
+# What `Deferred.prepare` makes of a layer's parameters: whole ones in the compute dtype.
 PREPARED = "prepared"
 # What of a layer's forward pass stays in memory for its backward pass; the rest is computed again.
 REMAT: dict[str, Callable[..., bool]] = {
@@ -106,36 +108,113 @@ def rotate(x: Float[Array, "B heads L C"], rope: Rope) -> Float[Array, "B heads 
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+class Seen(NamedTuple):
+    """Which of a part's keys a query may look at.
+
+    The (L, Lk) mask that this stands for is made in `attend` alone: a fused kernel, which never makes one, can take its
+    place.
+    """
+
+    real: Bool[Array, "B Lk"]  # the keys that are tokens, not padding: left or right of them
+    window: int | Int[Array, ""] | None = None  # only keys less than that far away; None: all
+    causal: bool = False  # only keys at the query's own slot and before it
+    offset: Int[Array, " B"] | None = None  # query i stands at slot offset + i of the keys; None: at slot i
+
+    def mask(self, num_queries: int) -> Bool[Array, "B _ Lk"]:
+        mask = self.real[:, None, :]
+        if not self.causal and self.window is None:
+            return mask
+        first = 0 if self.offset is None else self.offset[:, None, None]
+        distance = first + jnp.arange(num_queries)[:, None] - jnp.arange(mask.shape[-1])
+        if self.causal:
+            mask = mask & (distance >= 0)
+        return mask if self.window is None else mask & (jnp.abs(distance) < self.window)
+
+
+class View(NamedTuple):
+    """How layers of one kind place tokens and how far they look; of several kinds, stacked."""
+
+    rope: Rope | None = None
+    window: int | Int[Array, "..."] | None = None
+
+
+def stacked_views(views: Sequence[View]) -> View:
+    """Of every kind one; a single one stays as it is, its window a number that is known when compiling."""
+    if len(views) == 1:
+        return views[0]
+    far = np.iinfo(np.int32).max
+    return jax.tree.map(
+        lambda *leaves: jnp.stack(leaves),
+        *(View(view.rope, jnp.asarray(far if view.window is None else view.window)) for view in views),
+    )
+
+
+class Part(NamedTuple):
+    """Attention to some of the keys, not divided yet: each counts w_j = exp(score_j - highest).
+
+    A kernel that divides, and gives the logarithm of its sum instead, gives Part(its output, that logarithm, 1).
+    """
+
+    out: Float[Array, "B G _ C"]  # sum_j w_j value_j
+    highest: Float[Array, "B G _ 1"]
+    total: Float[Array, "B G _ 1"]  # sum_j w_j
+
+
 def attend(
     query: Float[Array, "B H L C"],
-    parts: Sequence[tuple[KeysValues, Bool[Array, "B L _"]]],
+    parts: Sequence[tuple[KeysValues, Seen]],
     rate: float = 0.0,
     dropout_keys: Key[Array, " B"] | None = None,
 ) -> Float[Array, "B H L C"]:
-    """Scaled dot-product attention over the keys of all parts as if they stood in one array; (L, M) masks beside them.
+    """Scaled dot-product attention over the keys of all parts as if they stood in one array, softmax in float32.
 
-    Grouped heads, softmax in float32. A row that may look at nothing gives a mean. Parts are never joined: they share
-    one maximum and one sum, by which the result is divided at the end.
+    Heads may share keys. A row that may look at nothing gives a mean.
     """
     B, H, L, C = query.shape
-    G = parts[0][0][0].shape[1]
-    R = H // G
-    grouped = (query * C**-0.5).reshape(B, G, R * L, C)
-    scores = []
-    for (key, _), mask in parts:
-        part = jax.lax.dot_general(grouped, key, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
-        seen = jnp.where(mask[:, None, None], part.reshape(B, G, R, L, -1), jnp.finfo(jnp.float32).min)
-        scores.append(seen.reshape(part.shape))
-    highest = functools.reduce(jnp.maximum, (jnp.max(part, axis=-1, keepdims=True) for part in scores))
-    out, total = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
-    for n, (part, ((_, value), _)) in enumerate(zip(scores, parts, strict=True)):
-        weights = jnp.exp(part - jax.lax.stop_gradient(highest))
-        total = total + jnp.sum(weights, axis=-1, keepdims=True)
-        kept = dropout(weights.astype(value.dtype), rate, numbered_keys(dropout_keys, n))
-        out = out + jax.lax.dot_general(
-            kept, value, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
-        )
+    # Heads that share keys are rows of one product with them.
+    grouped = (query * C**-0.5).reshape(B, parts[0][0][0].shape[1], -1, C)
+    attended = [
+        attend_part(grouped, keys_values, seen.mask(L), rate, numbered_keys(dropout_keys, n))
+        for n, (keys_values, seen) in enumerate(parts)
+    ]
+    out, _, total = functools.reduce(merged, attended)
+    # Divided once, at the end: (L, C) divisions in place of (L, Lk), and the parts' sums are only all known here.
     return (out / total).astype(query.dtype).reshape(B, H, L, C)
+
+
+def attend_part(
+    query: Float[Array, "B G HL C"],
+    keys_values: KeysValues,
+    mask: Bool[Array, "B _ Lk"],
+    rate: float,
+    dropout_keys: Key[Array, " B"] | None,
+) -> Part:
+    """The plain way, for any device, dtype and length."""
+    (key, value), (B, G, *_) = keys_values, query.shape
+    batched = ((0, 1), (0, 1))
+    scores = jax.lax.dot_general(query, key, (((3,), (2,)), batched), preferred_element_type=jnp.float32)
+    by_head = scores.reshape(B, G, -1, *mask.shape[1:])  # rows are heads and queries
+    # The lowest number, not -inf: a part of which a row sees nothing must count nothing beside others, and no NaN.
+    scores = jnp.where(mask[:, None, None], by_head, jnp.finfo(jnp.float32).min).reshape(scores.shape)
+    # It cancels when sums are divided, so no gradient needs to pass through it.
+    highest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - highest)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    kept = dropout(weights.astype(value.dtype), rate, dropout_keys)
+    out = jax.lax.dot_general(kept, value, (((3,), (2,)), batched), preferred_element_type=jnp.float32)
+    return Part(out, highest, total)
+
+
+def merged(one: Part, other: Part) -> Part:
+    """Attention to the keys of both.
+
+    Only the new `highest` is a constant. A part's own may be the logarithm of the sum that its output was divided by,
+    and then gradients must pass through it.
+    """
+    highest = jax.lax.stop_gradient(jnp.maximum(one.highest, other.highest))
+    scales = jnp.exp(one.highest - highest), jnp.exp(other.highest - highest)
+    out, total = (one[n] * scales[0] + other[n] * scales[1] for n in (0, 2))
+    return Part(out, highest, total)
 
 
 class Attention(nnx.Module):
@@ -166,13 +245,13 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L M"],
+        own: Seen,
         *,
         rope: Rope | None = None,
-        context: KeysValues | None = None,
+        context: tuple[KeysValues, Seen] | None = None,
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B L D"], KeysValues]:
-        """The attended values, and the rows' own keys and values; M counts the context first, then the own tokens."""
+        """The attended values, and the rows' own keys and values; `own`: which of these are seen."""
         B, L, _ = x.shape
 
         def heads(projected: Array, count: int) -> Array:
@@ -184,13 +263,29 @@ class Attention(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if rope is not None:
             query, key = rotate(query, rope), rotate(key, rope)
-        own = (jnp.swapaxes(key, -1, -2), value)
-        earlier = mask.shape[-1] - L
-        parts = [(own, mask[:, :, earlier:])]
-        if context is not None:
-            parts = [(context, mask[:, :, :earlier]), *parts]
+        keys_values = (jnp.swapaxes(key, -1, -2), value)
+        parts = [(keys_values, own)] if context is None else [context, (keys_values, own)]
         attended = attend(query, parts, self.dropout_rate, named_keys(dropout_keys, "attention"))
-        return self.out(jnp.swapaxes(attended, 1, 2).reshape(B, L, -1)), own
+        return self.out(jnp.swapaxes(attended, 1, 2).reshape(B, L, -1)), keys_values
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["stored"], meta_fields=["prepare"])
+@dataclasses.dataclass(frozen=True)
+class Deferred:
+    """A parameter of stacked layers that is made ready when its layer runs; until then a share, or in another dtype."""
+
+    stored: Any
+    prepare: Callable[[Any], Array]  # of one layer's
+
+
+def deferred(params: Any, prepare: Callable[[tuple[str, ...], dict[str, Any]], dict[str, Any]]) -> Any:
+    """The parameters of stacked layers, each to become `prepare(path, {name: it})[name]` when its layer runs."""
+
+    def defer(path: Any, leaf: Any) -> Deferred:
+        *parents, name = (key.key for key in path)
+        return Deferred(leaf, lambda layer: prepare(tuple(parents), {name: layer})[name])
+
+    return jax.tree_util.tree_map_with_path(defer, params)
 
 
 def stack(make_layer: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -205,27 +300,34 @@ def scan(
     *,
     num_layers: int,
     remat: str,
-    prepare: Callable[[Any], Any] | None = None,
     dropout_keys: Any = None,
     xs: Any = None,
 ) -> tuple[Any, Any]:
     """Runs `body(layer, carry, x, dropout_keys) -> (carry, y)` over stacked layers; the body is compiled once.
 
-    `prepare` makes what a layer computes with from its own parameters, which may be parts in another dtype.
     `dropout_keys`: rows' keys, or several sets of them, of which every layer gets its own.
     """
     graphdef, state = nnx.split(layers)
     params = nnx.to_pure_dict(state)
     layer_keys = jax.tree.map(lambda keys: named_keys(keys, "layers"), dropout_keys)
+    deferred = [leaf for leaf in jax.tree.leaves(params, is_leaf=_is_deferred) if _is_deferred(leaf)]
 
     def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
         layer_params, x, n = inputs
         keys = jax.tree.map(lambda keys: numbered_keys(keys, n), layer_keys)
-        if prepare is not None:
-            layer_params = jax.tree.map(lambda a: checkpoint_name(a, PREPARED), prepare(layer_params))
+        layer_params = jax.tree.map(_prepared, layer_params, is_leaf=_is_deferred)
         return body(nnx.merge(graphdef, layer_params), carry, x, keys)
 
-    if remat != "none" or prepare is not None:
-        # prevent_cse is only needed outside of a scan.
+    if remat != "none" or deferred:
+        # Also without rematerialisation, where only what was deferred is made again: kept for the backward pass, all
+        # layers would be whole at one time after all. prevent_cse is only needed outside of a scan.
         step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
     return jax.lax.scan(step, carry, (params, xs, jnp.arange(num_layers)))
+
+
+def _is_deferred(leaf: Any) -> bool:
+    return isinstance(leaf, Deferred)
+
+
+def _prepared(leaf: Any) -> Any:
+    return checkpoint_name(leaf.prepare(leaf.stored), PREPARED) if _is_deferred(leaf) else leaf

@@ -1,18 +1,20 @@
 """The Llama family in one file: Llama 2 and 3, TinyLlama, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3.
 
 They differ in sizes and in six facts, all in `LlamaConfig`: grouped heads, biases, query-key norms, rope scaling,
-a sliding window, and whether the output matrix is tied to the word embedding.
+sliding windows, and whether the output matrix is tied to the word embedding.
 """
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from rag_jax.models import layers
+from rag_jax.models.config import ModelConfig
 from rag_jax.models.decoder import Decoder
 
 
@@ -28,7 +30,18 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
+class LayerKind:
+    """How layers tell positions apart, and how far they look."""
+
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig(ModelConfig):
+    causal: ClassVar[bool] = True
+
     vocab_size: int  # V
     num_layers: int  # N
     num_heads: int  # H
@@ -48,14 +61,35 @@ class LlamaConfig:
     tied_head: bool
     sliding_window: int | None
     attention_dropout: float
-    remat: str = "none"  # a key of layers.REMAT
+    remat: str = "none"
+    layer_kinds: tuple[int, ...] = ()  # places in `kinds`, one a layer; (): all are of the first
+    further_kinds: tuple[LayerKind, ...] = ()  # besides what stands above, such as local layers among global ones
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        return LayerKind(self.rope_theta, self.rope_scaling, self.sliding_window), *self.further_kinds
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        return self.num_heads, self.num_kv_heads, self.head_dim
+
+    def without_head(self) -> "LlamaConfig":
+        return dataclasses.replace(self, tied_head=True)
+
+    def build(self, rngs: nnx.Rngs) -> "Llama":
+        return Llama(self, rngs=rngs)
 
 
-def rope_frequencies(config: LlamaConfig) -> np.ndarray:
+def rope(kind: LayerKind, head_dim: int, positions: Int[Array, "B L"]) -> layers.Rope:
+    angles = positions[:, :, None].astype(jnp.float32) * rope_frequencies(kind, head_dim)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rope_frequencies(kind: LayerKind, head_dim: int) -> np.ndarray:
     """Radians a position for each pair of channels, (C/2,) float32."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
-    scaling = config.rope_scaling
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = (1.0 / np.float32(kind.rope_theta) ** exponents).astype(np.float32)
+    scaling = kind.rope_scaling
     if scaling is None:
         return frequencies
     if scaling.kind == "linear":
@@ -91,7 +125,7 @@ class LlamaLayer(nnx.Module):
         self.attention_norm = layers.rms_norm(config.width, config.norm_eps, rngs)
         self.attention = layers.Attention(
             config.width,
-            (config.num_heads, config.num_kv_heads, config.head_dim),
+            config.heads,
             qkv_bias=config.qkv_bias,
             out_bias=config.out_bias,
             qk_norm_eps=config.norm_eps if config.qk_norm else None,
@@ -104,14 +138,14 @@ class LlamaLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L M"],
+        own: layers.Seen,
         *,
         rope: layers.Rope | None = None,
-        context: layers.KeysValues | None = None,
+        context: tuple[layers.KeysValues, layers.Seen] | None = None,
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B L D"], layers.KeysValues]:
         attended, keys_values = self.attention(
-            self.attention_norm(x), mask, rope=rope, context=context, dropout_keys=dropout_keys
+            self.attention_norm(x), own, rope=rope, context=context, dropout_keys=dropout_keys
         )
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), keys_values
@@ -131,9 +165,9 @@ class Llama(Decoder):
     ) -> Float[Array, "B L D"]:
         return self.embed.word(ids)
 
-    def _rope(self, positions: Int[Array, "B L"]) -> layers.Rope:
-        angles = positions[:, :, None].astype(jnp.float32) * rope_frequencies(self.config)
-        return jnp.cos(angles), jnp.sin(angles)
+    def _views(self, positions: Int[Array, "B L"]) -> list[layers.View]:
+        head_dim = self.config.head_dim
+        return [layers.View(rope(kind, head_dim, positions), kind.sliding_window) for kind in self.config.kinds]
 
     def head_kernel(self) -> Float[Array, "V D"]:
         return self.embed.word.embedding[...] if self.config.tied_head else self.head.kernel[...].T

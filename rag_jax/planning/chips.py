@@ -139,7 +139,7 @@ def topology(text: str) -> Topology:
         raise UserError(f"--topology={text}: must be DEVICE:SHAPE with a device of {known}, as in v5e:16x16 or h100:64")
     chip = CHIPS[name]
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes):
-        raise UserError(f"--topology={text}: {sizes!r} is no shape; write v5e:16x16, v5p:4x4x4 or h100:64")
+        raise UserError(f"--topology={text}: {sizes!r} is not a shape; write v5e:16x16, v5p:4x4x4 or h100:64")
     shape = tuple(int(size) for size in sizes.split("x"))
     wanted = 1 if chip.target else 3 if name in ("v4", "v5p") else 2
     if len(shape) != wanted:

@@ -229,7 +229,7 @@ def as_file(folder):
     folder.write_text("")
 
 
-NOT_WHOLE = ["model.safetensors is no whole safetensors file", "fetch it again"]
+NOT_WHOLE = ["model.safetensors is not a complete safetensors file", "fetch it again"]
 # How a folder of a small GPT-2 is spoilt -> what the line says.
 MODELS = {
     "no config": (

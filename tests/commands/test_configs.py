@@ -15,7 +15,7 @@ from rag_jax import config, data, hf, pair, plan
 from rag_jax.distributed import sharding
 from rag_jax.hf import folder as folders
 from rag_jax.hf import tiny
-from rag_jax.training import loop
+from rag_jax.training import setup
 from rag_jax.workdir import checkpoint
 
 FILES = sorted((ROOT / "configs").glob("*.py"))

@@ -411,12 +411,12 @@ LENGTHS = [struct.pack("<Q", n) for n in (0, 1, 7, 2**31, 2**62, 2**63, 2**64 - 
 @pytest.mark.parametrize("name", SMALL)
 def test_weights(model, name):
     made = model(name)
-    seed, wanted = (made / weights.SINGLE).read_bytes(), hf.load_params(made, SMALL[name])
+    seed, wanted = (made / weights.SINGLE).read_bytes(), hf.load_params(made, name, SMALL[name])
     header = json.loads(seed[8 : 8 + struct.unpack("<Q", seed[:8])[0]])
 
     def check(content):
         (made / weights.SINGLE).write_bytes(content)
-        params = attempt(hf.load_params, made, SMALL[name])
+        params = attempt(hf.load_params, made, name, SMALL[name])
         if params is not None:
             assert [a.shape for a in leaves(params)] == [a.shape for a in leaves(wanted)]
             assert all(a.dtype == np.float32 and np.isfinite(a).all() for a in leaves(params))
@@ -443,7 +443,7 @@ def test_weights(model, name):
 def test_indices_of_weights(model):
     made = model("llama")
     (made / weights.SINGLE).unlink()
-    weights.save_params(models_params("llama"), made, SMALL["llama"], np.float32, shard_bytes=20_000)
+    weights.save_params(models_params("llama"), made, "llama", SMALL["llama"], np.float32, shard_bytes=20_000)
     seed = json.loads((made / weights.INDEX).read_text())
     names = [
         *set(seed["weight_map"].values()),
@@ -465,12 +465,12 @@ def test_indices_of_weights(model):
         if isinstance(content, dict) and isinstance(content.get("weight_map"), dict):
             content["weight_map"] |= swaps
         (made / weights.INDEX).write_text(json.dumps(content))
-        attempt(hf.load_params, made, SMALL["llama"])
+        attempt(hf.load_params, made, "llama", SMALL["llama"])
 
     @fuzz(40, content=spoilt([json.dumps(seed).encode()], TOKENS))
     def bytewise(content):
         (made / weights.INDEX).write_bytes(content)
-        attempt(hf.load_params, made, SMALL["llama"])
+        attempt(hf.load_params, made, "llama", SMALL["llama"])
 
     structured()
     bytewise()

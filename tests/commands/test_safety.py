@@ -140,13 +140,13 @@ def test_models_unpickle_nothing(tmp_path, marker):
     for name in ("pytorch_model.bin", "model.pt", "training_args.bin", "tokenizer.pkl", "optimizer.pt"):
         (tmp_path / name).write_bytes(pickle.dumps(Evil(marker)))
     source = hf.open_model(str(tmp_path), "generator.path", "generator")
-    hf.load_params(tmp_path, source.model_config)
+    hf.load_params(tmp_path, source.model_type, source.model_config)
     (tmp_path / weights.SINGLE).write_bytes(pickle.dumps(Evil(marker)))
-    with pytest.raises(UserError, match="is no whole safetensors file"):
-        hf.load_params(tmp_path, source.model_config)
+    with pytest.raises(UserError, match="is not a complete safetensors file"):
+        hf.load_params(tmp_path, source.model_type, source.model_config)
     (tmp_path / weights.SINGLE).unlink()
     with pytest.raises(UserError, match="holds only .*which can run code when read"):
-        hf.load_params(tmp_path, source.model_config)
+        hf.load_params(tmp_path, source.model_type, source.model_config)
 
 
 def test_checkpoints_unpickle_nothing(tmp_path, marker):
@@ -184,7 +184,7 @@ def test_code_in_a_models_folder_is_not_run(tmp_path, marker, known, monkeypatch
         return
     source = hf.open_model(str(folder), "generator.path", "generator")
     (tmp_path / "out").mkdir()
-    hf.save_model(source, hf.load_params(folder, source.model_config), tmp_path / "out")
+    hf.save_model(source, hf.load_params(folder, source.model_type, source.model_config), tmp_path / "out")
     for name in ("config.json", "tokenizer_config.json"):
         assert "auto_map" not in (tmp_path / "out" / name).read_text(), "nor does what is exported ask for it"
 
@@ -192,7 +192,9 @@ def test_code_in_a_models_folder_is_not_run(tmp_path, marker, known, monkeypatch
 def test_modules_of_others_are_not_named_to_sentence_transformers(tmp_path):
     modules = [{"idx": 0, "name": "0", "path": "", "type": "own_package.Transformer"}]
     (tmp_path / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(UserError, match="a module 'own_package.Transformer' of others' code, which is never run"):
+    with pytest.raises(
+        UserError, match="a module 'own_package.Transformer' that is code of its own, which is never run"
+    ):
         hf.pooling.read_pooling(tmp_path, "mean", "retriever.path='x'")
 
 

@@ -287,7 +287,7 @@ def value_of(number):
     return tensors(change)
 
 
-NORM, NOT_WHOLE = "transformer.ln_f.weight", "model.safetensors is no whole safetensors file"
+NORM, NOT_WHOLE = "transformer.ln_f.weight", "model.safetensors is not a complete safetensors file"
 WEIGHTS = {
     "a header beyond the file": (header(lambda t: None, 2**40), NOT_WHOLE),
     "a header of no length": (header(lambda t: None, 0), NOT_WHOLE),
@@ -334,11 +334,11 @@ WEIGHTS = {
     ),
     "an index of other files": (
         index({NORM: "config.json"}),
-        "index.json is no index of safetensors files; fetch it again",
+        "index.json is not an index of safetensors files; fetch it again",
     ),
     "an index too deep": (
         lambda folder: (folder / weights.SINGLE).unlink() or (folder / weights.INDEX).write_text("[" * 100_000),
-        "index.json is no index of safetensors files; fetch it again",
+        "index.json is not an index of safetensors files; fetch it again",
     ),
 }
 
@@ -346,16 +346,16 @@ WEIGHTS = {
 @pytest.mark.parametrize("case", WEIGHTS)
 def test_weights_that_are_refused(folder, case):
     spoil, message = WEIGHTS[case]
-    hf.load_params(folder, SMALL)
+    hf.load_params(folder, "gpt2", SMALL)
     spoil(folder)
-    assert message.format(folder=folder) in refused(hf.load_params, folder, SMALL)
+    assert message.format(folder=folder) in refused(hf.load_params, folder, "gpt2", SMALL)
 
 
 def test_nan_is_found_also_where_only_a_part_is_read(folder):
     where = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[1]), models.abstract(SMALL)[1])
-    jax.tree.map(lambda a: a.block_until_ready(), hf.load_params(folder, SMALL, where))
+    jax.tree.map(lambda a: a.block_until_ready(), hf.load_params(folder, "gpt2", SMALL, where))
     value_of(np.nan)(folder)
-    assert "transformer.h.1.mlp.c_fc.weight in" in refused(hf.load_params, folder, SMALL, where)
+    assert "transformer.h.1.mlp.c_fc.weight in" in refused(hf.load_params, folder, "gpt2", SMALL, where)
 
 
 def changed(**values):
@@ -385,7 +385,10 @@ FOLDERS = {
         file("config.json", "{'a': 1}"),
         "its config.json cannot be read (not a valid JSON file",
     ),
-    "config of no object": (file("config.json", "[]"), "its config.json cannot be read (no object with a model_type)"),
+    "config of no object": (
+        file("config.json", "[]"),
+        "its config.json cannot be read (not an object with a model_type)",
+    ),
     "config too deep": (
         file("config.json", "[" * 100_000),
         "its config.json cannot be read (not a valid JSON file: max",
@@ -428,18 +431,18 @@ FOLDERS = {
         "its tokenizer has ids up to 5000, but the model only 257 embeddings",
     ),
     "tokenizer that is not JSON": (file("tokenizer.json", "{"), "its tokenizer cannot be read ("),
-    "modules that are no list": (file("modules.json", {"a": 1}), "modules.json holds no list; fetch it again"),
+    "modules that are no list": (file("modules.json", {"a": 1}), "modules.json does not hold a list; fetch it again"),
     "modules that are no objects": (
         file("modules.json", [1]),
         "modules.json must be a list of objects; fetch it again",
     ),
     "prompts that are no texts": (
         file("config_sentence_transformers.json", {"prompts": {"query": 1}}),
-        "config_sentence_transformers.json: prompts={'query': 1} are no texts by name",
+        "config_sentence_transformers.json: prompts={'query': 1} must map names to texts",
     ),
     "a length that is none": (
         file("sentence_bert_config.json", {"max_seq_length": "x"}),
-        "max_seq_length='x' is no number",
+        "max_seq_length='x' must be a number",
     ),
     "a damaged copy in a workdir": (file(weights.REST, "x"), "rest.safetensors is damaged"),
 }
@@ -484,7 +487,7 @@ def test_a_retriever_without_pad_or_end_is_exported_with_a_pad_token(folder, tmp
     without("eos_token", "bos_token")(folder)
     source = hf.open_model(str(folder), "retriever.path", "retriever")
     (tmp_path / "out").mkdir()
-    hf.save_model(source, hf.load_params(folder, SMALL), tmp_path / "out", pooling=source.pooling)
+    hf.save_model(source, hf.load_params(folder, "gpt2", SMALL), tmp_path / "out", pooling=source.pooling)
     again = hf.open_model(str(tmp_path / "out"), "retriever.path", "retriever").tokenizer
     assert again.pad_token is not None and again.pad_token_id == 0
 

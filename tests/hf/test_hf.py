@@ -21,7 +21,8 @@ from rag_jax.errors import UserError
 from rag_jax.hf import config as configs
 from rag_jax.hf import folder as folders
 from rag_jax.hf import tiny, weights
-from rag_jax.models import BertConfig, Gpt2Config, LlamaConfig, RopeScaling
+from rag_jax.hf.families import FAMILIES
+from rag_jax.models import BertConfig, Gpt2Config, LayerKind, LlamaConfig, RopeScaling
 
 BERT = BertConfig(53, 2, 2, 16, 24, 32, 2, 1e-12, "gelu", 0.1, 0.2)
 GPT2 = Gpt2Config(53, 2, 2, 16, 24, 32, 1e-5, "gelu_tanh", 0.1, 0.2, 0.3)
@@ -56,7 +57,9 @@ CONFIGS = {
     "mistral-no-window": ("mistral", LLAMA),
     "qwen2": ("qwen2", QWEN2),
     "qwen2-tied": ("qwen2", change(QWEN2, tied_head=True)),
+    "qwen2-local": ("qwen2", change(QWEN2, layer_kinds=(0, 1), further_kinds=(LayerKind(1e4, None, 7),))),
     "qwen3": ("qwen3", QWEN3),
+    "qwen3-window": ("qwen3", change(QWEN3, sliding_window=7)),
     "qwen3-biases": ("qwen3", change(QWEN3, qkv_bias=True, out_bias=True, rope_scaling=RopeScaling("linear", 4.0))),
 }
 every_config = pytest.mark.parametrize(("model_type", "config"), CONFIGS.values(), ids=CONFIGS)
@@ -80,7 +83,7 @@ def write_model(folder, model_type, config, dtype="float32"):
     """config.json and drawn weights; returns the weights by their file's names."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", configs.to_hf(config, model_type))
-    weights.save_params(draw(config), folder, config, DTYPES[dtype])
+    weights.save_params(draw(config), folder, model_type, config, DTYPES[dtype])
     return read_tensors(folder)
 
 
@@ -165,15 +168,15 @@ def test_save_of_load_is_what_transformers_writes_bit_for_bit(tmp_path, family, 
     torch_model(tmp_path, model_type, dtype).save_pretrained(source)
     theirs = read_tensors(source)
     assert configs.read_config(source, WHERE) == (model_type, config)
-    assert weights.file_dtype(source, config) == dtype
-    params, rest = hf.load_params(source, config), weights.load_rest(source, config)
+    assert weights.file_dtype(source, model_type, config) == dtype
+    params, rest = hf.load_params(source, model_type, config), weights.load_rest(source, model_type)
     assert set(rest) == ({"pooler.dense.weight", "pooler.dense.bias"} if model_type == "bert" else set())
     for name, shard_bytes in {"single": weights.SHARD_BYTES, "sharded": 2000}.items():
         (tmp_path / name).mkdir()
-        weights.save_params(params, tmp_path / name, config, DTYPES[dtype], rest, shard_bytes)
+        weights.save_params(params, tmp_path / name, model_type, config, DTYPES[dtype], rest, shard_bytes)
         assert (tmp_path / name / weights.INDEX).exists() == (name == "sharded")
         assert_same_bits(read_tensors(tmp_path / name), theirs)
-        assert_same_tree(hf.load_params(tmp_path / name, config), params)
+        assert_same_tree(hf.load_params(tmp_path / name, model_type, config), params)
 
 
 @every_family
@@ -182,8 +185,8 @@ def test_load_of_save_is_the_same_tree_in_one_file_and_in_many(tmp_path, family)
     params = draw(config)
     for name, shard_bytes in {"single": weights.SHARD_BYTES, "sharded": 2000}.items():
         (tmp_path / name).mkdir()
-        weights.save_params(params, tmp_path / name, config, np.float32, shard_bytes=shard_bytes)
-        assert_same_tree(hf.load_params(tmp_path / name, config), params)
+        weights.save_params(params, tmp_path / name, model_type, config, np.float32, shard_bytes=shard_bytes)
+        assert_same_tree(hf.load_params(tmp_path / name, model_type, config), params)
     assert_same_bits(read_tensors(tmp_path / "sharded"), read_tensors(tmp_path / "single"))
     shards = [path.name for path in sorted((tmp_path / "sharded").glob("*.safetensors"))]
     assert shards == [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
@@ -195,7 +198,7 @@ def test_load_of_save_is_the_same_tree_in_one_file_and_in_many(tmp_path, family)
 def test_transformers_reads_our_shards(tmp_path):
     torch = pytest.importorskip("torch")
     write_json(tmp_path / "config.json", configs.to_hf(LLAMA, "llama"))
-    weights.save_params(draw(LLAMA), tmp_path, LLAMA, np.float32, shard_bytes=2000)
+    weights.save_params(draw(LLAMA), tmp_path, "llama", LLAMA, np.float32, shard_bytes=2000)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     assert_same_bits(state, read_tensors(tmp_path))
@@ -206,7 +209,7 @@ def test_names_without_their_prefix_and_buffers(tmp_path, family):
     """As in the hub's `gpt2` (`h.0.ln_1.weight`) and in embedding models (`layers.0.mlp.up_proj.weight`)."""
     model_type, config = CONFIGS[family]
     tensors = write_model(tmp_path, model_type, config)
-    expected = hf.load_params(tmp_path, config)
+    expected = hf.load_params(tmp_path, model_type, config)
     prefix = {"gpt2": "transformer."}.get(family, "model.")
     bare = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     assert {"gpt2": "h.0.ln_1.weight"}.get(family, "layers.1.mlp.up_proj.weight") in bare
@@ -214,22 +217,22 @@ def test_names_without_their_prefix_and_buffers(tmp_path, family):
         ["h.0.attn.bias", "h.1.attn.masked_bias"] if family == "gpt2" else ["layers.0.self_attn.rotary_emb.inv_freq"]
     )
     write_tensors(tmp_path, bare | {name: np.ones((2, 2), np.float32) for name in buffers})
-    assert_same_tree(hf.load_params(tmp_path, config), expected)
-    assert weights.load_rest(tmp_path, config) == {}
+    assert_same_tree(hf.load_params(tmp_path, model_type, config), expected)
+    assert weights.load_rest(tmp_path, model_type) == {}
 
 
 def test_a_copy_of_a_tied_output_matrix_is_dropped(tmp_path):
     for model_type, config in (CONFIGS["gpt2"], CONFIGS["llama-tied"]):
         tensors = write_model(tmp_path, model_type, config)
-        expected = hf.load_params(tmp_path, config)
+        expected = hf.load_params(tmp_path, model_type, config)
         write_tensors(tmp_path, tensors | {"lm_head.weight": np.zeros((53, 16), np.float32)})
-        assert_same_tree(hf.load_params(tmp_path, config), expected)
+        assert_same_tree(hf.load_params(tmp_path, model_type, config), expected)
 
 
 def test_names_of_old_bert_files(tmp_path):
     """`bert.` in front, gamma and beta, heads of pretraining, buffers, pooler."""
     tensors = write_model(tmp_path, "bert", BERT)
-    expected = hf.load_params(tmp_path, BERT)
+    expected = hf.load_params(tmp_path, "bert", BERT)
     old = {
         "bert."
         + name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
@@ -246,9 +249,51 @@ def test_names_of_old_bert_files(tmp_path):
         "cls.seq_relationship.weight": np.zeros((2, 16), np.float32),
     }
     write_tensors(tmp_path, old | pooler | others)
-    assert_same_tree(hf.load_params(tmp_path, BERT), expected)
-    rest = weights.load_rest(tmp_path, BERT)
+    assert_same_tree(hf.load_params(tmp_path, "bert", BERT), expected)
+    rest = weights.load_rest(tmp_path, "bert")
     assert_same_bits(rest, {name.removeprefix("bert."): tensor for name, tensor in pooler.items()})
+
+
+@pytest.mark.parametrize("on_devices", [False, True])
+def test_parameters_are_read_in_the_dtypes_of_the_model(tmp_path, monkeypatch, on_devices):
+    write_model(tmp_path, "gpt2", GPT2)
+    expected, abstract = hf.load_params(tmp_path, "gpt2", GPT2), models.abstract
+
+    def half_mlp(config):
+        graphdef, shapes = abstract(config)
+        mlp = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), shapes["layers"]["mlp"])
+        return graphdef, shapes | {"layers": shapes["layers"] | {"mlp": mlp}}
+
+    monkeypatch.setattr(models, "abstract", half_mlp)
+    wanted = half_mlp(GPT2)[1]
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    got = hf.load_params(tmp_path, "gpt2", GPT2, jax.tree.map(lambda _: place, wanted) if on_devices else None)
+    assert jax.tree.map(lambda a: a.dtype, got) == jax.tree.map(lambda a: a.dtype, wanted)
+    assert_same_tree(got, jax.tree.map(lambda a, leaf: a.astype(leaf.dtype), expected, wanted))
+
+
+def test_parameters_that_no_rule_fills_are_listed(tmp_path, monkeypatch):
+    write_model(tmp_path, "bert", BERT)
+    rules = [rule for rule in FAMILIES["bert"].rules if "mlp_norm" not in rule.parts[0]]
+    monkeypatch.setitem(FAMILIES, "bert", dataclasses.replace(FAMILIES["bert"], rules=tuple(rules)))
+    message = "no rule fills layers/mlp_norm/bias, layers/mlp_norm/scale; add one"
+    with pytest.raises(ValueError, match=message):
+        hf.load_params(tmp_path, "bert", BERT)
+    with pytest.raises(ValueError, match=message):
+        weights.save_params(draw(BERT), tmp_path / "out", "bert", BERT, np.float32)
+
+
+def test_names_are_those_of_the_model_type_not_of_our_config(tmp_path, monkeypatch):
+    """Another model type may share a config of ours and have a prefix and a head of its own."""
+    other = dataclasses.replace(FAMILIES["bert"], prefix="other.", dropped=r"lm_head\..*")
+    monkeypatch.setitem(FAMILIES, "other", other)
+    tensors = write_model(tmp_path, "bert", BERT)
+    expected = hf.load_params(tmp_path, "bert", BERT)
+    theirs = {f"other.{name}": tensor for name, tensor in tensors.items()}
+    write_tensors(tmp_path, theirs | {"lm_head.dense.weight": np.zeros((16, 16), np.float32)})
+    assert_same_tree(hf.load_params(tmp_path, "other", BERT), expected)
+    with pytest.raises(UserError, match="embeddings.word_embeddings.weight is missing"):
+        hf.load_params(tmp_path, "bert", BERT)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bert", "bfloat16"), ("gpt2", "float16")])
@@ -265,7 +310,7 @@ def test_what_is_not_trained_survives_a_workdir(random_model, tmp_path, name, dt
     write_tensors(folder, tensors)
     source = open_model(folder)
     assert source.dtype == dtype
-    params = hf.load_params(folder, source.model_config)
+    params = hf.load_params(folder, source.model_type, source.model_config)
     copy, out = tmp_path / "workdir" / name, tmp_path / "out"
     hf.copy_small_files(source, copy)
     assert not (copy / weights.SINGLE).exists()
@@ -287,10 +332,10 @@ def broken_weights(case, folder):
     if case == "truncated":
         data = (folder / weights.SINGLE).read_bytes()
         (folder / weights.SINGLE).write_bytes(data[: len(data) // 2])
-        return "model.safetensors is no whole safetensors file .*fetch it again"
+        return "model.safetensors is not a complete safetensors file .*fetch it again"
     if case == "no header":
         (folder / weights.SINGLE).write_bytes(b"version https://git-lfs.github.com/spec/v1")
-        return "model.safetensors is no whole safetensors file"
+        return "model.safetensors is not a complete safetensors file"
     if case == "ill-fitting":
         del tensors["model.layers.1.mlp.up_proj.weight"]
         tensors["model.norm.weight"] = np.ones(17, np.float32)
@@ -306,7 +351,7 @@ def broken_weights(case, folder):
         return "".join(parts)
     if case == "another model's":
         (folder / weights.SINGLE).unlink()
-        weights.save_params(draw(GPT2), folder, GPT2, np.float32)
+        weights.save_params(draw(GPT2), folder, "gpt2", GPT2, np.float32)
         return "model.embed_tokens.weight is missing; .*; and [0-9]+ more$"
     (folder / weights.SINGLE).unlink()
     if case == "only pickle":
@@ -314,7 +359,7 @@ def broken_weights(case, folder):
         return r"holds only pytorch_model\.bin, which can run code when read; needed is model\.safetensors"
     if case == "none":
         return r"holds no weights; needed is model\.safetensors or model\.safetensors\.index\.json"
-    weights.save_params(draw(LLAMA), folder, LLAMA, np.float32, shard_bytes=4000)
+    weights.save_params(draw(LLAMA), folder, "llama", LLAMA, np.float32, shard_bytes=4000)
     if case == "missing shard":
         (second,) = folder.glob("model-00002-of-*")
         second.unlink()
@@ -323,7 +368,7 @@ def broken_weights(case, folder):
         write_json(folder / weights.INDEX, {"weight_map": {"model.norm.weight": "../other.safetensors"}})
         return r"index\.json points outside of its folder, to \.\./other\.safetensors"
     write_json(folder / weights.INDEX, case)
-    return "model.safetensors.index.json is no index of safetensors files"
+    return "model.safetensors.index.json is not an index of safetensors files"
 
 
 CASES = ["truncated", "no header", "ill-fitting", "another model's", "only pickle", "none", "missing shard", "outside"]
@@ -333,7 +378,7 @@ CASES = ["truncated", "no header", "ill-fitting", "another model's", "only pickl
 def test_broken_weights_are_told_in_one_line(tmp_path, case):
     message = broken_weights(case, tmp_path)
     with pytest.raises(UserError, match=message) as error:
-        hf.load_params(tmp_path, LLAMA)
+        hf.load_params(tmp_path, "llama", LLAMA)
     assert "\n" not in str(error.value)
 
 
@@ -427,8 +472,14 @@ def test_dropouts_may_be_written_as_whole_numbers(tmp_path):
             ["rope_type='yarn' (supported: default, linear, llama3)", "partial_rotary_factor=0.5", "4 heads are not"],
         ),
         ("mistral", {"hidden_act": "mish"}, ["hidden_act='mish'"]),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 4}, ["use_sliding_window=True (supported: False)"]),
-        ("qwen3", {"use_sliding_window": True, "sliding_window": 4}, ["use_sliding_window=True (supported: False)"]),
+        (
+            "qwen2-local",
+            {"sliding_window": -4, "layer_types": ["sliding_attention", "chunked_attention"]},
+            [
+                "sliding_window=-4 (must be a whole number above 0)",
+                "layer_types=['sliding_attention', 'chunked_attention']",
+            ],
+        ),
         ("bert", {"num_attention_heads": 3, "hidden_size": 16}, ["width 16 is not a multiple of 3 heads"]),
         ("bert", {"num_hidden_layers": 0}, ["num_layers=0 (must be a whole number above 0)"]),
     ],
@@ -482,8 +533,10 @@ def test_a_bert_cannot_generate(cache):
 def test_a_retriever_has_no_output_matrix(random_model, tmp_path):
     folder = random_model("llama")
     source = open_model(folder)
-    params = hf.load_params(folder, source.model_config)
-    assert "head" not in params and "head" in hf.load_params(folder, open_model(folder, "generator").model_config)
+    params = hf.load_params(folder, source.model_type, source.model_config)
+    assert "head" not in params and "head" in hf.load_params(
+        folder, "llama", open_model(folder, "generator").model_config
+    )
     out = tmp_path / "out"
     out.mkdir()
     hf.save_model(source, params, out, pooling=source.pooling)
@@ -504,7 +557,7 @@ def test_tokens_beyond_the_vocabulary(random_model):
 def test_a_tokenizer_that_cannot_be_read(random_model):
     folder = random_model("gpt2")
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match=r"its tokenizer cannot be read \(.*\); is tokenizer.json whole"):
+    with pytest.raises(UserError, match=r"its tokenizer cannot be read \(.*\); is tokenizer.json complete"):
         open_model(folder, "generator")
 
 
@@ -520,7 +573,7 @@ def test_random_models_are_the_same_everywhere(tmp_path, monkeypatch, offline, n
         files.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert files[0] == files[1]
     source = open_model(f"random:{name}")
-    params = hf.load_params(source.folder, source.model_config)
+    params = hf.load_params(source.folder, source.model_type, source.model_config)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
     assert source.tokenizer.decode(source.tokenizer("Grüße, 1\n").input_ids, skip_special_tokens=True) == "Grüße, 1\n"
 
@@ -716,7 +769,9 @@ def test_sentence_transformers_embeds_an_export_as_we_do(cache, tmp_path, name, 
     sentence_transformers = pytest.importorskip("sentence_transformers")
     source = open_model(f"random:{name}")
     params = jax.tree.map(
-        lambda a, b: a + 0.1 * b, hf.load_params(source.folder, source.model_config), draw(source.model_config)
+        lambda a, b: a + 0.1 * b,
+        hf.load_params(source.folder, source.model_type, source.model_config),
+        draw(source.model_config),
     )
     pooling = hf.Pooling(mode, "query: ", "passage: ", 24)
     hf.save_model(source, params, tmp_path, pooling=pooling)
@@ -739,7 +794,9 @@ def test_transformers_reads_an_exported_generator_as_we_do(cache, tmp_path, name
     torch = pytest.importorskip("torch")
     source = open_model(f"random:{name}", "generator")
     config = source.model_config
-    params = jax.tree.map(lambda a, b: a + 0.05 * b, hf.load_params(source.folder, config), draw(config))
+    params = jax.tree.map(
+        lambda a, b: a + 0.05 * b, hf.load_params(source.folder, source.model_type, config), draw(config)
+    )
     hf.save_model(source, params, tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert model.dtype == torch.float32 and type(model).__name__ == configs.FAMILIES[name].architecture

@@ -15,23 +15,24 @@ from test_hf import BERT, GPT2, LLAMA, draw
 from rag_jax import hf
 from rag_jax.distributed import sharding
 from rag_jax.hf import weights
+from rag_jax.hf.families import FAMILIES
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("config", [BERT, GPT2, LLAMA], ids=["bert", "gpt2", "llama"])
+@pytest.mark.parametrize(("model_type", "config"), [("bert", BERT), ("gpt2", GPT2), ("llama", LLAMA)])
 @pytest.mark.parametrize("shape", [(1, 8, 1), (1, 2, 4)])
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_every_device_gets_its_share(tmp_path, config, shape, dtype):
-    weights.save_params(draw(config), tmp_path, config, dtype, shard_bytes=5000)
-    whole = hf.load_params(tmp_path, config)
+def test_every_device_gets_its_share(tmp_path, model_type, config, shape, dtype):
+    weights.save_params(draw(config), tmp_path, model_type, config, dtype, shard_bytes=5000)
+    whole = hf.load_params(tmp_path, model_type, config)
     mesh = sharding.make_mesh(*shape, devices=jax.devices()[:8])
-    shared = hf.load_params(tmp_path, config, sharding.param_shardings(mesh, whole))
+    shared = hf.load_params(tmp_path, model_type, config, sharding.param_shardings(mesh, whole))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(shared), whole)
     assert any(len({str(s.index) for s in leaf.addressable_shards}) > 1 for leaf in jax.tree.leaves(shared))
     (tmp_path / "again").mkdir()
-    weights.save_params(shared, tmp_path / "again", config, dtype)
-    again = hf.load_params(tmp_path / "again", config)
+    weights.save_params(shared, tmp_path / "again", model_type, config, dtype)
+    again = hf.load_params(tmp_path / "again", model_type, config)
     jax.tree.map(np.testing.assert_array_equal, again, whole)
 
 
@@ -49,7 +50,7 @@ shapes = models.abstract(config)[1]
 mesh = sharding.make_mesh(1, 8, 1)
 jax.block_until_ready(jax.numpy.zeros(8))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-params = jax.block_until_ready(hf.load_params(folder, config, sharding.param_shardings(mesh, shapes)))
+params = jax.block_until_ready(hf.load_params(folder, "llama", config, sharding.param_shardings(mesh, shapes)))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 share = sum(s.data.nbytes for leaf in jax.tree.leaves(params) for s in leaf.addressable_shards)
 print(json.dumps({"peak": peak - before, "share": share}))
@@ -69,7 +70,7 @@ def test_memory_of_loading_two_billion_parameters(tmp_path, part):
         mlp_bias=False, qk_norm=False, tied_head=False, sliding_window=None, attention_dropout=0.0,
     )  # fmt: skip
     config = type(LLAMA)(**sizes, rope_scaling=None)
-    expected = weights.expected_tensors(config)
+    expected = weights.expected_tensors(FAMILIES["llama"], config)
     files = {}
     names = list(expected)
     for number in range(8):

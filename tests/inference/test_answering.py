@@ -27,7 +27,7 @@ ALL = [
 
 def lively(config, seed):
     """A random model whose distributions are far from flat, as (Rag, params, its plain forward pass)."""
-    graphdef, state = nnx.split(models.FAMILIES[type(config)](config, rngs=nnx.Rngs(seed)))
+    graphdef, state = nnx.split(config.build(nnx.Rngs(seed)))
     params = jax.tree.map(lambda a: a * 4 if a.ndim > 1 else a, nnx.to_pure_dict(state))
     module = nnx.merge(graphdef, params)
     forward = jax.jit(lambda ids, mask: jax.nn.log_softmax(module.logits(module(ids, mask))))
@@ -210,7 +210,7 @@ def test_training_scores_an_answer_as_decoding_did(name, how):
     @jax.jit
     def scored(params):
         generator = model.model("generator", params)
-        hidden = generator.prefix_suffix(padded(passages, LP), suffix, jnp.asarray(candidates))
+        hidden = generator.forward_shared_prefix(padded(passages, LP), suffix, jnp.asarray(candidates))
         return rag.answer_log_probs(generator, hidden, suffix[0], start, found.ids.shape[1])
 
     log_probs = scored(params)

@@ -105,9 +105,7 @@ def test_one_passage_is_greedy_generation_of_transformers(name):
     torch = pytest.importorskip("torch")
     torch.manual_seed(3)
     theirs = TORCH[name]().eval()
-    graphdef, state = nnx.split(
-        nnx.eval_shape(lambda: models.FAMILIES[type(CONFIGS[name])](CONFIGS[name], rngs=nnx.Rngs(0)))
-    )
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: CONFIGS[name].build(nnx.Rngs(0))))
     params = from_torch(name, theirs.state_dict())
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, nnx.to_pure_dict(state))
     rng = np.random.default_rng(0)
@@ -127,7 +125,7 @@ def test_one_passage_is_greedy_generation_of_transformers(name):
 def test_mixture_of_passages_token_by_token(name):
     """No cache, no shared prefix: every step runs every (passage, query, answer so far) string anew."""
     config = CONFIGS[name]
-    module = models.FAMILIES[type(config)](config, rngs=nnx.Rngs(1))
+    module = config.build(nnx.Rngs(1))
     graphdef, state = nnx.split(module)
     sharp = jax.tree.map(lambda a: a * 4 if a.ndim > 1 else a, nnx.to_pure_dict(state))  # livelier than at random
     module = nnx.merge(graphdef, sharp)

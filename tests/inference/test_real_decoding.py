@@ -41,7 +41,9 @@ def ours(real_models):
     loaded = config.load("configs/quickstart.py", {"generator.path": str(real_models / "smollm2-135m")})
     source = hf.open_model(loaded.generator.path, "generator.path", "generator")
     model: rag.Rag = pair.composite(loaded, {"generator": source})
-    return model, {"generator": jax.tree.map(jnp.asarray, hf.load_params(source.folder, source.model_config))}
+    return model, {
+        "generator": jax.tree.map(jnp.asarray, hf.load_params(source.folder, source.model_type, source.model_config))
+    }
 
 
 @pytest.fixture(scope="module")

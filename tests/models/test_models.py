@@ -16,6 +16,7 @@ from flax import nnx
 
 from rag_jax import hf, models
 from rag_jax.hf import config as configs
+from rag_jax.models import layers
 
 VOCAB, WIDTH, LENGTH = 53, 32, 11
 LENGTHS = (11, 4, 8)
@@ -67,8 +68,19 @@ FAMILIES = {
     "llama-biases": ("llama", LLAMA | dict(attention_bias=True, mlp_bias=True)),
     "mistral": ("mistral", LLAMA | dict(sliding_window=3)),
     "qwen2": ("qwen2", LLAMA),
+    "qwen2-local": (
+        "qwen2",
+        LLAMA | dict(num_hidden_layers=3, use_sliding_window=True, sliding_window=3, max_window_layers=1),
+    ),
     "qwen3": ("qwen3", LLAMA | dict(head_dim=10, tie_word_embeddings=True)),
 }
+
+
+# Layers in turn look at three tokens and turn fast, and look at all and turn slowly: local and global attention.
+TWO_ROPES = models.LlamaConfig(
+    VOCAB, 4, 4, 2, 8, WIDTH, 48, 64, 1e-5, 1e6, None, "silu", False, False, False, True, True, None, 0.0,
+    layer_kinds=(1, 0, 1, 0), further_kinds=(models.LayerKind(100.0, models.RopeScaling("linear", 2.0), 3),),
+)  # fmt: skip
 
 
 class Batch(NamedTuple):
@@ -101,7 +113,7 @@ def hf_config(family):
 def make_model(family, **changes):
     """Graphdef and parameters without PyTorch, all of them away from their usual values."""
     problems = []
-    config = configs.from_hf(hf_config(family).to_dict(), problems)
+    config = TWO_ROPES if family == "two ropes" else configs.from_hf(hf_config(family).to_dict(), problems)
     assert not problems
     graphdef, shapes = models.abstract(dataclasses.replace(config, **changes))
     rng = np.random.default_rng(3)
@@ -129,14 +141,14 @@ def ours(graphdef, params, batch):
     return jax.value_and_grad(loss, has_aux=True)(params)
 
 
-def theirs(model, batch, folder, config):
+def theirs(model, batch, folder, model_type, config):
     """The same of PyTorch; its gradients take the way of the weights: a file, read by the table of names."""
     import torch
 
     ids, mask, picks, positions = (torch.tensor(a) for a in (batch.ids, batch.mask, batch.picks, batch.positions))
     count = mask.sum()
     inputs = dict(input_ids=ids, attention_mask=mask.long(), position_ids=positions)
-    if isinstance(config, models.BertConfig):
+    if not config.causal:
         hidden, logits = model(**inputs).last_hidden_state, None
     else:
         output = model(**inputs, output_hidden_states=True, use_cache=False)
@@ -150,7 +162,7 @@ def theirs(model, batch, folder, config):
     gradients = {n: p.grad.numpy() for n, p in model.named_parameters() if not n.startswith("pooler.")}
     safetensors.numpy.save_file(gradients, folder / "model.safetensors")
     outputs = (hidden.detach().numpy(), None if logits is None else logits.detach().numpy())
-    return (loss.item(), outputs), hf.load_params(folder, config)
+    return (loss.item(), outputs), hf.load_params(folder, model_type, config)
 
 
 @pytest.fixture(scope="module")
@@ -172,14 +184,14 @@ def pair(tmp_path_factory):
         model.save_pretrained(folder)
         model_type, read = configs.read_config(folder, family)
         assert model_type == config.model_type
-        return model, read, jax.tree.map(jnp.asarray, hf.load_params(folder, read))
+        return model, model_type, read, jax.tree.map(jnp.asarray, hf.load_params(folder, model_type, read))
 
     @functools.cache
     def run(family, side):
-        model, config, params = load(family)
+        model, model_type, config, params = load(family)
         batch = make_batch(side)
         got = ours(models.abstract(config)[0], params, batch)
-        return batch, got, theirs(model, batch, tmp_path_factory.mktemp("gradients"), config)
+        return batch, got, theirs(model, batch, tmp_path_factory.mktemp("gradients"), model_type, config)
 
     return run
 
@@ -243,7 +255,8 @@ def test_left_and_right_padding_agree(family):
 @pytest.mark.parametrize(
     ("family", "change"),
     [("llama-llama3-rope", {"rope_scaling": None}), ("llama-linear-rope", {"rope_scaling": None})]
-    + [("mistral", {"sliding_window": None}), ("llama2", {"rope_theta": 500.0})],
+    + [("mistral", {"sliding_window": None}), ("llama2", {"rope_theta": 500.0})]
+    + [("qwen2-local", {"layer_kinds": (1, 0, 1)}), ("qwen2-local", {"layer_kinds": (0, 0, 0)})],
 )
 def test_what_tells_the_llamas_apart_matters_here(family, change):
     """Else agreement with PyTorch would say nothing about it."""
@@ -254,17 +267,17 @@ def test_what_tells_the_llamas_apart_matters_here(family, change):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def prefill(graphdef, params, ids, mask, max_len):
-    return nnx.merge(graphdef, params).prefill(ids, mask, max_len)
+def fill_cache(graphdef, params, ids, mask, max_len):
+    return nnx.merge(graphdef, params).fill_cache(ids, mask, max_len)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def decode(graphdef, params, ids, cache):
-    return nnx.merge(graphdef, params).decode(ids, cache)
+def decode_step(graphdef, params, ids, cache):
+    return nnx.merge(graphdef, params).decode_step(ids, cache)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama-llama3-rope", "mistral"])
-def test_prefill_and_decode_equal_the_plain_forward(family):
+@pytest.mark.parametrize("family", ["gpt2", "llama-llama3-rope", "mistral", "qwen2-local", "two ropes"])
+def test_a_filled_cache_and_its_steps_equal_the_plain_forward(family):
     graphdef, params = make_model(family)
     prompt, batch = 6, make_batch("right")
     lengths = np.array([6, 2, 3])
@@ -272,11 +285,11 @@ def test_prefill_and_decode_equal_the_plain_forward(family):
     mask = np.arange(LENGTH) < (lengths + steps)[:, None]
     (_, (hidden, _)), _ = ours(graphdef, params, batch._replace(mask=mask))
     prompt_mask = mask[:, :prompt] & (np.arange(prompt) < lengths[:, None])
-    got, cache = prefill(graphdef, params, batch.ids[:, :prompt], prompt_mask, LENGTH)
+    got, cache = fill_cache(graphdef, params, batch.ids[:, :prompt], prompt_mask, LENGTH)
     assert relative(got[prompt_mask], np.asarray(hidden)[:, :prompt][prompt_mask]) < 1e-5
     rows = np.arange(len(lengths))
     for step in range(steps):
-        got, cache = decode(graphdef, params, batch.ids[rows, lengths + step], cache)
+        got, cache = decode_step(graphdef, params, batch.ids[rows, lengths + step], cache)
         assert relative(got, np.asarray(hidden)[rows, lengths + step]) < 1e-5
     np.testing.assert_array_equal(cache.length, lengths + steps)
 
@@ -304,3 +317,122 @@ def test_rematerialisation_changes_nothing(family, policy):
     (again, _), gradients_again = ours(remat, params, batch)
     np.testing.assert_allclose(again, loss, rtol=1e-5)
     assert_trees_close(gradients_again, jax.tree.map(np.asarray, gradients), 1e-5)
+
+
+def test_layers_of_two_kinds_equal_one_layer_after_the_other():
+    """Each layer cut out of the stack and run by hand, with the rope and the mask of its kind in full."""
+    (graphdef, params), batch = make_model("two ropes"), make_batch("right")
+    (_, (hidden, _)), _ = ours(graphdef, params, batch)
+    model = nnx.merge(graphdef, params)
+    layer_graph, stacked = nnx.split(model.layers)
+    turns = {0: 1e6 ** -(np.arange(0, 8, 2) / 8), 1: 100.0 ** -(np.arange(0, 8, 2) / 8) / 2}
+    distance = np.arange(LENGTH)[:, None] - np.arange(LENGTH)
+    x = model.embed.word(jnp.asarray(batch.ids))
+    for n, kind in enumerate(TWO_ROPES.layer_kinds):
+        layer = nnx.merge(layer_graph, jax.tree.map(lambda a, n=n: a[n], stacked))
+        angles = np.asarray(batch.positions[:, :, None] * turns[kind], np.float32)
+        seen = (distance >= 0) & (distance < (LENGTH, 3)[kind]) & batch.mask[:, None, :]
+        x = by_hand(layer, np.asarray(x), (np.cos(angles), np.sin(angles)), seen)
+    assert relative(np.asarray(hidden)[batch.mask], np.asarray(model.norm(x))[batch.mask]) < 1e-5
+
+
+def by_hand(layer, x, rope, seen):
+    """A Llama's layer with attention over all pairs of tokens, in numpy."""
+
+    def heads(projected):
+        return np.asarray(projected).reshape(*x.shape[:2], -1, 8).swapaxes(1, 2)
+
+    def turned(a):
+        first, second = np.split(a, 2, axis=-1)
+        cos, sin = (part[:, None] for part in rope)
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+    attention, normed = layer.attention, layer.attention_norm(x)
+    query = turned(np.asarray(attention.query_norm(heads(attention.query(normed)))))
+    key = turned(np.asarray(attention.key_norm(heads(attention.key(normed))))).repeat(2, axis=1)
+    value = heads(attention.value(normed)).repeat(2, axis=1)
+    scores = np.where(seen[:, None], query @ key.swapaxes(-1, -2) / 8**0.5, -1e30)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    mixed = weights / weights.sum(axis=-1, keepdims=True) @ value
+    x = x + attention.out(mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1))
+    return x + layer.mlp(layer.mlp_norm(x))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mistral", "qwen2-local", "two ropes"])
+def test_a_shared_prefix_equals_the_plain_forward(family):
+    """Of several lengths, so with padding between prefix and suffix, against one string each; and behind a cache."""
+    graphdef, params = make_model(family)
+    rng = np.random.default_rng(2)
+    prefix_len, suffix_len, candidates = np.array([5, 2, 6]), np.array([4, 2]), np.array([[0, 2], [1, 0]])
+    prefix, suffix = (
+        tuple(map(jnp.asarray, (rng.integers(0, VOCAB, (len(lengths), size)), np.arange(size) < lengths[:, None])))
+        for lengths, size in ((prefix_len, 6), (suffix_len, 5))
+    )
+
+    @jax.jit
+    def run(params):
+        model = nnx.merge(graphdef, params)
+        _, cache = model.fill_cache(*prefix, 7)
+        repeated = (a.repeat(2, axis=0) for a in suffix)
+        behind = model.read_cache(*repeated, cache, jnp.asarray(candidates.ravel()))
+        return model.forward_shared_prefix(prefix, suffix, jnp.asarray(candidates)), behind
+
+    shared, behind = run(params)
+    np.testing.assert_allclose(behind.reshape(shared.shape)[:, :, :2], shared[:, :, :2], rtol=1e-4, atol=1e-5)
+    plain = jax.jit(lambda params, ids, mask: nnx.merge(graphdef, params)(ids, mask))
+    for b, k in np.ndindex(2, 2):
+        p, length = candidates[b, k], prefix_len[candidates[b, k]]
+        ids = np.zeros((1, LENGTH), int)
+        string = [*prefix[0][p, :length], *suffix[0][b, : suffix_len[b]]]
+        ids[0, : len(string)] = string
+        mask = jnp.arange(LENGTH)[None] < len(string)
+        expected = plain(params, jnp.asarray(ids), mask)[0, length : len(string)]
+        assert relative(shared[b, k, : suffix_len[b]], expected) < 1e-5
+
+
+def attention_inputs():
+    rng = np.random.default_rng(1)
+    query, key, value = (rng.normal(size=(2, heads, 6, 4)).astype(np.float32) for heads in (4, 2, 2))
+    return jnp.asarray(query), jnp.asarray(key), jnp.asarray(value), np.arange(6) < np.array([[6], [3]])
+
+
+@pytest.mark.parametrize("kind", ["plain", "divided"])
+def test_parts_of_keys_add_up_to_all_of_them(kind):
+    """Values and gradients; also where a part comes divided, with the logarithm of its sum, as of a fused kernel."""
+    *arrays, real = attention_inputs()
+
+    def whole(query, key, value):
+        keys_values = (jnp.swapaxes(key, -1, -2), value)
+        return layers.attend(query, [(keys_values, layers.Seen(real))])
+
+    def parts(query, key, value):
+        grouped, found = (query * 4**-0.5).reshape(2, 2, 12, 4), []
+        for cut in (slice(0, 4), slice(4, 6)):
+            keys_values = (jnp.swapaxes(key[:, :, cut], -1, -2), value[:, :, cut])
+            part = layers.attend_part(grouped, keys_values, jnp.asarray(real[:, None, cut]), 0.0, None)
+            if kind == "divided":
+                log_sum_exp = part.highest + jnp.log(part.total)
+                part = layers.Part(part.out / part.total, log_sum_exp, jnp.ones_like(part.total))
+            found.append(part)
+        out, _, total = layers.merged(*found)
+        return (out / total).reshape(query.shape)
+
+    weights = np.random.default_rng(4).normal(size=(2, 4, 6, 4))
+    results = [
+        jax.value_and_grad(lambda *a, fn=fn: jnp.sum(fn(*a) * weights), argnums=(0, 1, 2))(*arrays)
+        for fn in (whole, parts)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *results)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("offset", [None, (7, 3)])
+def test_what_is_seen_by_counting(causal, window, offset):
+    *_, real = attention_inputs()
+    at = None if offset is None else jnp.asarray(offset)
+    mask = np.broadcast_to(layers.Seen(jnp.asarray(real), window, causal, at).mask(3), (2, 3, 6))
+    for b, i, j in np.ndindex(2, 3, 6):
+        distance = (0 if offset is None else offset[b]) + i - j
+        seen = real[b, j] and (not causal or distance >= 0) and (window is None or abs(distance) < window)
+        assert mask[b, i, j] == seen

@@ -26,8 +26,8 @@ LARGE = str(ROOT / "configs" / "bge_large_llama2_7b.py")
     [
         ("v9:4x4", "must be DEVICE:SHAPE with a device of v4, v5e"),
         ("v5e", "must be DEVICE:SHAPE"),
-        ("v5e:4y4", "'4y4' is no shape"),
-        ("v5e:0x4", "'0x4' is no shape"),
+        ("v5e:4y4", "'4y4' is not a shape"),
+        ("v5e:0x4", "'0x4' is not a shape"),
         ("v5e:16", "v5e is given by 2 numbers, as in v5e:16x16"),
         ("v5p:4x4", "v5p is given by 3 numbers, as in v5p:4x4x4"),
         ("h100:2x4", "h100 is given by 1 number, as in h100:64"),

@@ -1,0 +1,36 @@
+"""What the config of every model family says, whatever it says besides."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+from flax import nnx
+
+
+class ModelConfig:
+    """A family's config is a frozen dataclass of these fields and its own, in the order that it likes."""
+
+    vocab_size: int  # V
+    num_layers: int  # N
+    num_heads: int  # H
+    width: int  # D
+    max_positions: int
+    remat: str  # a key of layers.REMAT
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+    layer_kinds: tuple[
+        int, ...
+    ] = ()  # of each layer, which of the family's kinds of layers it is; (): all of the first
+    causal: ClassVar[bool]  # a token sees what stands before it and no more, so the model can generate
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """(H, G, C): heads, key-value heads, channels of each."""
+        return self.num_heads, self.num_heads, self.width // self.num_heads
+
+    def without_head(self) -> "ModelConfig":
+        """The same model without an output matrix of its own, which a retriever has no use for."""
+        return self
+
+    def build(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The model with freshly drawn parameters."""
+        raise NotImplementedError
