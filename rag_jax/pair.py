@@ -33,11 +33,7 @@ class Pair:
 
 
 def open_pair(config: Any, workdir: pathlib.Path | None = None) -> Pair:
-    """Configs and tokenizers of the models, from the copies in the workdir where it has them. Reads no weights.
-
-    What is traced from now on computes with the config's precision, see `use_precision`.
-    """
-    use_precision(config)
+    """Configs and tokenizers of the models, from the copies in the workdir where it has them. Reads no weights."""
     sources = {}
     for role in ROLES:
         if config[role].path is not None:
@@ -84,6 +80,8 @@ def check_lengths(config: Any, sources: dict[str, hf.Source]) -> None:
 
 
 def composite(config: Any, sources: dict[str, hf.Source]) -> rag.Rag:
+    """Both models in one; what is traced from now on computes with the config's precision, see `use_precision`."""
+    use_precision(config)
     graphs = {role: models.abstract(model_config(config, role, source))[0] for role, source in sources.items()}
     pooling = config.retriever.pooling
     if pooling == "auto":

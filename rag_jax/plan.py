@@ -109,7 +109,6 @@ def compile_step(loaded: Any, topology: chips.Topology) -> dict[str, Any]:
         if loaded[role].path is not None
     }
     pair.check_lengths(loaded, sources)
-    pair.use_precision(loaded)
     mesh = sharding.make_mesh(**loaded.mesh.to_dict(), devices=devices(topology))
     sharding.check_batch(mesh, loaded.batch_size, loaded.group_size)
     opened = pair.Pair(loaded, sources, pair.composite(loaded, sources), None, None, None)

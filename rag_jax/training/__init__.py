@@ -1,4 +1,4 @@
-"""Training: set-up, the loop, the jitted step, the optimizer, mining, and what a run records of itself.
+"""Training: set-up, the loop, what its steps read, the jitted step, the optimizer, mining, and what a run records.
 
-May import anything but the commands; only `setup` and `loop` read the whole config.
+May import anything but the commands.
 """

@@ -16,7 +16,7 @@ FIRST = 32
 
 @dataclasses.dataclass(frozen=True)
 class Near:
-    """What grouping needs to know of the rows, by the retriever's opinion of the moment."""
+    """What grouping needs to know of the rows, in the opinion of the current retriever."""
 
     query_emb: np.ndarray  # (n, E) float32, normalised
     passage_emb: np.ndarray  # (n, E)
@@ -80,41 +80,49 @@ def plan(
 
 
 def regroup(
-    near: Near, pool: np.ndarray, begun: list[int], group_size: int, rng: np.random.Generator
+    near: Near, rows: np.ndarray, begun: list[int], group_size: int, rng: np.random.Generator
 ) -> list[list[int]]:
-    """The rows of `pool` in groups, the first one begun with the rows given, only the last one perhaps unfilled.
+    """The rows in groups, the first one begun with the rows given, only the last one perhaps unfilled.
 
     Each group starts with a random row and takes what is nearest to all its rows. A passage of which as many rows are
     left as groups goes into each of them: so no group holds a passage twice, unless there are too many rows of it.
     """
-    free = np.zeros(len(near.query_key), bool)
-    free[pool] = True
-    left = np.bincount(near.passage_key[pool], minlength=int(near.passage_key.max()) + 1)
-    anchors, most, remaining = iter(rng.permutation(pool)), int(left.max()), len(pool)
-    groups = []
-
-    def take(group: list[int], row: int) -> None:
-        nonlocal remaining
-        group.append(row)
-        free[row] = False
-        left[near.passage_key[row]] -= 1
-        remaining -= 1
-
-    while remaining:
-        group, begun = list(begun), []
-        size = min(group_size, len(group) + remaining)
-        groups_left = -(-(len(group) + remaining) // group_size)
-        if groups_left <= most:
-            most = int(left.max())
-            for passage in np.flatnonzero(left >= groups_left)[: size - len(group)]:
+    pool = Pool(near.passage_key, rows)
+    anchors, most, group, groups = iter(rng.permutation(rows)), int(pool.left.max()), list(begun), []
+    while pool.size:
+        size = min(group_size, len(group) + pool.size)
+        groups_left = -(-(len(group) + pool.size) // group_size)
+        # Such a passage must go into each group from here on: left out of one, it would stand in another twice. Counts
+        # only fall, so `most` bounds them, and they are looked at only where one of them can be that high.
+        if most >= groups_left:
+            most = int(pool.left.max())
+            for passage in np.flatnonzero(pool.left >= groups_left)[: size - len(group)]:
                 if passage not in near.passage_key[group]:
-                    take(group, int(np.flatnonzero(free & (near.passage_key == passage))[0]))
+                    pool.take(group, int(np.flatnonzero(pool.free & (near.passage_key == passage))[0]))
         if not group:
-            take(group, int(next(row for row in anchors if free[row])))
+            pool.take(group, int(next(row for row in anchors if pool.free[row])))
         while len(group) < size:
-            take(group, nearest(near, group, free))
+            pool.take(group, nearest(near, group, pool.free))
         groups.append(group)
+        group = []
     return groups
+
+
+class Pool:
+    """The rows that no group has taken yet."""
+
+    def __init__(self, passage_key: np.ndarray, rows: np.ndarray):
+        self.passage_key, self.size = passage_key, len(rows)
+        self.free = np.zeros(len(passage_key), bool)  # (n,)
+        self.free[rows] = True
+        self.left = np.bincount(passage_key[rows], minlength=int(passage_key.max()) + 1)  # rows of each passage
+
+    def take(self, group: list[int], row: int) -> None:
+        """Move a row from here to a group."""
+        group.append(row)
+        self.free[row] = False
+        self.left[self.passage_key[row]] -= 1
+        self.size -= 1
 
 
 def nearest(near: Near, group: list[int], free: np.ndarray) -> int:

@@ -18,7 +18,7 @@ from rag_jax.training.record import Facts, Record, due
 from rag_jax.training.setup import Training, say
 from rag_jax.training.signals import Request, Requests, stop_signals
 from rag_jax.training.step import Metrics, TrainState
-from rag_jax.training.writer import Progress, Writer
+from rag_jax.training.writer import Progress, open_writer
 from rag_jax.workdir import checkpoint, lock, provenance
 from rag_jax.workdir.checkpoint import Checkpoints, set_aside
 
@@ -134,7 +134,7 @@ def opened_record(training: Training, state: TrainState, start_step: int) -> Ite
         lambda step: feed.rows_of(training, step)[0],
         write=is_main,
     )
-    with Writer(training.workdir, start_step, active=is_main) as writer:
+    with open_writer(training.workdir, start_step, active=is_main) as writer:
         progress = Progress(config.total_steps, start_step, active=is_main)
         try:
             yield Record(config, models, writer, progress, nonfinite)

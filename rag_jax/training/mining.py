@@ -1,4 +1,4 @@
-"""Mining inside training: what the retriever of the moment takes for near, as groups of rows and as negatives.
+"""Mining inside training: what the current retriever considers near, as groups of rows and as negatives.
 
 The plan of the coming steps is all that mining leaves behind. It is kept in the workdir, `mining/step_N.npz`: a run
 that goes on from a later checkpoint has other parameters by then and could not make it again.
@@ -11,7 +11,6 @@ import os
 import pathlib
 import zipfile
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,6 +18,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Float, Int
 
 from rag_jax import data, files, rag
+from rag_jax.config import Config
 from rag_jax.errors import UserError
 from rag_jax.inference import search
 from rag_jax.training import hard_groups
@@ -45,11 +45,11 @@ class Plan:
 
 
 def mine(
-    model: rag.Rag, params: dict, examples: data.Examples, met: Int[np.ndarray, " n"], config: Any, step: int
+    model: rag.Rag, params: dict, examples: data.Examples, met: Int[np.ndarray, " n"], config: Config, step: int
 ) -> tuple[Plan, dict[str, float]]:
     """The plan of the next `mining.every_steps` steps, a function of (seed, step, parameters), and how hard it is.
 
-    Metrics of the plan's groups beside random groups of all rows; see `groups.hardness` and `groups.masked_shares`.
+    Metrics of the plan's groups beside random groups of all rows; see `hardness` and `masked_shares` of `hard_groups`.
     """
     query_emb, passage_emb = embeddings(model, params, examples, config.eval.batch_size)
     near = neighbourhood(query_emb, passage_emb, examples, config.mining.margin)
@@ -58,7 +58,7 @@ def mine(
     rows, size = np.zeros(shape, np.int32), config.group_size
     if jax.process_index() == 0:
         rows = hard_groups.plan(near, met, group_size=size, batch_size=shape[1], num_steps=shape[0], rng=rng)
-    # One says, lest processes whose products differ in the last bit train on different rows.
+    # Process 0 decides: products may differ in the last bit between processes, and all must train on the same rows.
     plan, brought = Plan(np.asarray(multihost_utils.broadcast_one_to_all(rows)), met), {}
     if config.objective.negatives and config.data.columns.negative is None:
         found, scores = negatives(near, passage_emb, plan.rows.reshape(-1, size), config.objective.negatives)
@@ -112,7 +112,7 @@ def nearest_rows(
 def negatives(
     near: hard_groups.Near, passage_emb: Float[np.ndarray, "M E"], rows_Gg: Int[np.ndarray, "G g"], num: int
 ) -> tuple[Int[np.ndarray, "G g H"], Float[np.ndarray, "G g H"]]:
-    """`groups.negatives` among as many of each row's nearest passages as its group can hold, and `NEIGHBOURS` more."""
+    """`hard_groups.negatives` of each row's nearest passages: as many as its group can hold, and `NEIGHBOURS` more."""
     at_most = None if near.margin is None else near.positive + near.margin
     many = rows_Gg.shape[1] * (1 + num) + NEIGHBOURS
     scores, passages = search.top_k(near.query_emb, passage_emb, many, at_most=at_most)

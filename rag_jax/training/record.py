@@ -41,7 +41,7 @@ class Record:
         nonfinite: watch.NonFinite,
     ):
         self.nonfinite = nonfinite
-        self.leaps = watch.Leaps(config.guard.spike_factor, writer.written("loss/total"))
+        self.spikes = watch.Spikes(config.guard.spike_factor, writer.written("loss/total"))
         self.config, self.used, self.writer, self.progress = config, used, writer, progress
         self.peak = peak()
         self.steps, self.flops, self.padding = 0, 0.0, 0.0  # sums over this process's steps
@@ -61,7 +61,7 @@ class Record:
         self.unwritten[name] += seconds
 
     def train(self, step: int, values: Metrics, facts: Facts) -> None:
-        """Waits for the values of a step and writes them; UserError when a number is none any more."""
+        """Waits for the metrics of a step and writes them; UserError for non-finite ones."""
         numbers = {name: float(value) for name, value in jax.device_get(values).items()}
         now = time.perf_counter()
         step_s, self.done_at = now - self.done_at, now
@@ -78,11 +78,11 @@ class Record:
         self.seconds["step"] += step_s
         self.seconds["data_wait"] += facts.wait_s
         self.progress.update(step, loss)
-        if (ratio := self.leaps.ratio(loss)) is not None:
+        if (ratio := self.spikes.ratio(loss)) is not None:
             numbers["loss/spike"] = ratio
             self.progress.print(f"step {step}: loss {loss:.4f} is {ratio:.3g} times the median of the last ones")
         if due(step, config.log.every_steps) or step == config.total_steps or ratio is not None:
-            self.leaps.add(loss)
+            self.spikes.add(loss)
             numbers |= {
                 "time/step_s": step_s,
                 "time/data_wait_s": facts.wait_s,
@@ -92,10 +92,10 @@ class Record:
             }
             numbers |= {f"time/{name}_s": seconds for name, seconds in self.unwritten.items()}
             self.unwritten = dict.fromkeys(PAUSES, 0.0)
-            self.writer.train(step, numbers)
+            self.writer.write(step, numbers)
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
-        self.writer.evaluation(step, values)
+        self.writer.write(step, values)
         shown = "  ".join(
             f"{name} {values[f'eval/{name}']:.3f}"
             for name, metric in METRICS.items()
@@ -106,7 +106,7 @@ class Record:
     def mining(self, step: int, values: dict[str, float]) -> None:
         """Metrics of the groups that were mined after this step, and what all minings cost so far."""
         share = self.seconds["mining"] / (self.seconds["mining"] + self.seconds["step"])
-        self.writer.evaluation(step, values | {"time/mining_share": share})
+        self.writer.write(step, values | {"time/mining_share": share})
         shown = "  ".join(f"{name.removeprefix('mining/')} {value:.3f}" for name, value in values.items())
         self.progress.print(f"step {step}: mined  {shown}")
 

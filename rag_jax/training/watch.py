@@ -1,4 +1,4 @@
-"""What watches a run's numbers: losses and gradients that are no numbers any more, and losses that leap."""
+"""Watches a run's numbers: for non-finite losses and gradients, and for loss spikes."""
 
 import collections
 import math
@@ -14,14 +14,14 @@ from rag_jax.errors import UserError
 
 FOLDER = "failed"
 WATCHED = ("loss/total", "optim/grad_norm")
-# A leap is measured against the median of so many lines of metrics.jsonl, and of at least so many.
+# A spike is measured against the median of the last lines of metrics.jsonl: of at most so many, and at least so many.
 WINDOW, FEWEST = 32, 8
 
 
 class NonFinite:
-    """Ends the run at a loss or gradient norm that is no number, or counts the update as skipped.
+    """Ends the run at a non-finite loss or gradient norm, or counts the update as skipped.
 
-    The step itself leaves out such updates where `allowed` is above 0 (see `train_step`); here they are counted:
+    The step itself leaves out such updates where `allowed` is above 0 (see `step`); here they are counted:
     `skipped` of them came before this process. `rows_of(step)` are the rows of its batch. `write`: whether this
     process writes the file.
     """
@@ -50,14 +50,14 @@ class NonFinite:
             return f"step {step}: {shown}; its update is skipped ({self.skipped} of {self.allowed}), see {path}"
         already = f" and {self.skipped} updates were skipped already" if self.allowed else ""
         raise UserError(
-            f"{shown} at step {step}{already}; nothing of it was saved. {path} has its rows, and {replay} shows which "
+            f"{shown} at step {step}{already}; that step was not saved. {path} has its rows, and {replay} shows which "
             "of them it is; lower optimizer.learning_rate, raise objective.temperature, or let updates be skipped with "
             "guard.skip_nonfinite"
         )
 
 
-class Leaps:
-    """Losses above `factor` times the median of those written lately; 0: none is looked for.
+class Spikes:
+    """Losses above `factor` times the median of those written lately; 0: none are looked for.
 
     `written` are the losses of the lines so far, so that a run that goes on judges like one that was never stopped.
     """
@@ -68,7 +68,7 @@ class Leaps:
             self.add(loss)
 
     def add(self, loss: float | None) -> None:
-        """A loss that stands in metrics.jsonl; None for one that was no number."""
+        """A loss that stands in metrics.jsonl; None for a non-finite one."""
         if loss is not None and math.isfinite(loss):
             self.written.append(loss)
 

@@ -7,8 +7,8 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any, BinaryIO
+from collections.abc import Mapping, Sequence
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
@@ -22,29 +22,68 @@ from rag_jax.errors import UserError
 LINE_EVERY_S = 20.0
 
 
-class Writer:
-    """Scalars of a run to `metrics.jsonl` (one object a line) and `tensorboard/`, both handed to the system at once.
+@runtime_checkable
+class Sink(Protocol):
+    """One place that the scalars of a run go to."""
 
-    `start_step` is the step restored: what an earlier process wrote about later steps, and a line it did not finish,
-    is taken out, so that every step stands there once. With `active=False` (all processes but one) nothing is written.
-    """
+    def write(self, step: int, scalars: Mapping[str, float]) -> None: ...
 
-    def __init__(self, workdir: str | pathlib.Path, start_step: int = 0, *, active: bool = True):
-        self._file: BinaryIO | None = None
-        self._board: BinaryIO | None = None
-        self._kept: list[dict[str, Any]] = []
-        if not active:
-            return
-        workdir = pathlib.Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        self._kept = _cut_back(workdir / "metrics.jsonl", start_step)
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """`metrics.jsonl`, one object a line: what a run goes on from, so it stops where a line cannot be written."""
+
+    def __init__(self, workdir: pathlib.Path, start_step: int):
+        path = workdir / "metrics.jsonl"
+        self.kept = _cut_back(path, start_step)
         # Unbuffered: what was written stays, however the process ends.
-        self._file = open(workdir / "metrics.jsonl", "ab", buffering=0)
-        self._board = open(_next_board(workdir / "tensorboard"), "xb", buffering=0)
+        self._file = open(path, "ab", buffering=0)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        # JSON knows no NaN: null stands for it, so that every reader can go on reading.
+        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        _write_whole(self._file, json.dumps({"step": step, **finite}).encode() + b"\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """`tensorboard/`, a new file for each process."""
+
+    def __init__(self, workdir: pathlib.Path, start_step: int):
+        self._file = open(_next_board(workdir / "tensorboard"), "xb", buffering=0)
         self._event(Event(file_version="brain.Event:2"))
         # Makes TensorBoard forget what earlier files hold about this step and later ones.
         restart = SessionLog(status=SessionLog.START)
         self._event(Event(session_log=restart, step=start_step + 1 if start_step else 0))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
+        self._event(Event(summary=summary, step=step))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _event(self, event: Any) -> None:
+        """Append it: its length, the length's checksum, the event, its checksum."""
+        event.wall_time = time.time()
+        content = event.SerializeToString()
+        size = struct.pack("<Q", len(content))
+        sums = [struct.pack("<I", masked_crc32c(part)) for part in (size, content)]
+        _write_whole(self._file, size + sums[0] + content + sums[1])
+
+
+# All places that a run is recorded in.
+SINKS = (JsonLines, TensorBoard)
+
+
+class Writer:
+    """Hands the scalars of a run to all sinks; none for the processes that write nothing."""
+
+    def __init__(self, sinks: Sequence[Sink]):
+        self.sinks = tuple(sinks)
 
     def __enter__(self) -> "Writer":
         return self
@@ -52,42 +91,32 @@ class Writer:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Values by their names of the contract; those that are None are left out."""
+        scalars = {name: float(value) for name, value in values.items() if value is not None}
+        for sink in self.sinks:
+            sink.write(int(step), scalars)
+
     def written(self, name: str) -> list[float | None]:
-        """The values of a metric in the lines that earlier processes wrote; None for one that was no number."""
-        return [record[name] for record in self._kept if name in record]
-
-    def train(self, step: int, values: Mapping[str, Any]) -> None:
-        """Metrics of one step, by their names of the contract."""
-        self._write(step, values)
-
-    def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
-        """Metrics of one evaluation."""
-        self._write(step, values)
+        """A metric's values in the lines that earlier processes left in `metrics.jsonl`; None for a non-finite one."""
+        lines = [line for sink in self.sinks if isinstance(sink, JsonLines) for line in sink.kept]
+        return [line[name] for line in lines if name in line]
 
     def close(self) -> None:
-        if self._file and self._board:
-            self._file.close()
-            self._board.close()
-            self._file = self._board = None
+        for sink in self.sinks:
+            sink.close()
 
-    def _write(self, step: int, values: Mapping[str, Any]) -> None:
-        if not (self._file and self._board):
-            return
-        scalars = {name: float(value) for name, value in values.items() if value is not None}
-        # JSON knows no NaN: null stands for it, so that every reader can go on reading.
-        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        _write_whole(self._file, json.dumps({"step": int(step), **finite}).encode() + b"\n")
-        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
-        self._event(Event(summary=summary, step=int(step)))
 
-    def _event(self, event: Any) -> None:
-        """Append to TensorBoard's file: length, its checksum, the event, its checksum."""
-        assert self._board is not None
-        event.wall_time = time.time()
-        content = event.SerializeToString()
-        size = struct.pack("<Q", len(content))
-        sums = [struct.pack("<I", masked_crc32c(part)) for part in (size, content)]
-        _write_whole(self._board, size + sums[0] + content + sums[1])
+def open_writer(workdir: pathlib.Path, start_step: int = 0, *, active: bool = True) -> Writer:
+    """The writer of a run that goes on after `start_step` (0: begins); not `active`: one that writes nothing.
+
+    What an earlier process wrote about later steps, and a line it did not finish, is taken out, so that every step
+    stands there once.
+    """
+    if not active:
+        return Writer([])
+    workdir.mkdir(parents=True, exist_ok=True)
+    return Writer([sink(workdir, start_step) for sink in SINKS])
 
 
 def _write_whole(file: BinaryIO, content: bytes) -> None:

@@ -29,19 +29,30 @@ ALL = ((".*", 1.0),)
 COLLECTIVE = re.compile(r"= (\(.*?\)|\S+) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\(")
 
 
+# In a lowered program, before a compiler has put casts around what its device cannot sum: what is summed over devices.
+SUM = re.compile(r'"stablehlo\.(?:reduce_scatter|all_reduce)".*?\^bb0\(%\w+: tensor<(\w+)>', re.DOTALL)
+
+
 def mesh_of(shape):
     return sharding.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
 
 
-def gradients_on(mesh, model, params, rows, dropout_seed=None, rules=ALL):
-    """Total loss and gradients as the training step computes them, and the text of the compiled program."""
+def lower_gradients(mesh, model, params, rows, dropout_seed=None, rules=ALL):
+    """The lowered program of the training step's gradients, and what it takes."""
     trainable, frozen = optim.split_frozen(params, rules)
     places = [sharding.param_shardings(mesh, tree) for tree in (trainable, frozen)]
     gradients = jax.jit(train_step.make_gradients(model, *places, dropout_seed))
     placed = [jax.device_put(tree, place) for tree, place in zip((trainable, frozen), places, strict=True)]
     split = jax.device_put(rows, jax.sharding.NamedSharding(mesh, sharding.BATCH))
-    compiled = gradients.lower(*placed, split, jnp.zeros((), jnp.int32)).compile()
-    grads, metrics = compiled(*placed, split, jnp.zeros((), jnp.int32))
+    inputs = (*placed, split, jnp.zeros((), jnp.int32))
+    return gradients.lower(*inputs), inputs
+
+
+def gradients_on(mesh, model, params, rows, dropout_seed=None, rules=ALL):
+    """Total loss and gradients as the training step computes them, and the text of the compiled program."""
+    lowered, inputs = lower_gradients(mesh, model, params, rows, dropout_seed, rules)
+    compiled = lowered.compile()
+    grads, metrics = compiled(*inputs)
     return metrics["loss/total"], jax.device_get(grads), compiled.as_text()
 
 
@@ -118,13 +129,32 @@ def test_bfloat16_gradients_are_summed_in_float32():
     rows, half = make_rows(32), dataclasses.replace(model, dtype=jnp.bfloat16)
     _, exact = value_and_grad(model, params, rows)
     _, one = value_and_grad(half, params, rows)
-    _, eight, text = gradients_on(mesh_of((1, 8, 1)), half, params, rows)
+    _, eight, _ = gradients_on(mesh_of((1, 8, 1)), half, params, rows)
 
     def distance(tree):
         return float(optax.tree.norm(jax.tree.map(lambda a, b: a - b, jax.device_get(tree), jax.device_get(exact))))
 
     assert distance(eight) < 1.2 * distance(one)
-    assert not re.search(r"bf16\S* (reduce-scatter|all-reduce)\(", text)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 4, 1)])
+def test_all_sums_over_devices_are_of_float32(shape):
+    """Of the gradients of a bfloat16 run too: asked of the program itself, as CPUs sum in float32 whatever it says."""
+    model, params = make("llama")
+    mesh, half = mesh_of(shape), dataclasses.replace(model, dtype=jnp.bfloat16)
+    text = lower_gradients(mesh, half, params, make_rows(32))[0].as_text()
+    assert "bf16" in text and len(re.findall("stablehlo.reduce_scatter", text)) > 20
+    # Counts of rows and tokens are whole numbers.
+    assert set(SUM.findall(text)) <= {"f32", "i32"} and SUM.findall(text).count("f32") > 20
+
+    def sums(a):
+        return jax.lax.psum_scatter(a, "data", tiled=True), jax.lax.psum(a, "data")
+
+    rows = jax.sharding.PartitionSpec("data")
+    whole = jax.sharding.PartitionSpec()
+    rough = jax.shard_map(sums, mesh=mesh, in_specs=rows, out_specs=(rows, whole), check_vma=False)
+    control = jax.jit(rough).lower(jnp.zeros((64, 2), jnp.bfloat16)).as_text()
+    assert SUM.findall(control) == ["bf16", "bf16"]
 
 
 @pytest.mark.slow

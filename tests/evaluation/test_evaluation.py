@@ -14,7 +14,7 @@ from data_helpers import BOS, EOS, byte_tokenizer, word_tokenizer
 from flax import nnx
 from ml_collections import ConfigDict
 
-from rag_jax import data, models, rag
+from rag_jax import data, evaluate, models, rag
 from rag_jax.distributed import sharding
 from rag_jax.evaluation import evaluation, metrics
 
@@ -265,13 +265,13 @@ def test_an_index_on_disk_changes_nothing_and_is_used_again(folder, tmp_path, mo
     params = {"retriever": params["retriever"]}
     expected = evaluation.evaluate(model, params, rows)
     assert evaluation.evaluate(model, params, rows, tmp_path / "index") == expected
-    embed, made = evaluation.retrieval.embed, []
+    embed, made = evaluation.search.embed, []
 
     def counted(*inputs, label, **options):
         made.append(label)
         return embed(*inputs, label=label, **options)
 
-    monkeypatch.setattr(evaluation.retrieval, "embed", counted)
+    monkeypatch.setattr(evaluation.search, "embed", counted)
     assert evaluation.evaluate(model, params, rows, tmp_path / "index") == expected
     assert made == ["queries"]
 
@@ -325,7 +325,7 @@ def test_the_record_is_flat_and_says_what_it_means(folder, tmp_path):
     assert "nats per answer token" in read["definitions"]["eval/answer_nll"] and "best_by" not in read
     by_row = path.with_suffix(".rows.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in by_row] == lines
-    shown = evaluation.table(content)
+    shown = evaluate.table(content)
     assert "eval/mrr@10" in shown and "0.2500   0.1000 to 0.4000" in shown
     other = evaluation.record(result, dataclasses.replace(rows, metric="map@100"), build()[0], 12)
     assert other["best_by"] == "eval/map@100"

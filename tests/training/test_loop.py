@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from command import ROOT, TINY, TINY_STEPS, TINY_VALUES, call, environment, run, run_here, words
 
-from rag_jax import config, data, hf, models
-from rag_jax import pair as runs
+from rag_jax import config, data, hf, models, pair
 from rag_jax.errors import UserError
 from rag_jax.models import flops
 from rag_jax.training import optim, setup, signals
@@ -46,8 +45,8 @@ def state_of(workdir, step, cache):
     """Every array of a checkpoint, by path."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAG_JAX_CACHE", str(cache))
-        opened = runs.open_pair(config.load_workdir(workdir), workdir)
-        abstract = runs.abstract_params(opened)
+        opened = pair.open_pair(config.load_workdir(workdir), workdir)
+        abstract = pair.abstract_params(opened)
         optimizer = optim.make_optimizer(opened.config.optimizer, opened.config.total_steps, abstract)
         moments = jax.eval_shape(optimizer.init, abstract)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -176,9 +175,20 @@ OBJECTIVES = [
 ]
 
 
+def params_before_and_after(workdir, cache):
+    """Of each model, by path: as it came in, and as the run has saved it at its last step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAG_JAX_CACHE", str(cache))
+        opened = pair.open_pair(config.load_workdir(workdir))
+        before = pair.pretrained_params(opened)
+        with checkpoint.Checkpoints(workdir) as checkpoints:
+            after = checkpoints.restore({"params": pair.abstract_params(opened)})["params"]
+    return {role: (checkpoint.flatten(before[role]), checkpoint.flatten(after[role])) for role in before}
+
+
 @pytest.mark.parametrize("changes", OBJECTIVES)
 def test_every_objective_trains(cache, tmp_path, changes):
-    """What is not named is not there, what is not used stays as it is."""
+    """What is used learns, what is not named is not there, what is not used stays as it is, bit for bit."""
     workdir = tmp_path / "run"
     values = {"total_steps": 2, "eval__every_steps": 0} | changes
     printed = run_here(cache, "main", f"--config={TINY}", f"--workdir={workdir}", **values)
@@ -187,6 +197,13 @@ def test_every_objective_trains(cache, tmp_path, changes):
     assert ("loss/marginal" in losses[0]) == (changes.get("objective__name") != "none")
     assert (" 0% trained" in printed) == (changes == {"objective__name": "none"})
     assert ("\ngenerator " in printed) == ("generator__path" not in changes or changes["generator__path"] is not None)
+    used = {"retriever"} if changes.get("objective__name") == "none" else {"retriever", "generator"}
+    for line in losses:
+        norms = {name for name in line if name.startswith("optim/grad_norm_") and line[name] > 0}
+        assert norms == {f"optim/grad_norm_{role}" for role in used}
+    for role, (before, after) in params_before_and_after(workdir, cache).items():
+        equal = [np.array_equal(before[path], after[path]) for path in before]
+        assert sum(equal) < len(equal) / 2 if role in used else all(equal), role
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Numbers that are none end a run or are skipped, losses that leap are noted, and a step can be taken apart again."""
+"""Non-finite numbers end a run or are skipped, loss spikes are noted, and a step can be taken apart again."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ def test_good_numbers_pass(tmp_path):
 def test_a_number_that_is_none_ends_the_run_with_its_rows_in_a_file(tmp_path, name):
     numbers = {"loss/total": 1.0, "optim/grad_norm": 2.0} | {name: math.inf}
     told = (
-        rf"{name} is inf at step 3; nothing of it was saved. .*step_3.json has its rows, and python -m rag_jax.replay "
+        rf"{name} is inf at step 3; that step was not saved. .*step_3.json has its rows, and python -m rag_jax.replay "
     )
     with pytest.raises(UserError, match=told):
         guard(tmp_path).check(3, numbers)
@@ -65,13 +65,13 @@ def test_so_many_updates_may_be_skipped_in_a_run_those_before_included(tmp_path)
 def test_leaps_are_those_above_the_median_of_the_lines_written_lately():
     rng = np.random.default_rng(0)
     written = [*rng.uniform(0.5, 1.5, 100), None]
-    leaps = watch.Leaps(3.0, written)
+    leaps = watch.Spikes(3.0, written)
     median = statistics.median(written[-1 - watch.WINDOW : -1])
     assert leaps.ratio(2.9 * median) is None
     assert leaps.ratio(3.1 * median) == pytest.approx(3.1)
     assert leaps.ratio(NAN) is None
-    assert watch.Leaps(0.0, written).ratio(1e9) is None
-    assert watch.Leaps(3.0, written[: watch.FEWEST - 1]).ratio(1e9) is None
+    assert watch.Spikes(0.0, written).ratio(1e9) is None
+    assert watch.Spikes(3.0, written[: watch.FEWEST - 1]).ratio(1e9) is None
 
 
 def test_a_skipped_update_changes_nothing_but_the_step():
@@ -153,7 +153,7 @@ def test_a_run_that_fails_says_where_and_the_step_can_be_taken_apart(failed):
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
     found = json.loads(next((folder / "run" / "failed").glob("step_*.json")).read_text())
     step = found["step"]
-    assert f"at step {step}; nothing of it was saved" in ended.stderr.splitlines()[-1]
+    assert f"at step {step}; that step was not saved" in ended.stderr.splitlines()[-1]
     assert 5 in found["rows"] and set(found["not_finite"]) >= {"loss/total", "optim/grad_norm"}
     saved = max((int(path.name) for path in (folder / "run" / "checkpoints").glob("[0-9]*")), default=0)
     assert saved < step

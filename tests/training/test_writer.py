@@ -9,7 +9,7 @@ import pytest
 
 from rag_jax.errors import UserError
 from rag_jax.training import writer as writers
-from rag_jax.training.writer import Progress, Writer
+from rag_jax.training.writer import Progress, open_writer
 
 
 def lines(workdir):
@@ -25,26 +25,26 @@ def scalars(workdir, as_list=False):
 
 
 def test_lines_are_on_disk_at_once_with_the_names_given(tmp_path):
-    writer = Writer(tmp_path / "run")
-    writer.train(1, {"loss/total": jax.numpy.float32(0.5), "optim/learning_rate": 1e-4})
+    writer = open_writer(tmp_path / "run")
+    writer.write(1, {"loss/total": jax.numpy.float32(0.5), "optim/learning_rate": 1e-4})
     assert lines(tmp_path / "run") == [{"step": 1, "loss/total": 0.5, "optim/learning_rate": 1e-4}]
-    writer.evaluation(1, {"eval/recall@1": 0.25, "eval/em": None})
+    writer.write(1, {"eval/recall@1": 0.25, "eval/em": None})
     assert lines(tmp_path / "run")[1] == {"step": 1, "eval/recall@1": 0.25}
     writer.close()
     assert scalars(tmp_path / "run")["eval/recall@1"] == {1: 0.25}
 
 
 def test_going_on_takes_out_what_was_written_about_later_steps(tmp_path):
-    with Writer(tmp_path) as writer:
+    with open_writer(tmp_path) as writer:
         for step in range(1, 6):
-            writer.train(step, {"loss/total": step})
-        writer.evaluation(3, {"eval/mrr@10": 0.3})
-        writer.evaluation(5, {"eval/mrr@10": 0.5})
+            writer.write(step, {"loss/total": step})
+        writer.write(3, {"eval/mrr@10": 0.3})
+        writer.write(5, {"eval/mrr@10": 0.5})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "loss/to')
-    with Writer(tmp_path, start_step=3) as writer:
+    with open_writer(tmp_path, start_step=3) as writer:
         for step in range(4, 7):
-            writer.train(step, {"loss/total": 10 + step})
+            writer.write(step, {"loss/total": 10 + step})
     train = [(line["step"], line["loss/total"]) for line in lines(tmp_path) if "loss/total" in line]
     assert train == [(1, 1), (2, 2), (3, 3), (4, 14), (5, 15), (6, 16)]
     assert [line["step"] for line in lines(tmp_path) if "eval/mrr@10" in line] == [3]
@@ -58,37 +58,37 @@ def test_every_step_stands_there_once_after_any_number_of_kills(tmp_path, monkey
     killed, resumed = [], 0
     for start, clock in enumerate([2e9, 1.9e9, 1.9e9, 1.8e9]):
         monkeypatch.setattr(writers.time, "time", lambda clock=clock: clock)
-        writer = Writer(tmp_path, start_step=resumed)
+        writer = open_writer(tmp_path, start_step=resumed)
         for step in range(resumed + 1, resumed + 6):
-            writer.train(step, {"loss/total": 100 * start + step})
+            writer.write(step, {"loss/total": 100 * start + step})
         killed.append(writer)
         resumed += 3
-        with open(tmp_path / "metrics.jsonl", "ab") as file, open(killed[-1]._board.name, "ab") as board:
+        with open(tmp_path / "metrics.jsonl", "ab") as file, open(killed[-1].sinks[1]._file.name, "ab") as board:
             file.write(b'{"step": 3, "lo\xff')
             board.write(b"\x18\x00\x00")
     expected = {1: 1, 2: 2, 3: 3, 4: 104, 5: 105, 6: 106, 7: 207, 8: 208, 9: 209}
     expected |= {step: 300 + step for step in range(10, 15)}
-    Writer(tmp_path, start_step=14).close()
+    open_writer(tmp_path, start_step=14).close()
     assert {line["step"]: line["loss/total"] for line in lines(tmp_path)} == expected
     assert len(lines(tmp_path)) == len(expected)
     assert scalars(tmp_path, as_list=True)["loss/total"] == list(expected.items())
 
 
 def test_what_a_full_disk_does_not_take_is_one_clear_line(tmp_path, monkeypatch):
-    writer = Writer(tmp_path)
-    writer._file.close()
+    writer = open_writer(tmp_path)
+    writer.sinks[0].close()
     with open("/dev/full", "wb", buffering=0) as full:
-        writer._file = full
+        writer.sinks[0]._file = full
         with pytest.raises(UserError, match="/dev/full: No space left on device"):
-            writer.train(1, {"loss/total": 1.0})
+            writer.write(1, {"loss/total": 1.0})
 
 
 def test_a_run_that_begins_anew_keeps_nothing_of_the_one_before(tmp_path):
-    with Writer(tmp_path) as writer:
-        writer.evaluation(0, {"eval/mrr@10": 0.1})
-        writer.train(1, {"loss/total": 1})
-    with Writer(tmp_path) as writer:
-        writer.evaluation(0, {"eval/mrr@10": 0.2})
+    with open_writer(tmp_path) as writer:
+        writer.write(0, {"eval/mrr@10": 0.1})
+        writer.write(1, {"loss/total": 1})
+    with open_writer(tmp_path) as writer:
+        writer.write(0, {"eval/mrr@10": 0.2})
     assert lines(tmp_path) == [{"step": 0, "eval/mrr@10": 0.2}]
     assert scalars(tmp_path)["eval/mrr@10"] == {0: pytest.approx(0.2)}
     assert not scalars(tmp_path).get("loss/total"), (
@@ -97,8 +97,8 @@ def test_a_run_that_begins_anew_keeps_nothing_of_the_one_before(tmp_path):
 
 
 def test_a_loss_that_is_no_number_leaves_valid_json(tmp_path):
-    with Writer(tmp_path) as writer:
-        writer.train(1, {"loss/total": float("nan"), "optim/grad_norm": float("inf")})
+    with open_writer(tmp_path) as writer:
+        writer.write(1, {"loss/total": float("nan"), "optim/grad_norm": float("inf")})
 
     def refuse(name):
         raise ValueError(name)
@@ -107,9 +107,29 @@ def test_a_loss_that_is_no_number_leaves_valid_json(tmp_path):
     assert json.loads(text, parse_constant=refuse) == {"step": 1, "loss/total": None, "optim/grad_norm": None}
 
 
+def test_a_tracker_is_a_class_and_a_row(tmp_path, monkeypatch):
+    told = []
+
+    class Dummy:
+        def __init__(self, workdir, start_step):
+            told.append((workdir, start_step))
+
+        def write(self, step, scalars):
+            told.append((step, scalars))
+
+        def close(self):
+            told.append("closed")
+
+    monkeypatch.setattr(writers, "SINKS", (*writers.SINKS, Dummy))
+    with open_writer(tmp_path, start_step=4) as writer:
+        writer.write(5, {"loss/total": jax.numpy.float32(0.5), "eval/em": None})
+    assert told == [(tmp_path, 4), (5, {"loss/total": 0.5}), "closed"]
+    assert lines(tmp_path) == [{"step": 5, "loss/total": 0.5}]
+
+
 def test_other_processes_write_nothing(tmp_path):
-    with Writer(tmp_path / "run", active=False) as writer:
-        writer.train(1, {"loss/total": 1.0})
+    with open_writer(tmp_path / "run", active=False) as writer:
+        writer.write(1, {"loss/total": 1.0})
     assert not (tmp_path / "run").exists()
 
 
