@@ -140,7 +140,7 @@ KEYS: dict[str, Key] = {
         int, at_least(1), "K, passages the generator reads for a query; at most all of its group's"
     ),
     "objective.negatives": Key(
-        int, at_least(0), "H, further passages that each query brings, of data.columns.negative or mined; 0: none"
+        int, at_least(0), "J, further passages that each query brings, from data.columns.negative or mined; 0: none"
     ),
     "objective.temperature": Key(float, positive, "divides the cosine in the contrastive loss"),
     "objective.marginal_temperature": Key(float, positive, "divides the cosine in the marginal"),
