@@ -36,7 +36,7 @@ def train(config: Config, workdir: pathlib.Path) -> int:
         training = setup.build(config, workdir, mesh, start_step)
         say(training, announce.summary(training, start_step))
         if start_step:
-            was = configs.load_workdir(workdir).total_steps
+            was = configs.flat(configs.load_workdir(workdir))["total_steps"]
             if line := announce.rate_change(config.optimizer, start_step, was, config.total_steps):
                 say(training, line)
         inputs = provenance.of_run(config, training.examples)
