@@ -52,6 +52,7 @@ def export(loaded: Any, workdir: pathlib.Path, out: pathlib.Path, step: str | in
         found = checkpoints.find(step)
         params = checkpoints.restore({"params": pair.abstract_params(opened)}, found)["params"]
     out = out.resolve()  # a link to an empty folder stays one
+    out.parent.mkdir(parents=True, exist_ok=True)
     with _told(out), files.folder_at_once(out) as made:
         for role, source in opened.sources.items():
             folder = made / role

@@ -266,7 +266,7 @@ def test_an_export_goes_nowhere_but_into_a_new_or_empty_folder(tmp_path, monkeyp
     class One:
         """The one checkpoint of a run; it takes long enough for somebody to use the folder."""
 
-        def __init__(self, *_):
+        def __init__(self, *_, **__):
             pass
 
         def __enter__(self):

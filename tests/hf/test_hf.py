@@ -638,7 +638,7 @@ def test_hub_names_that_are_not_there(hub, random_model):
     (snapshot / weights.SINGLE).unlink()
     assert folders._cached("someone/half") is None
     with pytest.raises(
-        UserError, match="not whole in the hub's cache: .* holds no weights; needed.* connect and run again"
+        UserError, match="not complete in the hub's cache: .* holds no weights; needed.* connect and run again"
     ):
         open_model("someone/half")
 

@@ -403,7 +403,7 @@ def test_parts_of_keys_add_up_to_all_of_them(kind):
 
     def whole(query, key, value):
         keys_values = (jnp.swapaxes(key, -1, -2), value)
-        return layers.attend(query, [(keys_values, layers.Seen(real))])
+        return layers.attend(query, [(keys_values, layers.Seen(jnp.asarray(real)))])
 
     def parts(query, key, value):
         grouped, found = (query * 4**-0.5).reshape(2, 2, 12, 4), []

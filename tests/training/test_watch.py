@@ -105,7 +105,7 @@ def test_a_skipped_update_changes_nothing_but_the_step():
     assert int(optim.updates_done(state.opt_state)) == 2
     # The same update as right after the first: the skipped one left no trace.
     again, _ = step(
-        jax.device_put(dataclasses.replace(before, step=np.int32(1)), places), sharding.put_batch(mesh, good, 32)
+        jax.device_put(dataclasses.replace(before, step=np.int32(1)), places), sharding.put_batch(mesh, good, 32), None
     )
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), jax.device_get(again.params))
 

@@ -318,8 +318,7 @@ import sys, time
 from rag_jax import cli
 def main():
     import jax.numpy as jnp, numpy as np
-    from rag_jax.evaluation.metrics import HIGHER_IS_BETTER
-from rag_jax.workdir.checkpoint import Checkpoints
+    from rag_jax.workdir.checkpoint import Checkpoints
     arrays = {str(n): jnp.asarray(np.random.default_rng(n).normal(size=(300, 300))) for n in range(8)}
     checkpoints = Checkpoints(sys.argv[1], keep=9)
     for step in range(1, 9):
@@ -352,8 +351,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_ones_before(tmp_path):
 def test_a_process_killed_while_it_saves_leaves_the_finished_ones(tmp_path):
     program = textwrap.dedent("""
         import sys, jax.numpy as jnp
-        from rag_jax.evaluation.metrics import HIGHER_IS_BETTER
-from rag_jax.workdir.checkpoint import Checkpoints
+        from rag_jax.workdir.checkpoint import Checkpoints
         checkpoints = Checkpoints(sys.argv[1], keep=100)
         for step in range(1, 1000):
             tree = {"kernel": jnp.full((1024, 1024), float(step))}
