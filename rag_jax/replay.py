@@ -13,6 +13,9 @@ from typing import Any
 from rag_jax import cli, config
 from rag_jax.errors import UserError
 
+# Of the embeddings of a row's texts.
+NORMS = ("|query|", "|passage|", "|negatives|")
+
 
 def main() -> None:
     flags = cli.parser("replay", __doc__)
@@ -98,7 +101,8 @@ def row_lines(training: Any, params: Any, batch: Any, dropout_seed: int | None, 
 
     key = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), step)
     terms = jax.jit(functools.partial(row_terms, training.opened.model))(params, batch, key)
-    terms = {name: np.asarray(terms[name]) for name in sorted(terms, key=lambda name: (name[0] != "|", name))}
+    first = [name for name in NORMS if name in terms]  # the terms of the loss behind them
+    terms = {name: np.asarray(terms[name]) for name in [*first, *(name for name in terms if name not in NORMS)]}
     lines = ["row      " + "  ".join(f"{name:>16}" for name in terms)]
     for place, row in enumerate(batch.row):
         shown = "  ".join(f"{values[place]:>16.6g}" for values in terms.values())
@@ -122,9 +126,9 @@ def row_terms(model: Any, params: Any, batch: Any, key: Any) -> dict[str, Any]:
     norms, embs, keys = {}, None, rag.row_keys(model, batch, key)
     if model.objective.uses_retriever:
         embs = rag.embed(model, params, batch, keys)
-        for name, emb in zip(("query", "passage", "negatives"), embs, strict=True):
+        for name, emb in zip(NORMS, embs, strict=True):
             if emb is not None:
-                norms[f"|{name}|"] = jnp.linalg.norm(emb, axis=-1).reshape(len(emb), -1).mean(axis=1)
+                norms[name] = jnp.linalg.norm(emb, axis=-1).reshape(len(emb), -1).mean(axis=1)
     return norms | {name: term.nats_B for name, term in rag.terms(model, params, batch, embs, keys).items()}
 
 
