@@ -176,8 +176,9 @@ def encode(
 def normalised(emb_nE: Float[Array, "n E"]) -> Float[Array, "n E"]:
     """Each row divided by its norm. A row of zeros stays zeros, with a zero gradient where that of its norm is NaN."""
     square_n1 = jnp.sum(emb_nE**2, axis=-1, keepdims=True)
-    norm_n1 = jnp.sqrt(jnp.where(square_n1 > 0, square_n1, 1.0))
-    return jnp.where(square_n1 > 0, emb_nE / jnp.maximum(norm_n1, 1e-12), 0.0)
+    is_zero_n1 = square_n1 == 0  # asked like this, NaN stays NaN
+    norm_n1 = jnp.sqrt(jnp.where(is_zero_n1, 1.0, square_n1))
+    return jnp.where(is_zero_n1, 0.0, emb_nE / jnp.maximum(norm_n1, 1e-12))
 
 
 def joined(own_g: Shaped[Array, "g ..."], negatives_gJ: Shaped[Array, "g J ..."] | None) -> Shaped[Array, "p ..."]:

@@ -373,6 +373,7 @@ def test_a_row_of_zeros_has_a_zero_embedding_and_a_zero_gradient():
     gradient = np.asarray(jax.grad(total)(hidden))
     assert np.isfinite(gradient).all() and np.abs(gradient[1]).max() > 0
     np.testing.assert_array_equal(gradient[0], 0)
+    assert np.isnan(rag.normalised(jnp.asarray([[jnp.nan, 1.0]]))).all(), "what is non-finite must show"
 
 
 def test_blocks_of_rows_are_few_whatever_the_number_of_rows():
