@@ -12,14 +12,12 @@ import pathlib
 import statistics
 import time
 
-import numpy as np
-
-from rag_jax import cli  # isort: skip (first: it quiets the others)
 import jax
+import numpy as np
 import torch
 import transformers
 
-from rag_jax import config, data, pair
+from rag_jax import cli, config, data, pair
 from rag_jax.data import segments
 from rag_jax.inference import answering
 

@@ -13,12 +13,10 @@ import pathlib
 import time
 
 import numpy as np
-
-from rag_jax import cli  # isort: skip (first: it quiets the others)
 import torch
 import transformers
 
-from rag_jax import config, pair
+from rag_jax import cli, config, pair
 from rag_jax.evaluation import evaluation
 
 ROOT = pathlib.Path(__file__).parent.parent

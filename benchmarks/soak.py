@@ -34,13 +34,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from rag_jax import cli  # isort: skip (first: it quiets the others)
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rag_jax import data
+from rag_jax import cli, data
 from rag_jax.training import setup
 from rag_jax.workdir import checkpoint
 

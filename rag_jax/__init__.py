@@ -63,24 +63,24 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
 def load(folder: str | os.PathLike[str], step: int | str | None = None, config: Any = None) -> "Trained":
     """The pair of a run's folder, at `step` (a number, "best" or "latest"), or of a folder that `export` wrote.
 
-    An export holds the models, not how they are asked: give the run's `config`, or copy its config.json there.
-    UserError for a folder that is neither.
+    An export is read by the config that it holds, or by `config` in its place. UserError for a folder that is neither.
     """
     from rag_jax import config as configs
     from rag_jax import pair
     from rag_jax.distributed import compile_cache
     from rag_jax.errors import UserError
     from rag_jax.inference.trained import Trained
-    from rag_jax.workdir.checkpoint import Checkpoints
+    from rag_jax.objectives import ROLES
+    from rag_jax.training import setup
 
     folder = pathlib.Path(folder)
-    exported = {f"{role}.path": str(folder / role) for role in pair.ROLES if (folder / role).is_dir()}
+    exported = {f"{role}.path": str(folder / role) for role in ROLES if (folder / role).is_dir()}
     if not exported and not (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds neither a run nor an export; give the folder of one")
     if exported and step is not None:
         raise UserError(f"step={step}: an export has no steps; leave it out, or give the folder of the run")
     if exported and config is None and not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: an export does not say how it is asked; give config=, the config of its run")
+        raise UserError(f"{folder}: holds no config.json; give config=, the config of its run")
     if not exported and config is not None:
         raise UserError(f"config=...: {folder} is a run, which has a config of its own; leave it out")
     compile_cache.keep_compiled()
@@ -89,7 +89,5 @@ def load(folder: str | os.PathLike[str], step: int | str | None = None, config: 
         opened = pair.open_pair(configs.build(configs.flat(loaded), exported))
         return Trained(opened, pair.pretrained_params(opened), 0)
     opened = pair.open_pair(loaded, folder)
-    with Checkpoints(folder) as checkpoints:
-        found = checkpoints.find(step)
-        params = checkpoints.restore({"params": pair.abstract_params(opened)}, found)["params"]
+    found, params = setup.saved_params(opened, folder, step)
     return Trained(opened, params, found)

@@ -7,7 +7,7 @@
     python -m rag_jax.ask --config=FILE.py --models=DIR "a question"               # those of an export
 
 The passages are those of the run's data.train, data.eval and data.passages, or of --passages. They are embedded once;
-what they were embedded to is kept and found again by the same retriever.
+the embeddings are kept on disk and reused by the same retriever.
 """
 
 import argparse
@@ -20,19 +20,18 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
-from rag_jax import cli, data
+from rag_jax import cli, data, untrusted
 from rag_jax.data import rows, segments
 from rag_jax.errors import UserError
-from rag_jax.evaluation.metrics import HIGHER_IS_BETTER
-from rag_jax.inference import answering
-from rag_jax.objectives import OBJECTIVES
-from rag_jax.workdir import checkpoint
+from rag_jax.objectives import OBJECTIVES, ROLES
 
-# Questions of a file that are answered at a time.
-BATCH_SIZE = 8
+if TYPE_CHECKING:
+    from rag_jax.inference.answering import Decoding
+    from rag_jax.inference.trained import Answer, Trained
+
 DEFINITIONS = {
     "probability": "p(passage | question) = softmax(cosine / objective.marginal_temperature) over the passages read",
     "evidence": "posterior share of the passage: p(passage | question, answer) for decoding=sequence; for token "
@@ -63,26 +62,33 @@ def main() -> None:
     questions = given_questions(args, loaded)
     passages = corpus(args, loaded)
     say: Callable[[str], None] = functools.partial(print, file=sys.stderr if args.json else sys.stdout, flush=True)
-    if (K := candidates_of(args, loaded)) > len(passages):
+    decoding = args.decoding or OBJECTIVES[loaded.objective.name].likelihood
+    K = 1 if decoding == "top1" else args.candidates or loaded.objective.candidates
+    if K > len(passages):
         say(f"K = {K} is cut to the {len(passages)} passages there are")
 
     pairs = open_pairs(args, loaded, passages, say)
-    settings = settings_of(args, loaded, pairs, 1 if questions is None else min(BATCH_SIZE, len(questions)))
+    how = how_to_decode(args, loaded, decoding, pairs)
     answered = []
-    for batch in batches(questions, settings.batch_size) if questions else ([q] for q in typed(say)):
-        for found in ask(pairs, batch, settings):
-            answered.append(found)
+    for asked in [questions] if questions else ([question] for question in typed(say)):
+        answers = (pair.answers(asked, how, candidates=K, seed=args.seed) for pair in pairs.values())
+        for question, *of_pairs in zip(asked, *answers, strict=True):
+            records = dict(zip(pairs, map(record, of_pairs), strict=True))
+            answered.append({"question": question} | (records if args.compare else records.popitem()[1]))
             if not args.json:
-                print(report(found, questions is None or len(questions) > 1), flush=True)
+                print(report(answered[-1], questions is None or len(questions) > 1), flush=True)
     if not answered:
         raise UserError("no question: give one, --questions=FILE, or lines on stdin")
     if args.json:
-        record = described(args, pairs, settings) | (answered[0] if args.question else {"answers": answered})
-        print(json.dumps(record, ensure_ascii=False))
-
-
-def batches(questions: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    return (questions[start : start + size] for start in range(0, len(questions), size))
+        internal = ("likelihood", "eos_id")
+        named = {name: value for name, value in dataclasses.asdict(how).items() if name not in internal}
+        content = {
+            "step": list(pairs.values())[-1].step,
+            "decoding": {"name": decoding, **named, "seed": args.seed},
+            "counts": {"passages": len(passages), "candidates": min(K, len(passages))},
+            "definitions": DEFINITIONS,
+        }
+        print(json.dumps(content | (answered[0] if args.question else {"answers": answered}), ensure_ascii=False))
 
 
 def check_flags(args: argparse.Namespace, loaded: Any) -> None:
@@ -107,7 +113,7 @@ def check_flags(args: argparse.Namespace, loaded: Any) -> None:
         )
     if args.top_p < 1 and args.temperature == 0:
         raise UserError(f"--top-p={args.top_p}: goes with --temperature above 0")
-    for role in ("retriever", "generator"):
+    for role in ROLES:
         if loaded[role].path is None:
             raise UserError(f"{role}.path=None: asking takes a retriever and a generator")
 
@@ -127,7 +133,7 @@ def given_questions(args: argparse.Namespace, loaded: Any) -> list[str] | None:
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: is not UTF-8 text ({error.reason}); save it as such") from None
     else:
-        raise UserError(f"{where}: no such file; mend the path")
+        raise UserError(f"{where}: no such file; fix the path")
     found = [text.strip() for text in texts if text.strip()]
     if not found:
         raise UserError(f"{where}: holds no question")
@@ -137,10 +143,8 @@ def given_questions(args: argparse.Namespace, loaded: Any) -> list[str] | None:
 def checked(question: str, where: str) -> str:
     if not question.strip():
         raise UserError(f"{where} is empty; ask something")
-    try:
-        question.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where} holds half a character (a lone surrogate); mend its encoding") from None
+    if not untrusted.is_unicode(question):
+        raise UserError(f"{where} holds half a character (a lone surrogate); fix its encoding")
     return question.strip()
 
 
@@ -177,15 +181,9 @@ def corpus(args: argparse.Namespace, loaded: Any) -> tuple[str, ...]:
     return passages
 
 
-def candidates_of(args: argparse.Namespace, loaded: Any) -> int:
-    if args.decoding == "top1":
-        return 1
-    return loaded.objective.candidates if args.candidates is None else args.candidates
+def how_to_decode(args: argparse.Namespace, loaded: Any, decoding: str, pairs: "dict[str, Trained]") -> "Decoding":
+    from rag_jax.inference.answering import Decoding
 
-
-def settings_of(
-    args: argparse.Namespace, loaded: Any, pairs: dict[str, answering.Answerer], batch_size: int
-) -> answering.Settings:
     source = next(iter(pairs.values())).opened.sources["generator"]
     num_tokens = loaded.data.answer_len if args.max_tokens is None else args.max_tokens
     prompt_len = loaded.data.prompt_passage_len + loaded.data.prompt_query_len
@@ -194,8 +192,8 @@ def settings_of(
             f"--max-tokens={num_tokens}: behind a prompt of {prompt_len} tokens, generator.path={source.path!r} has "
             f"{source.model_config.max_positions - prompt_len} positions left; lower it"
         )
-    decoding = answering.Decoding(
-        likelihood={"top1": "token"}.get(decoding := decoding_of(args, loaded), decoding),
+    return Decoding(
+        likelihood="token" if decoding == "top1" else decoding,
         num_tokens=num_tokens,
         eos_id=segments.eos_id(source.tokenizer),
         num_beams=args.beams,
@@ -203,70 +201,44 @@ def settings_of(
         temperature=args.temperature,
         top_p=args.top_p,
     )
-    return answering.Settings(decoding, candidates_of(args, loaded), batch_size, args.seed)
-
-
-def decoding_of(args: argparse.Namespace, loaded: Any) -> str:
-    return args.decoding or OBJECTIVES[loaded.objective.name].likelihood
 
 
 def open_pairs(
     args: argparse.Namespace, loaded: Any, passages: tuple[str, ...], say: Callable[[str], None]
-) -> dict[str, answering.Answerer]:
+) -> "dict[str, Trained]":
     """The models that are asked, by what they are called; with --compare two of them."""
     from rag_jax import pair  # here: it takes seconds to load, and everything above answers at once
     from rag_jax.distributed import compile_cache
+    from rag_jax.inference.trained import Trained
+    from rag_jax.training import setup
 
     compile_cache.keep_compiled()
-
-    def answerer(opened: Any, params: dict, step: int) -> Any:
-        began = time.monotonic()
-        emb, found = answering.corpus_emb(opened, params, passages)
-        if not found:
-            say(f"{len(passages):,} passages embedded in {time.monotonic() - began:.1f} s")
-        return answering.Answerer(opened, params, step, passages, emb)
-
     pairs = {}
     if args.workdir is None or args.compare:
         opened = pair.open_pair(loaded)
-        pairs["untrained"] = answerer(opened, pair.pretrained_params(opened), 0)
+        pairs["untrained"] = Trained(opened, pair.pretrained_params(opened), 0)
     if args.workdir is not None:
         opened = pair.open_pair(loaded, args.workdir)
-        with checkpoint.Checkpoints(args.workdir, higher_is_better=HIGHER_IS_BETTER) as checkpoints:
-            step = checkpoints.find(args.step)
-            params = checkpoints.restore({"params": pair.abstract_params(opened)}, step)["params"]
-        pairs["trained"] = answerer(opened, params, step)
+        step, params = setup.saved_params(opened, args.workdir, args.step)
+        pairs["trained"] = Trained(opened, params, step)
+    for trained in pairs.values():
+        began = time.monotonic()
+        if not trained.use(passages):
+            say(f"{len(passages):,} passages embedded in {time.monotonic() - began:.1f} s")
     return pairs
 
 
-def ask(
-    pairs: dict[str, answering.Answerer], questions: Sequence[str], settings: answering.Settings
-) -> Iterable[dict[str, Any]]:
-    """One record a question; of several pairs each one's under its name."""
-    if len(pairs) == 1:
-        (pair,) = pairs.values()
-        return [
-            {"question": q} | found
-            for q, found in zip(questions, answering.ask(pair, questions, settings), strict=True)
-        ]
-    found = {name: answering.ask(pair, questions, settings) for name, pair in pairs.items()}
-    return [{"question": q} | {name: found[name][i] for name in found} for i, q in enumerate(questions)]
-
-
-def described(
-    args: argparse.Namespace, pairs: dict[str, answering.Answerer], settings: answering.Settings
-) -> dict[str, Any]:
-    """What the record says of how its answers were made."""
-    pair = list(pairs.values())[-1]
-    how = decoding_of(args, pair.opened.config)
-    decoding = {"name": how} | dataclasses.asdict(settings.decoding) | {"seed": settings.seed}
-    for internal in ("likelihood", "eos_id"):
-        del decoding[internal]
+def record(answer: "Answer") -> dict[str, Any]:
+    """An answer for --json."""
+    columns = {"cosine": answer.cosine, "probability": answer.doc_probs, "evidence": answer.evidence}
     return {
-        "step": pair.step,
-        "decoding": decoding,
-        "counts": {"passages": len(pair.passages), "candidates": min(settings.candidates, len(pair.passages))},
-        "definitions": DEFINITIONS,
+        "answer": answer.answer,
+        "log_prob": answer.log_prob,
+        "tokens": answer.num_tokens,
+        "passages": [
+            {"passage": passage} | {name: float(values[k]) for name, values in columns.items()}
+            for k, passage in enumerate(answer.passages)
+        ],
     }
 
 

@@ -14,16 +14,23 @@ from typing import Any, NoReturn, get_args
 
 from rag_jax import config, untrusted
 from rag_jax.errors import UserError
+from rag_jax.objectives import ROLES
 
-# Read when these libraries are imported, so they stand here, and commands import `cli` before them.
-for _name, _value in {
+# For libraries that read them when they are imported.
+ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "2",  # XLA's notes; warnings from 2 on are hidden, errors never
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # "PyTorch was not found"
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_SYMLINKS_WARNING": "1",
-}.items():
-    os.environ.setdefault(_name, _value)
+}
+
+
+def prepare_environment() -> None:
+    """Settings of other libraries, those of the user kept; before jax, transformers and datasets are imported."""
+    threads = threads_for(os.environ.get("XLA_FLAGS", ""))
+    for name, value in (ENVIRONMENT | ({"NPROC": threads} if threads else {})).items():
+        os.environ.setdefault(name, value)
 
 
 def threads_for(xla_flags: str) -> str | None:
@@ -35,9 +42,6 @@ def threads_for(xla_flags: str) -> str | None:
     counts = re.findall(r"--xla_force_host_platform_device_count=(\d+)", xla_flags)
     return str(4 * int(counts[-1])) if counts and int(counts[-1]) > 1 else None
 
-
-if _threads := threads_for(os.environ.get("XLA_FLAGS", "")):
-    os.environ.setdefault("NPROC", _threads)
 
 PREFIX = "--config."
 # Errors of a path that the user gave: not bugs of ours.
@@ -110,14 +114,18 @@ def chosen_config(args: argparse.Namespace, overrides: dict[str, str]) -> Any:
 
 def _exported_paths(folder: pathlib.Path) -> dict[str, str]:
     """The config keys that name the models which `rag_jax.export` wrote to a folder."""
-    found = {f"{role}.path": str(folder / role) for role in ("retriever", "generator") if (folder / role).is_dir()}
+    found = {f"{role}.path": str(folder / role) for role in ROLES if (folder / role).is_dir()}
     if not found:
         raise UserError(f"--models={folder}: holds neither retriever nor generator; give a folder of rag_jax.export")
     return found
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command: exit with what it returns, 2 and one line for what the user can fix, 130 when interrupted."""
+    """Run a command: exit with what it returns, 2 and one line for what the user can fix, 130 when interrupted.
+
+    `main` imports what loads jax, so that the environment is prepared by then.
+    """
+    prepare_environment()
     quiet()
     try:
         code = main() or 0

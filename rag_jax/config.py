@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import difflib
+import inspect
 import json
 import math
 import pathlib
@@ -415,153 +416,125 @@ def _text_problem(name: str, value: Any) -> str | None:
 PATHS = ("data.train", "data.eval", "data.passages", "retriever.path", "generator.path")
 # (keys, whether their values go together, what is wrong otherwise and the fix), in the order in which they are told.
 _JOINT_CHECKS: list[tuple[tuple[str, ...], Callable[..., bool], str]] = []
+_BY_PARAMETER = {name.replace(".", "_"): name for name in KEYS}
 
 
-def together(*keys: str, fix: str) -> Callable[[Callable[..., bool]], Callable[..., bool]]:
-    """Registers a check of what must hold between several keys; it gets their values in this order."""
+def together(fix: str) -> Callable[[Callable[..., bool]], Callable[..., bool]]:
+    """Registers a check of what must hold between several keys: those its parameters are named after."""
 
     def register(holds: Callable[..., bool]) -> Callable[..., bool]:
+        keys = tuple(_BY_PARAMETER[parameter] for parameter in inspect.signature(holds).parameters)
         _JOINT_CHECKS.append((keys, holds, fix))
         return holds
 
     return register
 
 
-@together("group_size", "batch_size", fix="the group does not divide the batch; choose one that does")
-def groups_fill_the_batch(group_size: int, batch_size: int) -> bool:
+@together("the group does not divide the batch; choose one that does")
+def _groups_fill_the_batch(group_size: int, batch_size: int) -> bool:
     return batch_size % group_size == 0
 
 
-@together(
-    "objective.candidates", "group_size", "objective.negatives",
-    fix="a query's candidates come from its group; lower the first or raise one of the others",
-)  # fmt: skip
-def group_holds_the_candidates(candidates: int, group_size: int, negatives: int) -> bool:
-    return candidates <= group_size * (1 + negatives)
+@together("a query's candidates come from its group; lower the first or raise one of the others")
+def _group_holds_the_candidates(objective_candidates: int, group_size: int, objective_negatives: int) -> bool:
+    return objective_candidates <= group_size * (1 + objective_negatives)
 
 
-@together(
-    "objective.name", "objective.contrastive_weight", "objective.marginal_weight",
-    fix="nothing to train; raise a weight",
-)  # fmt: skip
-def something_is_trained(name: str, contrastive_weight: float, marginal_weight: float) -> bool:
-    return contrastive_weight > 0 or OBJECTIVES[name].uses_generator(marginal_weight)
-
-
-@together(
-    "objective.negatives", "batch_size", "objective.name", "objective.marginal_weight",
-    fix="a batch of one has no negatives to learn from; raise batch_size",
-)  # fmt: skip
-def the_retriever_has_negatives(negatives: int, batch_size: int, name: str, marginal_weight: float) -> bool:
-    return batch_size > 1 or negatives > 0 or OBJECTIVES[name].uses_generator(marginal_weight)
-
-
-@together(
-    "data.columns.query", "data.columns.passage", fix="every query would be its own passage; name two columns"
-)  # fmt: skip
-def query_is_not_the_passage(query: str, passage: str) -> bool:
-    return query != passage
-
-
-@together(
-    "data.columns.negative", "data.columns.passage", fix="every passage would be its own negative; name two columns"
-)  # fmt: skip
-def negative_is_not_the_passage(negative: str | None, passage: str) -> bool:
-    return negative != passage
-
-
-@together(
-    "objective.negatives", "data.columns.negative", "mining.every_steps",
-    fix="nothing says which passages a query brings; name the column of given ones, or mine them",
-)  # fmt: skip
-def negatives_come_from_somewhere(negatives: int, column: str | None, every_steps: int) -> bool:
-    return negatives == 0 or column is not None or every_steps > 0
-
-
-@together(
-    "objective.negatives", "data.columns.negative",
-    fix="no query brings a negative; raise the first, or leave the column out (None)",
-)  # fmt: skip
-def given_negatives_are_used(negatives: int, column: str | None) -> bool:
-    return negatives > 0 or column is None
-
-
-@together(
-    "objective.negatives", "objective.name",
-    fix="this objective has no negatives but the batch's; set the first to 0",
-)  # fmt: skip
-def the_objective_reads_negatives(negatives: int, name: str) -> bool:
-    return negatives == 0 or OBJECTIVES[name].reads != "strings"
-
-
-@together(
-    "objective.negatives", "objective.candidates", "objective.contrastive_weight",
-    fix="nothing reads what a query brings; raise the second or the third, or set the first to 0",
-)  # fmt: skip
-def negatives_are_read(negatives: int, candidates: int, contrastive_weight: float) -> bool:
-    return negatives == 0 or candidates > 1 or contrastive_weight > 0
-
-
-@together(
-    "generator.path", "objective.name", "objective.marginal_weight",
-    fix="this objective needs a generator; give its path",
-)  # fmt: skip
-def there_is_a_generator(path: str | None, name: str, marginal_weight: float) -> bool:
-    return path is not None or not OBJECTIVES[name].uses_generator(marginal_weight)
-
-
-@together(
-    "retriever.path", "objective.name", "objective.candidates", "objective.contrastive_weight",
-    "objective.marginal_weight",
-    fix="this objective needs a retriever; give its path",
-)  # fmt: skip
-def there_is_a_retriever(
-    path: str | None, name: str, candidates: int, contrastive_weight: float, marginal_weight: float
+@together("nothing to train; raise a weight")
+def _something_is_trained(
+    objective_name: str, objective_contrastive_weight: float, objective_marginal_weight: float
 ) -> bool:
-    return path is not None or not OBJECTIVES[name].uses_retriever(candidates, contrastive_weight, marginal_weight)
+    return objective_contrastive_weight > 0 or OBJECTIVES[objective_name].uses_generator(objective_marginal_weight)
 
 
-@together(
-    "eval.metric", "retriever.path",
-    fix="there is no retriever to measure; give its path or another metric",
-)  # fmt: skip
-def the_metric_has_its_retriever(metric: str, path: str | None) -> bool:
-    return path is not None or metric not in metrics.needing("retriever")
-
-
-@together(
-    "eval.metric", "generator.path",
-    fix="there is no generator to measure; give its path or another metric",
-)  # fmt: skip
-def the_metric_has_its_generator(metric: str, path: str | None) -> bool:
-    return path is not None or metric not in metrics.needing("generator")
-
-
-@together(
-    "eval.metric", "eval.answers", fix="no answers are generated; raise the second or choose another metric"
-)  # fmt: skip
-def the_metric_has_its_answers(metric: str, answers: int) -> bool:
-    return answers > 0 or metric not in metrics.needing("answers")
-
-
-@together("eval.patience", "eval.every_steps", fix="nothing is evaluated during the run; raise the second")
-def patience_has_evaluations(patience: int, every_steps: int) -> bool:
-    return patience == 0 or every_steps > 0
-
-
-@together(
-    "mining.every_steps", "group_size", "retriever.path", "objective.negatives", "data.columns.negative",
-    fix="mining fills groups with what a retriever takes for near; give its path and groups of several rows",
-)  # fmt: skip
-def mining_has_something_to_fill(
-    every_steps: int, group_size: int, path: str | None, negatives: int, column: str | None
+@together("a batch of one has no negatives to learn from; raise batch_size")
+def _the_retriever_has_negatives(
+    objective_negatives: int, batch_size: int, objective_name: str, objective_marginal_weight: float
 ) -> bool:
-    return every_steps == 0 or (path is not None and (group_size > 1 or (negatives > 0 and column is None)))
+    uses_generator = OBJECTIVES[objective_name].uses_generator(objective_marginal_weight)
+    return batch_size > 1 or objective_negatives > 0 or uses_generator
 
 
-@together("mesh.replica", "mesh.data", "mesh.model", fix="only one axis may be -1; give the others a number")
-def one_axis_takes_the_rest(*sizes: int) -> bool:
-    return sizes.count(-1) <= 1
+@together("every query would be its own passage; name two columns")
+def _query_is_not_the_passage(data_columns_query: str, data_columns_passage: str) -> bool:
+    return data_columns_query != data_columns_passage
+
+
+@together("every passage would be its own negative; name two columns")
+def _negative_is_not_the_passage(data_columns_negative: str | None, data_columns_passage: str) -> bool:
+    return data_columns_negative != data_columns_passage
+
+
+@together("nothing says which passages a query brings; name the column of given ones, or mine them")
+def _negatives_come_from_somewhere(
+    objective_negatives: int, data_columns_negative: str | None, mining_every_steps: int
+) -> bool:
+    return objective_negatives == 0 or data_columns_negative is not None or mining_every_steps > 0
+
+
+@together("no query brings a negative; raise the first, or leave the column out (None)")
+def _given_negatives_are_used(objective_negatives: int, data_columns_negative: str | None) -> bool:
+    return objective_negatives > 0 or data_columns_negative is None
+
+
+@together("this objective has no negatives but the batch's; set the first to 0")
+def _the_objective_reads_negatives(objective_negatives: int, objective_name: str) -> bool:
+    return objective_negatives == 0 or OBJECTIVES[objective_name].reads != "strings"
+
+
+@together("nothing reads what a query brings; raise the second or the third, or set the first to 0")
+def _negatives_are_read(
+    objective_negatives: int, objective_candidates: int, objective_contrastive_weight: float
+) -> bool:
+    return objective_negatives == 0 or objective_candidates > 1 or objective_contrastive_weight > 0
+
+
+@together("this objective needs a generator; give its path")
+def _there_is_a_generator(generator_path: str | None, objective_name: str, objective_marginal_weight: float) -> bool:
+    return generator_path is not None or not OBJECTIVES[objective_name].uses_generator(objective_marginal_weight)
+
+
+@together("this objective needs a retriever; give its path")
+def _there_is_a_retriever(
+    retriever_path: str | None, objective_name: str, objective_candidates: int, objective_contrastive_weight: float,
+    objective_marginal_weight: float,
+) -> bool:  # fmt: skip
+    weights = objective_contrastive_weight, objective_marginal_weight
+    return retriever_path is not None or not OBJECTIVES[objective_name].uses_retriever(objective_candidates, *weights)
+
+
+@together("there is no retriever to measure; give its path or another metric")
+def _the_metric_has_its_retriever(eval_metric: str, retriever_path: str | None) -> bool:
+    return retriever_path is not None or eval_metric not in metrics.needing("retriever")
+
+
+@together("there is no generator to measure; give its path or another metric")
+def _the_metric_has_its_generator(eval_metric: str, generator_path: str | None) -> bool:
+    return generator_path is not None or eval_metric not in metrics.needing("generator")
+
+
+@together("no answers are generated; raise the second or choose another metric")
+def _the_metric_has_its_answers(eval_metric: str, eval_answers: int) -> bool:
+    return eval_answers > 0 or eval_metric not in metrics.needing("answers")
+
+
+@together("nothing is evaluated during the run; raise the second")
+def _patience_has_evaluations(eval_patience: int, eval_every_steps: int) -> bool:
+    return eval_patience == 0 or eval_every_steps > 0
+
+
+@together("mining fills groups with what a retriever considers near; give its path and groups of several rows")
+def _mining_has_something_to_fill(
+    mining_every_steps: int, group_size: int, retriever_path: str | None, objective_negatives: int,
+    data_columns_negative: str | None,
+) -> bool:  # fmt: skip
+    brings = objective_negatives > 0 and data_columns_negative is None
+    return mining_every_steps == 0 or (retriever_path is not None and (group_size > 1 or brings))
+
+
+@together("only one axis may be -1; give the others a number")
+def _one_axis_takes_the_rest(mesh_replica: int, mesh_data: int, mesh_model: int) -> bool:
+    return (mesh_replica, mesh_data, mesh_model).count(-1) <= 1
 
 
 def _unknown(name: str) -> str:

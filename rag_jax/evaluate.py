@@ -22,8 +22,8 @@ def main() -> None:
 
     from rag_jax import pair
     from rag_jax.distributed import compile_cache
-    from rag_jax.evaluation import evaluation, metrics
-    from rag_jax.workdir.checkpoint import Checkpoints
+    from rag_jax.evaluation import evaluation
+    from rag_jax.training import setup
 
     compile_cache.keep_compiled()
     opened = pair.open_pair(loaded, args.workdir)
@@ -33,9 +33,7 @@ def main() -> None:
     if args.workdir is None:
         step, params = 0, pair.pretrained_params(opened)
     else:
-        with Checkpoints(args.workdir, higher_is_better=metrics.HIGHER_IS_BETTER) as checkpoints:
-            step = checkpoints.find(args.step)
-            params = checkpoints.restore({"params": pair.abstract_params(opened)}, step)["params"]
+        step, params = setup.saved_params(opened, args.workdir, args.step)
     result = evaluation.evaluate(opened.model, params, rows, args.index)
     content = evaluation.record(result, rows, opened.model, step)
     if args.workdir is not None:

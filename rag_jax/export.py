@@ -3,7 +3,7 @@
     python -m rag_jax.export --workdir=DIR --out=OUT [--step=N|best|latest] [--dtype=float32]
 
 OUT/retriever is read by `transformers.AutoModel` and `SentenceTransformer`, OUT/generator by
-`transformers.AutoModelForCausalLM`.
+`transformers.AutoModelForCausalLM`, and OUT with its config.json by `rag_jax.load`.
 """
 
 import contextlib
@@ -12,13 +12,11 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-import safetensors
-
 from rag_jax import cli, config, files, untrusted
 from rag_jax.errors import UserError
-from rag_jax.evaluation.metrics import HIGHER_IS_BETTER
-from rag_jax.workdir import checkpoint
 
+# Of the run's config: where its rows are is nobody's business, and they may be elsewhere.
+NOT_EXPORTED = {"data.train": None, "data.eval": None, "data.passages": None}
 DTYPES = ("float32", "float16", "bfloat16", "source")
 
 
@@ -46,11 +44,10 @@ def check_out(out: pathlib.Path) -> None:
 def export(loaded: Any, workdir: pathlib.Path, out: pathlib.Path, step: str | int | None, dtype: str) -> int:
     """Write all models of the config at a step; `out` appears when it is complete. Returns the step."""
     from rag_jax import hf, pair
+    from rag_jax.training import setup
 
     opened = pair.open_pair(loaded, workdir)
-    with checkpoint.Checkpoints(workdir, higher_is_better=HIGHER_IS_BETTER) as checkpoints:
-        found = checkpoints.find(step)
-        params = checkpoints.restore({"params": pair.abstract_params(opened)}, found)["params"]
+    found, params = setup.saved_params(opened, workdir, step)
     out = out.resolve()  # a link to an empty folder stays one
     out.parent.mkdir(parents=True, exist_ok=True)
     with _told(out), files.folder_at_once(out) as made:
@@ -64,12 +61,16 @@ def export(loaded: Any, workdir: pathlib.Path, out: pathlib.Path, step: str | in
                 pooling = hf.Pooling(opened.model.pooling, text.query_prefix, text.passage_prefix, longest)
             hf.save_model(source, params[role], folder, dtype, pooling)
             (folder / "README.md").write_text(card(loaded, role, found), encoding="utf-8")
+        paths = {f"{role}.path": str(out / role) for role in opened.sources}
+        files.write_whole(made / "config.json", config.to_json(config.build(config.flat(loaded), NOT_EXPORTED | paths)))
     return found
 
 
 @contextlib.contextmanager
 def _told(out: pathlib.Path) -> Iterator[None]:
     """What goes wrong in writing, in one line."""
+    import safetensors
+
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:

@@ -6,6 +6,8 @@ is checked against this table before jax is there.
 
 import dataclasses
 
+ROLES = ("retriever", "generator")
+
 
 @dataclasses.dataclass(frozen=True)
 class Formula:

@@ -11,9 +11,7 @@ from jax.sharding import Mesh
 from rag_jax import data, hf, models, rag
 from rag_jax.distributed import sharding
 from rag_jax.errors import UserError
-from rag_jax.objectives import OBJECTIVES
-
-ROLES = ("retriever", "generator")
+from rag_jax.objectives import OBJECTIVES, ROLES
 
 
 @dataclasses.dataclass(frozen=True)

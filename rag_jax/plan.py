@@ -121,8 +121,8 @@ def compile_step(loaded: Any, topology: chips.Topology) -> dict[str, Any]:
         is_leaf=lambda a: isinstance(a, tuple) and not hasattr(a, "_fields"),
     )
     used = {role: sources[role].model_config for role in setup.used_roles(opened)}
-    K, H = loaded.objective.candidates, loaded.objective.negatives
-    needed = flops.training_step(used, loaded.batch_size, K, lengths, H) / topology.devices
+    K, J = loaded.objective.candidates, loaded.objective.negatives
+    needed = flops.training_step(used, loaded.batch_size, K, lengths, J) / topology.devices
     facts = {
         "topology": topology.text,
         "devices": topology.devices,

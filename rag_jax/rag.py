@@ -63,6 +63,10 @@ class Objective:
     def uses_retriever(self) -> bool:
         return self.formula.uses_retriever(self.candidates, self.contrastive_weight, self.marginal_weight)
 
+    def doc_log_probs(self, cosine_BK: Float[Any, "B K"]) -> Float[Array, "B K"]:
+        """log p(k | query) over the candidates that are read, from their cosines."""
+        return losses.doc_log_probs(jnp.asarray(cosine_BK) / self.marginal_temperature)
+
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
@@ -268,7 +272,7 @@ def group_log_probs(
     g, negatives = group.suffix_ids.shape[0], group.negatives
     prefix = (group.prefix_ids, group.prefix_mask)
     if group_embs is None:
-        candidates_gK, scores_gK = jnp.arange(g, dtype=jnp.int32)[:, None], jnp.zeros((g, 1))
+        candidates_gK, cosine_gK = jnp.arange(g, dtype=jnp.int32)[:, None], jnp.zeros((g, 1))
     else:
         query_emb, passage_emb, negative_emb = group_embs
         key_p = group.passage_key
@@ -278,12 +282,12 @@ def group_log_probs(
         cosine_gp = cosines(query_emb, joined(passage_emb, negative_emb))
         cosine_gp = jnp.where(may_read(key_p, g), cosine_gp, -jnp.inf)
         candidates_gK = choose_candidates(cosine_gp, objective.candidates)
-        scores_gK = jnp.take_along_axis(cosine_gp, candidates_gK, axis=1) / objective.marginal_temperature
+        cosine_gK = jnp.take_along_axis(cosine_gp, candidates_gK, axis=1)
     hidden_gKLD = generator.forward_shared_prefix(prefix, (group.suffix_ids, group.suffix_mask), candidates_gK, keys)
     token_log_probs_gKT = answer_log_probs(
         generator, hidden_gKLD, group.suffix_ids, group.answer_start, group.answer_mask.shape[1]
     )
-    return losses.doc_log_probs(scores_gK), token_log_probs_gKT
+    return objective.doc_log_probs(cosine_gK), token_log_probs_gKT
 
 
 def map_rows(fn: Callable[[Any], Any], rows: Any, at_most: int) -> Any:

@@ -31,17 +31,26 @@ LONGEST = (
 )  # fmt: skip
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """The longest files first, and each on one worker, which makes its fixtures once.
+def pytest_itemcollected(item):
+    """Each file on one worker, which makes its fixtures once. Here: when items are sorted, xdist has named the groups.
 
     All tests of pretrained models are on one worker too: two of them at a time would take too much memory.
     """
+    group = "real" if "real_models" in item.fixturenames else item.path.stem
+    item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """The longest files first."""
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
-    for item in items:
-        group = "real" if "real_models" in item.fixturenames else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_runtest_logreport(report):
+    """What failed is named at once, so that a suite that is stopped has told of it."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\nFAILED {report.nodeid} ({report.when})", flush=True)
 
 
 def make_once(folder, build):

@@ -140,7 +140,7 @@ def test_overrides_take_the_kind_of_their_key():
             GIVEN | {"objective.candidates": "1", "objective.contrastive_weight": "0"},
             "objective.negatives=2, objective.candidates=1, objective.contrastive_weight=0.0: nothing reads what",
         ),
-        (GIVEN | ALONE | {"mining.every_steps": "5"}, "mining fills groups with what a retriever takes for near"),
+        (GIVEN | ALONE | {"mining.every_steps": "5"}, "mining fills groups with what a retriever considers near"),
     ],
 )
 def test_a_bad_override_is_named_with_its_fix(overrides, message):

@@ -95,8 +95,11 @@ def params(real_models):
     }
 
 
+tokenizer_of = functools.cache(transformers.AutoTokenizer.from_pretrained)  # read once a folder: it takes seconds
+
+
 def embed(model, folder, texts):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = tokenizer_of(folder)
     inputs = tokenizer(texts, padding=True, return_tensors="pt")
     hidden = model(**inputs).last_hidden_state
     mask = inputs["attention_mask"][:, :, None]
@@ -105,7 +108,7 @@ def embed(model, folder, texts):
 
 def token_log_probs(model, folder, query, passage, answer):
     """(T,) of the answer's tokens and the end of sequence, one full sequence, all logits."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = tokenizer_of(folder)
     plain = functools.partial(tokenizer.encode, add_special_tokens=False)
     target = plain(f" {answer}") + [tokenizer.eos_token_id]
     ids = [tokenizer.bos_token_id] + plain(passage) + plain(f"\n\nQuestion: {query}\nAnswer:") + target
@@ -149,27 +152,23 @@ def gradients_of(torch_models, real_models, tmp_path):
     return trees
 
 
-@pytest.fixture(scope="module")
-def by_brute_force(torch_models, real_models, few_rows):
-    """Contrastive loss and the marginal one of each objective, from one forward pass of every pair."""
-    return brute_force(torch_models, real_models, few_rows[1])
+def test_marginals_and_gradients_equal_brute_force(real_models, torch_models, params, few_rows, tmp_path):
+    """Of the sum of both objectives' losses, which share their forward passes and so cost those of one."""
+    opened = {name: opened_run(real_models, few_rows[0], name=name) for name in ("token", "sequence")}
+    batch = batch_of(opened["token"])
 
+    def both(params):
+        totals = {name: rag.loss(one.model, params, batch, None) for name, one in opened.items()}
+        return sum(total for total, _ in totals.values()), {name: metrics for name, (_, metrics) in totals.items()}
 
-@pytest.mark.parametrize("name", ["token", "sequence"])
-def test_marginal_and_gradients_equal_brute_force(
-    name, real_models, torch_models, params, few_rows, by_brute_force, tmp_path
-):
-    opened = opened_run(real_models, few_rows[0], name=name)
-    batch = batch_of(opened)
-    fn = jax.jit(jax.value_and_grad(lambda p: rag.loss(opened.model, p, batch, None), has_aux=True))
-    (total, metrics), grads = fn(params)
-    for model in torch_models:
-        model.zero_grad()
-    contrastive, marginal = by_brute_force["contrastive"], by_brute_force[name]
-    (contrastive + marginal).backward(retain_graph=name == "token")  # the other objective's is still to come
-    np.testing.assert_allclose(metrics["loss/marginal"], marginal.item(), rtol=1e-4)
-    np.testing.assert_allclose(metrics["loss/contrastive"], contrastive.item(), rtol=1e-4)
-    np.testing.assert_allclose(total, (contrastive + marginal).item(), rtol=1e-4)
+    (total, metrics), grads = jax.jit(jax.value_and_grad(both, has_aux=True))(params)
+    by_hand = brute_force(torch_models, real_models, few_rows[1])
+    whole = 2 * by_hand["contrastive"] + by_hand["token"] + by_hand["sequence"]
+    whole.backward()
+    for name in opened:
+        np.testing.assert_allclose(metrics[name]["loss/marginal"], by_hand[name].item(), rtol=1e-4)
+        np.testing.assert_allclose(metrics[name]["loss/contrastive"], by_hand["contrastive"].item(), rtol=1e-4)
+    np.testing.assert_allclose(total, whole.item(), rtol=1e-4)
     expected = gradients_of(torch_models, real_models, tmp_path)
     for role in pair.ROLES:
         whole = float(np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(expected[role]))))
@@ -183,7 +182,7 @@ def test_marginal_and_gradients_equal_brute_force(
 def dalm_by_hand(torch_models, real_models, rows, max_len):
     """The predecessor's formula, string by string."""
     retriever, generator = torch_models
-    tokenizer = transformers.AutoTokenizer.from_pretrained(real_models / "smollm2-135m")
+    tokenizer = tokenizer_of(real_models / "smollm2-135m")
     query_emb = embed(retriever, real_models / "minilm", [f"#query# {q}" for q, _, _ in rows])
     passage_emb = embed(retriever, real_models / "minilm", [f"#passage# {p}" for _, p, _ in rows])
     cross_entropy = -torch.log_softmax(100 * query_emb @ passage_emb.T, dim=-1).diagonal()
@@ -270,7 +269,7 @@ def test_export_equals_ours(real_models, params, tmp_path):
     ours = rag.encode(model, jnp.asarray(ids), jnp.asarray(mask), "mean")
     np.testing.assert_allclose(ours, theirs.encode(texts, prompt_name="query"), atol=1e-5)
     generator = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "generator").eval()
-    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "generator")(texts[1], return_tensors="pt").input_ids
+    ids = tokenizer_of(tmp_path / "generator")(texts[1], return_tensors="pt").input_ids
     source = hf.open_model(str(tmp_path / "generator"), "path", "generator")
     model = pair.composite(_config(), {"generator": source}).model("generator", changed)
     logits = model.logits(model(jnp.asarray(ids.numpy(), jnp.int32), jnp.ones(ids.shape, bool)))

@@ -2,19 +2,22 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import grain
 import numpy as np
 
 from rag_jax.data.examples import Examples
 from rag_jax.data.segments import Ragged, join_padded, pad, round_up
 
+if TYPE_CHECKING:
+    import grain
+
 # For ever; what grain itself means by that overflows in batches of one row.
 EPOCHS = 10**9
 PREFETCH_THREADS = 2
 PREFETCH_BATCHES = 8
-
+# Of every text in a batch.
+PARTS = ("ids", "mask")
 
 # An array with a leading axis of rows: numpy's where batches are made, jax's in the step, shapes where it is planned;
 # None where no model reads it.
@@ -24,11 +27,11 @@ Rows = Any
 class Negatives(NamedTuple):
     """Passages that each row of a batch brings besides its own; where it brings none, a text of one token."""
 
-    passage_key: Rows  # (B, H) as in `Batch`; -1: none
-    passage_ids: Rows  # (B, H, Lr)
-    passage_mask: Rows  # (B, H, Lr)
-    prefix_ids: Rows  # (B, H, Lp)
-    prefix_mask: Rows  # (B, H, Lp)
+    passage_key: Rows  # (B, J) as in `Batch`; -1: none
+    passage_ids: Rows  # (B, J, Lr)
+    passage_mask: Rows  # (B, J, Lr)
+    prefix_ids: Rows  # (B, J, Lp)
+    prefix_mask: Rows  # (B, J, Lp)
 
 
 class Batch(NamedTuple):
@@ -66,7 +69,7 @@ class Lengths:
 
 
 def row_lengths(examples: Examples, rows: np.ndarray, negatives: np.ndarray | None) -> dict[str, np.ndarray]:
-    """How many tokens each of the rows needs of every length, (rows,) each, with the negatives (rows, H) it brings."""
+    """How many tokens each of the rows needs of every length, (rows,) each, with the negatives (rows, J) it brings."""
 
     def of(ragged: Ragged | None, index: np.ndarray) -> np.ndarray:
         return np.zeros(index.shape, np.int64) if ragged is None else ragged.lengths[index]
@@ -130,7 +133,7 @@ def collate(
     """The batch of these rows in the first of the shapes (see `buckets`) that all of them fit.
 
     `own`: which of the rows to make, by their places in the batch, where other processes make the others; None: all.
-    `mined` (rows, H): passages that the rows bring as negatives, -1: none; None: those that are given, if any are.
+    `mined` (rows, J): passages that the rows bring as negatives, -1: none; None: those that are given, if any are.
     """
     rows = np.asarray(rows, np.int32)
     if mined is None and examples.negative_key is not None:
@@ -145,14 +148,17 @@ def collate(
     if own is not None:
         rows, mined = rows[own], None if mined is None else mined[own]
     query, passage = examples.query_key[rows], examples.passage_key[rows]
-    query_ids, query_mask = _pad(examples.retriever_queries, query, lengths.query)
-    passage_ids, passage_mask = _pad(examples.retriever_passages, passage, lengths.passage)
-    prefix_ids, prefix_mask = _pad(examples.prefixes, passage, lengths.prefix)
-    string_ids, string_mask = _pad(examples.strings, rows, lengths.string)
-    suffix_ids = suffix_mask = answer_start = answer_mask = None
+    texts = {
+        "query": _pad(examples.retriever_queries, query, lengths.query),
+        "passage": _pad(examples.retriever_passages, passage, lengths.passage),
+        "prefix": _pad(examples.prefixes, passage, lengths.prefix),
+        "suffix": (None, None),
+        "string": _pad(examples.strings, rows, lengths.string),
+    }
+    answer_start = answer_mask = None
     if examples.prompt_queries is not None and examples.answers is not None:
         parts = (examples.prompt_queries, examples.answers)
-        suffix_ids, suffix_mask = join_padded(parts, (query, rows), lengths.suffix)
+        texts["suffix"] = join_padded(parts, (query, rows), lengths.suffix)
         answer_start = examples.prompt_queries.lengths[query].astype(np.int32)
         answer_mask = np.arange(lengths.answer)[None, :] < examples.answers.lengths[rows][:, None]
     string_answer_start = None if examples.string_answer_start is None else examples.string_answer_start[rows]
@@ -160,25 +166,16 @@ def collate(
         row=rows,
         query_key=query,
         passage_key=passage,
-        query_ids=query_ids,
-        query_mask=query_mask,
-        passage_ids=passage_ids,
-        passage_mask=passage_mask,
-        prefix_ids=prefix_ids,
-        prefix_mask=prefix_mask,
-        suffix_ids=suffix_ids,
-        suffix_mask=suffix_mask,
+        **{f"{name}_{part}": array for name, pair in texts.items() for part, array in zip(PARTS, pair, strict=True)},
         answer_start=answer_start,
         answer_mask=answer_mask,
-        string_ids=string_ids,
-        string_mask=string_mask,
         string_answer_start=string_answer_start,
         negatives=None if mined is None else _negatives(examples, passage, mined, lengths),
     )
 
 
 def _negatives(examples: Examples, own: np.ndarray, key: np.ndarray, lengths: Lengths) -> Negatives:
-    """Of these passages (B, H). Where there is none stands the first token of the own (B,): no model reads nothing."""
+    """Of these passages (B, J). Where there is none stands the first token of the own (B,): no model reads nothing."""
     there, texts = key.reshape(-1, 1) >= 0, np.where(key < 0, own[:, None], key).ravel()
 
     def of(ragged: Ragged | None, length: int) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
@@ -209,7 +206,7 @@ def shape_of(lengths: Lengths, batch_size: int, negatives: int = 0) -> Batch:
         f"{name}_{part}": of(width, dtype)
         for name, width in vars(lengths).items()
         if name != "answer"
-        for part, dtype in (("ids", "int32"), ("mask", "bool"))
+        for part, dtype in zip(PARTS, ("int32", "bool"), strict=True)
     }
     further = [of(n, dtype, negatives) for n in (lengths.passage, lengths.prefix) for dtype in ("int32", "bool")]
     return Batch(
@@ -245,12 +242,14 @@ def _pad(ragged: Ragged | None, rows: np.ndarray, length: int) -> tuple[np.ndarr
     return (None, None) if ragged is None else pad(ragged, rows, length)
 
 
-def order(num_rows: int, batch_size: int, seed: int) -> grain.MapDataset:
+def order(num_rows: int, batch_size: int, seed: int) -> "grain.MapDataset":
     """`order(...)[step]`: the rows (batch_size,) of a step's batch, steps counted from 0, for ever.
 
     Each epoch is a shuffle of its own; a batch may hold the end of one and the start of the next, so all rows are met
     equally often.
     """
+    import grain  # here: it loads jax, which commands that only read rows need not wait for
+
     if not 0 < batch_size <= num_rows:
         raise ValueError(f"batches of {batch_size} cannot be made of {num_rows} rows")
     return grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat(EPOCHS).batch(batch_size)
@@ -271,8 +270,10 @@ def iterate(
     """The batches of steps start_step .. total_steps - 1 (from 0), made ahead of time by threads; `own` as above.
 
     `planned` (steps, batch_size): the rows of these very steps, where they are not those of `order`, and `mined`
-    (steps, batch_size, H) their negatives, where they are not the given ones.
+    (steps, batch_size, J) their negatives, where they are not the given ones.
     """
+    import grain
+
     if planned is None:
         rows = order(len(examples), batch_size, seed)[start_step:total_steps]
         made = rows.map(lambda batch: collate(examples, batch, shapes, own))

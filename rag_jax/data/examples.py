@@ -35,7 +35,7 @@ class Examples:
     answers: Ragged | None = None  # generator's answer segment, end-of-sequence last: one a row
     strings: Ragged | None = None  # objective "dalm": one a row
     string_answer_start: np.ndarray | None = None  # (rows,) int32
-    negative_key: np.ndarray | None = None  # (rows, H) int32 into passages, -1: none; where negatives are given
+    negative_key: np.ndarray | None = None  # (rows, J) int32 into passages, -1: none; where negatives are given
 
     def __len__(self) -> int:
         return len(self.rows)

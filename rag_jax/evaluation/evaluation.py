@@ -1,6 +1,6 @@
 """Evaluation: retrieval over all passages, answers with what is retrieved, and the record of it.
 
-**R** queries, **M** passages of the corpus, **K** candidates (retrieved passages that the generator reads).
+**Q** queries, **M** passages of the corpus, **K** candidates (retrieved passages that the generator reads).
 """
 
 import collections
@@ -44,7 +44,7 @@ class EvalRows:
     retriever_passages: data.Ragged | None  # one a passage
     prefixes: data.Ragged | None  # one a passage
     empty_prefix: data.Ragged | None  # of the prompt without a passage: one
-    sample: np.ndarray  # (R,) rows of the examples that are evaluated
+    sample: np.ndarray  # (Q,) rows of the examples that are evaluated
     num_answers: int  # how many of the sample, from its start, are answered for EM and F1
     answer_len: int  # tokens of such an answer at most, end-of-sequence included: as many as training reads
     batch_size: int
@@ -53,7 +53,7 @@ class EvalRows:
 
     @property
     def gold(self) -> np.ndarray:
-        """Index (R,) of each sampled row's own passage."""
+        """Index (Q,) of each sampled row's own passage."""
         return self.examples.passage_key[self.sample]
 
     def counts(self) -> dict[str, int]:
@@ -154,7 +154,7 @@ def evaluate(model: rag.Rag, params: dict, rows: EvalRows, index_folder: pathlib
 
 def retrieve(
     model: rag.Rag, params: dict, rows: EvalRows, index_folder: pathlib.Path | None = None
-) -> tuple[Float[np.ndarray, "R K"], Int[np.ndarray, "R K"]]:
+) -> tuple[Float[np.ndarray, "Q K"], Int[np.ndarray, "Q K"]]:
     """Cosines and indices of the passages nearest to each sampled query, as many as metrics or generator need."""
     queries, passages = rows.examples.retriever_queries, rows.retriever_passages
     assert queries is not None and passages is not None
@@ -168,7 +168,7 @@ def retrieve(
     return search.top_k(query_emb, corpus, max(metrics.DEPTH, model.objective.candidates))
 
 
-def sharing_batches(candidates: Int[np.ndarray, "R K"], batch_size: int) -> list[Int[np.ndarray, " b"]]:
+def sharing_batches(candidates: Int[np.ndarray, "Q K"], batch_size: int) -> list[Int[np.ndarray, " b"]]:
     """All rows in batches, each row joining the batch that it shares most passages with; the last may be short.
 
     A batch runs each of its distinct passages once, so the fewer there are the less there is to do.
@@ -194,16 +194,16 @@ def sharing_batches(candidates: Int[np.ndarray, "R K"], batch_size: int) -> list
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """A batch of fixed shapes for the generator: B rows, of D devices in turn, and P passages for each device."""
+    """A batch of fixed shapes for the generator: B rows, of d devices in turn, and P passages for each device."""
 
     rows: np.ndarray  # (B,) positions in the sample
     real: np.ndarray  # (B,) bool; the others are filling
-    prefix: tuple[np.ndarray, np.ndarray]  # ids, mask (D P, Lp)
+    prefix: tuple[np.ndarray, np.ndarray]  # ids, mask (d P, Lp)
     candidates: np.ndarray  # (B, K) into the device's prefixes
 
 
 def prompt_batches(
-    rows: EvalRows, candidates: Int[np.ndarray, "R K"], num_devices: int, label: str
+    rows: EvalRows, candidates: Int[np.ndarray, "Q K"], num_devices: int, label: str
 ) -> Iterator[Prompts]:
     """The generator's batches over `candidates`, one row for each sampled row from the first on."""
     prefixes = rows.prefixes
@@ -235,8 +235,8 @@ def answer_nll(
     model: rag.Rag,
     params: dict,
     rows: EvalRows,
-    candidates: Int[np.ndarray, "R K"],
-    cosine: Float[np.ndarray, "R K"],
+    candidates: Int[np.ndarray, "Q K"],
+    cosine: Float[np.ndarray, "Q K"],
     *,
     with_gold: bool,
 ) -> dict[str, metrics.Column]:
@@ -260,7 +260,7 @@ def answer_nll(
     )[pair.reshape(read.shape)]
     lengths = answers.lengths[sample]
     mask = np.arange(token_log_probs.shape[2]) < lengths[:, None]
-    doc_log_probs = losses.doc_log_probs(jax.numpy.asarray(cosine) / model.objective.marginal_temperature)
+    doc_log_probs = model.objective.doc_log_probs(cosine)
     marginal = -np.asarray(
         _log_marginal(model.objective.formula.likelihood, doc_log_probs, token_log_probs[:, :K], mask), np.float64
     )
@@ -275,8 +275,8 @@ def greedy_answers(
     model: rag.Rag,
     params: dict,
     rows: EvalRows,
-    candidates: Int[np.ndarray, "R K"],
-    cosine: Float[np.ndarray, "R K"],
+    candidates: Int[np.ndarray, "Q K"],
+    cosine: Float[np.ndarray, "Q K"],
 ) -> list[str]:
     """Greedy RAG-Token answers to the first `rows.num_answers` sampled rows, of `rows.answer_len` tokens at most.
 
@@ -287,7 +287,7 @@ def greedy_answers(
     assert queries is not None
     query_len = segments.padded_length(queries.lengths, data.longest(examples).suffix)
     texts, places = [""] * num_answers, programs.placement(params, "generator")
-    weights = losses.doc_log_probs(jax.numpy.asarray(cosine) / model.objective.marginal_temperature)
+    weights = model.objective.doc_log_probs(cosine)
     eos_id = segments.eos_id(rows.tokenizer)
     for batch in prompt_batches(rows, candidates[:num_answers], places.shards, "answers"):
         query = segments.pad(queries, examples.query_key[rows.sample[batch.rows]], query_len)

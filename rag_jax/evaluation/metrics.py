@@ -1,6 +1,6 @@
 """Metrics of rankings and of answers, query by query, and how far chance may have moved their means.
 
-**R** queries, **K** retrieved passages.
+**Q** queries, **K** retrieved passages.
 """
 
 import collections
@@ -17,15 +17,15 @@ CUTOFFS = (1, 5, 10)
 # How many passages are retrieved for the metrics that look deepest.
 DEPTH = 100
 RESAMPLES, SEED = 1000, 0
-Hits = Bool[np.ndarray, "R K"]  # whether each retrieved passage is relevant, nearest first
-Counts = Int[np.ndarray, " R"]  # of each query's relevant passages
+Hits = Bool[np.ndarray, "Q K"]  # whether each retrieved passage is relevant, nearest first
+Counts = Int[np.ndarray, " Q"]  # of each query's relevant passages
 # What a metric is the mean of: values of each query, and what their sum is divided by the sum of.
-Column = tuple[Float[np.ndarray, " R"], Float[np.ndarray, " R"]]
+Column = tuple[Float[np.ndarray, " Q"], Float[np.ndarray, " Q"]]
 
 
 def relevant_hits(
-    retrieved: Int[np.ndarray, "R K"],
-    query_key: Int[np.ndarray, " R"],
+    retrieved: Int[np.ndarray, "Q K"],
+    query_key: Int[np.ndarray, " Q"],
     relevant: tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]],
 ) -> tuple[Hits, Counts]:
     """Which retrieved passages are relevant, and how many are in all; `relevant`: keys of queries and of passages."""
@@ -36,39 +36,39 @@ def relevant_hits(
     return hits, np.bincount(pairs // base, minlength=int(query_key.max()) + 1)[query_key]
 
 
-def at_k(hits: Hits, k: int) -> tuple[Float[np.ndarray, " R"], int]:
+def at_k(hits: Hits, k: int) -> tuple[Float[np.ndarray, " Q"], int]:
     """How many of each query's first k passages are relevant, and how many there are: k, or all that were retrieved."""
     k = min(k, hits.shape[1])
     return hits[:, :k].sum(axis=1).astype(np.float64), k
 
 
-def recall(hits: Hits, num_relevant: Counts, k: int) -> Float[np.ndarray, " R"]:
+def recall(hits: Hits, num_relevant: Counts, k: int) -> Float[np.ndarray, " Q"]:
     return at_k(hits, k)[0] / num_relevant
 
 
-def hit_rate(hits: Hits, num_relevant: Counts, k: int) -> Float[np.ndarray, " R"]:
+def hit_rate(hits: Hits, num_relevant: Counts, k: int) -> Float[np.ndarray, " Q"]:
     return (at_k(hits, k)[0] > 0).astype(np.float64)
 
 
-def precision(hits: Hits, num_relevant: Counts, k: int) -> Float[np.ndarray, " R"]:
+def precision(hits: Hits, num_relevant: Counts, k: int) -> Float[np.ndarray, " Q"]:
     found, k = at_k(hits, k)
     return found / k
 
 
-def mrr(hits: Hits, num_relevant: Counts, k: int) -> Float[np.ndarray, " R"]:
+def mrr(hits: Hits, num_relevant: Counts, k: int) -> Float[np.ndarray, " Q"]:
     """1 / rank of the first relevant passage, 0 beyond k."""
     top = hits[:, :k]
     return np.where(top.any(axis=1), 1 / (1.0 + top.argmax(axis=1)), 0.0)
 
 
-def ndcg(hits: Hits, num_relevant: Counts, k: int) -> Float[np.ndarray, " R"]:
+def ndcg(hits: Hits, num_relevant: Counts, k: int) -> Float[np.ndarray, " Q"]:
     """sum_{ranks i <= k of relevant ones} 1 / log2(1 + i), divided by the most that the relevant ones allow."""
     top, gain = hits[:, :k].astype(np.float64), 1 / np.log2(1 + np.arange(1, k + 1))
     ideal = np.concatenate([[0.0], gain.cumsum()])[np.minimum(num_relevant, k)]
     return top @ gain[: top.shape[1]] / ideal
 
 
-def average_precision(hits: Hits, num_relevant: Counts, k: int) -> Float[np.ndarray, " R"]:
+def average_precision(hits: Hits, num_relevant: Counts, k: int) -> Float[np.ndarray, " Q"]:
     """sum_{ranks i <= k of relevant ones} precision@i / number of relevant ones."""
     top = hits[:, :k].astype(np.float64)
     return (top * top.cumsum(axis=1) / np.arange(1, top.shape[1] + 1)).sum(axis=1) / num_relevant
@@ -122,11 +122,11 @@ class Metric:
     higher_is_better: bool
     needs: frozenset[str]  # of "retriever", "generator", "answers" (generated ones)
     shown: bool = False  # on the console; the record has all
-    ranking: Callable[[Hits, Counts], Float[np.ndarray, " R"]] | None = None
+    ranking: Callable[[Hits, Counts], Float[np.ndarray, " Q"]] | None = None
     answer: Callable[[str, str], float] | None = None
 
 
-def _ranking(value: Callable[..., Float[np.ndarray, " R"]], k: int, definition: str, *, shown: bool = False) -> Metric:
+def _ranking(value: Callable[..., Float[np.ndarray, " Q"]], k: int, definition: str, *, shown: bool = False) -> Metric:
     return Metric(definition, True, frozenset({"retriever"}), shown, ranking=functools.partial(value, k=k))
 
 
@@ -190,7 +190,7 @@ def definitions() -> dict[str, str]:
     return {f"eval/{name}": definition for definition, name in named.items()}
 
 
-def ranking(hits: Hits, num_relevant: Counts) -> dict[str, Float[np.ndarray, " R"]]:
+def ranking(hits: Hits, num_relevant: Counts) -> dict[str, Float[np.ndarray, " Q"]]:
     """All metrics of each query's retrieved passages."""
     return {name: m.ranking(hits, num_relevant) for name, m in METRICS.items() if m.ranking is not None}
 

@@ -1,6 +1,6 @@
-"""Answers to questions: passages found, an answer decoded, and what each passage says to it; in few compiled programs.
+"""Answers from passages that were found: decoded, weighed, and what each passage says to them; in few programs.
 
-**M** passages of the corpus, **E** embedding width, other letters as in `decoding`.
+Letters as in `decoding`.
 """
 
 import dataclasses
@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from rag_jax import data, files, losses, rag
+from rag_jax import losses, rag
 from rag_jax.data import segments
 from rag_jax.distributed import sharding
-from rag_jax.errors import UserError
-from rag_jax.inference import decoding, disk_index, programs, search
+from rag_jax.inference import decoding, programs
 from rag_jax.inference.decoding import Noise, Reading, Tokens
 from rag_jax.models.decoder import Decoder
 
@@ -46,104 +45,10 @@ class Answers(NamedTuple):
     evidence: Float[np.ndarray, "B K"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How every question is answered."""
-
-    decoding: Decoding
-    candidates: int  # K, cut to the number of passages
-    batch_size: int  # questions at a time
-    seed: int  # of sampling
-
-
-@dataclasses.dataclass(frozen=True)
-class Answerer:
-    """A retriever with the passages as it embeds them, and a generator."""
-
-    opened: Any  # pair.Pair
-    params: dict
-    step: int
-    passages: tuple[str, ...]
-    passage_emb: Any  # (M, E) float32
-
-
-def corpus_emb(opened: Any, params: dict, passages: tuple[str, ...]) -> tuple[Float[np.ndarray, "M E"], bool]:
-    """Embeddings of the passages, kept on disk under a hash of all that they depend on; and whether they were there."""
-    model, text = opened.model, opened.retriever_text
-
-    def make() -> files.Arrays:
-        tokens, _ = data.retriever_tokens(text.tokenizer, passages, text.passage_prefix, text.passage_len)
-        batch_size = min(opened.config.eval.batch_size, len(passages))
-        return {"emb": search.embed(model, params, tokens, batch_size=batch_size, label="passages")}
-
-    how = repr(opened.sources["retriever"].model_config)
-    reads = [files.tokenizer_key(text.tokenizer), text.passage_prefix, text.passage_len]
-    key = files.content_key("embeddings", disk_index.retriever_key(model, params), how, reads, passages)
-    arrays, found = files.cached(key, make, "embeddings of passages")
-    return arrays["emb"], found
-
-
-def ask(answerer: Answerer, questions: Sequence[str], settings: Settings) -> list[dict[str, Any]]:
-    """Answer, likelihood, and the passages read with probability and evidence, for each question.
-
-    All shapes are of the config or even shares of those: few programs, whatever is asked.
-    """
-    opened, lengths = answerer.opened, answerer.opened.config.data
-    asked = [*questions, *[questions[0]] * (settings.batch_size - len(questions))]
-    query_emb = embedded(opened, answerer.params, asked)
-    cosine, retrieved = search.top_k(query_emb, answerer.passage_emb, settings.candidates)
-    doc_log_probs = np.asarray(losses.doc_log_probs(jnp.asarray(cosine) / opened.model.objective.marginal_temperature))
-    used, candidates = np.unique(retrieved, return_inverse=True)
-    (prefixes, _), (queries, _) = data.prompt_segments(opened.prompt, [answerer.passages[i] for i in used], asked)
-    _check_tokens(opened, "generator", asked, queries)
-    which = np.arange(search.size_for(len(used), retrieved.size)) % len(used)
-    found = answers(
-        opened.model,
-        answerer.params,
-        segments.pad(prefixes, which, search.size_for(int(prefixes.lengths.max()), lengths.prompt_passage_len)),
-        segments.pad(
-            queries, np.arange(len(asked)), search.size_for(int(queries.lengths.max()), lengths.prompt_query_len)
-        ),
-        candidates.reshape(retrieved.shape).astype(np.int32),
-        doc_log_probs,
-        settings.decoding,
-        keys=question_keys(settings.seed, asked),
-        num_slots=lengths.prompt_passage_len + lengths.prompt_query_len + settings.decoding.num_tokens,
-    )
-    columns = {"cosine": cosine, "probability": np.exp(doc_log_probs), "evidence": found.evidence}
-    return [
-        {
-            "answer": decoding.text(opened.prompt.tokenizer, found.ids[i]),
-            "log_prob": float(found.log_probs[i]),
-            "tokens": int(found.mask[i].sum()),
-            "passages": [
-                {"passage": answerer.passages[passage]} | {name: float(of[i, k]) for name, of in columns.items()}
-                for k, passage in enumerate(retrieved[i])
-            ],
-        }
-        for i in range(len(questions))
-    ]
-
-
 def question_keys(seed: int, questions: Sequence[str]) -> Key[Array, " B"]:
     """A question's draws are a function of the seed and its text, not of what else is asked."""
     numbers = jnp.asarray([zlib.crc32(question.encode()) for question in questions], jnp.uint32)
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
-
-
-def embedded(opened: Any, params: dict, questions: Sequence[str]) -> Float[np.ndarray, "B E"]:
-    """Embeddings of the questions as the retriever reads queries."""
-    text = opened.retriever_text
-    tokens, _ = data.retriever_tokens(text.tokenizer, questions, text.query_prefix, text.query_len)
-    _check_tokens(opened, "retriever", questions, tokens)
-    size = {"batch_size": len(questions), "longest": text.query_len}
-    return search.embed(opened.model, params, tokens, label="questions", **size)
-
-
-def _check_tokens(opened: Any, role: str, questions: Sequence[str], tokens: data.Ragged) -> None:
-    if not tokens.lengths.all():
-        question = questions[int(tokens.lengths.argmin())]
-        raise UserError(f"the question {question!r} has no tokens for {role}.path={opened.config[role].path!r}")
 
 
 def answers(

@@ -253,7 +253,7 @@ def answer_ids(
 ) -> Int[Array, "B T"]:
     """Greedy RAG-Token answers by the generator of `params`, compiled once for each shape.
 
-    Of D devices each answers B / D of the queries from its own P of the D P prefixes, into which its candidates count.
+    Of d devices each answers B / d of the queries from its own P of the d P prefixes, into which its candidates count.
     """
     where, split = programs.placement(params, "generator"), ((sharding.BATCH,) * 6, (sharding.BATCH,))
     sizes = {"num_tokens": num_tokens, "eos_id": eos_id}

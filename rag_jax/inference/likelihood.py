@@ -1,8 +1,8 @@
 """How likely answers are behind passages: every passage is read once, for whichever queries it was found.
 
 **n** pairs of a row, which has a query and an answer, and a passage; **S** pairs and **P** passages of a device at a
-time; **A** answer tokens of these pairs; **Lp** prefix, **Ls** suffix, **M** slots of a prefix in the cache, **T**
-tokens of the longest answer.
+time; **A** answer tokens of these pairs; **Lp** prefix, **Ls** suffix, **d** devices, **T** tokens of the longest
+answer.
 """
 
 import dataclasses
@@ -49,16 +49,16 @@ class Pairs:
 
 
 class Batch(NamedTuple):
-    """S pairs of each of D devices, with the place of their passage among the device's P; -1: filling."""
+    """S pairs of each of d devices, with the place of their passage among the device's P; -1: filling."""
 
-    pairs: np.ndarray  # (D, S)
-    place: np.ndarray  # (D, S)
+    pairs: np.ndarray  # (d, S)
+    place: np.ndarray  # (d, S)
 
 
 class Block(NamedTuple):
     """Passages that are in the cache at one time, and all that is read behind them."""
 
-    prefixes: np.ndarray  # (D, P)
+    prefixes: np.ndarray  # (d, P)
     batches: list[Batch]
 
 
@@ -128,7 +128,7 @@ def by_passage(pairs: Pairs, size: int) -> list[Int[np.ndarray, " _"]]:
 
 
 def suffixes(pairs: Pairs, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ids and mask (D S, Ls) of query and answer, and the place of the passage (D S,); filling repeats a pair."""
+    """ids and mask (d S, Ls) of query and answer, and the place of the passage (d S,); filling repeats a pair."""
     flat = batch.pairs.ravel()
     rows = np.where(flat < 0, flat.max(), flat)
     length = segments.round_up(int(pairs.suffix_lengths[rows].max()))
@@ -137,9 +137,9 @@ def suffixes(pairs: Pairs, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def answer_tokens(pairs: Pairs, batch: Batch, slots: int) -> tuple[np.ndarray, np.ndarray, tuple]:
-    """Where the states that predict answer tokens stand among a device's (S slots), and these tokens: (D, A) each.
+    """Where the states that predict answer tokens stand among a device's (S slots), and these tokens: (d, A) each.
 
-    And, of every real one, its pair, its number t in the answer and its place in the flat (D A).
+    And, of every real one, its pair, its number t in the answer and its place in the flat (d A).
     """
     num_devices, size = batch.pairs.shape
     lengths = np.where(batch.pairs < 0, 0, pairs.answers.lengths[pairs.answer[batch.pairs]])

@@ -1,6 +1,7 @@
 """Exact retrieval over a corpus: embedding texts, the highest-scoring passages.
 
-**Q** queries, **M** passages of the corpus, **m** of a block, **K** retrieved passages, **E** embedding width.
+**Q** queries, **M** passages of the corpus, **m** of a block, **K** retrieved passages, **E** embedding width, **d**
+devices.
 """
 
 import dataclasses
@@ -190,7 +191,7 @@ def _put(mesh: Mesh, array: np.ndarray, spec: PS) -> jax.Array:
 
 
 def _nothing(mesh: Mesh, num_queries: int, k: int) -> tuple[jax.Array, jax.Array]:
-    """The best (Q, D k) of no passage: k of each device, side by side."""
+    """The best (Q, d k) of no passage: k of each device, side by side."""
     shape = (num_queries, mesh.size * k)
     score, index = np.full(shape, -np.inf, np.float32), np.full(shape, np.iinfo(np.int32).max, np.int32)
     return _put(mesh, score, PS(None, "all")), _put(mesh, index, PS(None, "all"))
@@ -203,12 +204,12 @@ def _advance(
     query_emb: Float[Array, "Q E"],
     passages: Shaped[Array, "m E"],
     scale: Float[Array, " m"],
-    score: Float[Array, "Q Dk"],
-    index: Int[Array, "Q Dk"],
+    score: Float[Array, "Q dk"],
+    index: Int[Array, "Q dk"],
     start: Int[Array, ""] | int,
     num_passages: Int[Array, ""] | int,
     ceiling: Float[Array, " Q"] | None,
-) -> tuple[Float[Array, "Q Dk"], Int[Array, "Q Dk"]]:
+) -> tuple[Float[Array, "Q dk"], Int[Array, "Q dk"]]:
     """Each device's k best so far and of its share of the block that begins with passage `start`."""
 
     def own(
@@ -257,7 +258,7 @@ def best_of_rows(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _merge(
-    mesh: Mesh, score: Float[Array, "Q Dk"], index: Int[Array, "Q Dk"]
+    mesh: Mesh, score: Float[Array, "Q dk"], index: Int[Array, "Q dk"]
 ) -> tuple[Float[Array, "Q K"], Int[Array, "Q K"]]:
     """The best of all devices, on all of them."""
     k = score.shape[1] // mesh.size

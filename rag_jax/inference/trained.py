@@ -1,19 +1,20 @@
-"""A trained pair, asked from Python: embeddings, the nearest passages, answers, and how likely given answers are.
+"""A pair of models at work: embeddings, the nearest passages, answers, and how likely given answers are.
 
-**n** texts, **K** candidates, **E** embedding width.
+**n** texts, **M** passages of the corpus, **K** candidates, **E** embedding width.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from rag_jax import data, losses, untrusted
+from rag_jax import data, files, losses, untrusted
 from rag_jax.data import segments
 from rag_jax.errors import UserError
-from rag_jax.inference import answering, likelihood, search
+from rag_jax.inference import answering, decoding, disk_index, likelihood, search
+from rag_jax.pair import Pair
 
 # Questions that are answered at a time.
 BATCH_SIZE = 8
@@ -31,6 +32,7 @@ class Answer(NamedTuple):
 
     answer: str
     passages: tuple[str, ...]
+    cosine: Float[np.ndarray, " K"]  # of question and passage
     doc_probs: Float[np.ndarray, " K"]  # p(k | q), before the answer is known
     evidence: Float[np.ndarray, " K"]  # each passage's share in the answer
     log_prob: float  # log p(answer | q), end-of-sequence included
@@ -44,15 +46,26 @@ class Score(NamedTuple):
     num_tokens: int
 
 
+class _Found(NamedTuple):
+    """What is read for some questions: their nearest passages, tokenised, each distinct one once."""
+
+    cosine: Float[np.ndarray, "n K"]
+    passages: Int[np.ndarray, "n K"]  # of the corpus
+    place: Int[np.ndarray, "n K"]  # of each among `prefixes`
+    prefixes: data.Ragged
+    queries: data.Ragged
+
+
 class Trained:
     """A retriever and a generator as a run left them, either of which may be missing. `rag_jax.load` makes one.
 
     Texts are read as in training: same prefixes, prompt, pooling and lengths. What is too long is cut.
     """
 
-    def __init__(self, opened: Any, params: dict, step: int):
+    def __init__(self, opened: Pair, params: dict[str, Any], step: int):
         self.opened, self.params, self.step = opened, params, step
-        self._corpus: answering.Answerer | None = None
+        self.passages: tuple[str, ...] = ()
+        self._passage_emb: Float[np.ndarray, "M E"] = np.zeros((0, 0), np.float32)
 
     def embed_queries(self, texts: Sequence[str]) -> Float[np.ndarray, "n E"]:
         """Normalised embeddings of questions."""
@@ -64,23 +77,37 @@ class Trained:
         text = self._retriever_text()
         return self._embed(_checked(texts, "passages"), text.passage_prefix, text.passage_len, "passages")
 
-    def use(self, passages: Iterable[str]) -> None:
-        """Answer from these passages from now on, each distinct one once. Embeddings are kept on disk and reused."""
-        self._retriever_text()
+    def use(self, passages: Iterable[str]) -> bool:
+        """Answer from these passages from now on, each distinct one once; whether their embeddings were kept before.
+
+        They are kept on disk under a hash of all that they depend on.
+        """
+        text, model = self._retriever_text(), self.opened.model
         passages = passages if isinstance(passages, str) else list(passages)
         distinct = tuple(dict.fromkeys(_checked(passages, "passages")))
-        emb, _ = answering.corpus_emb(self.opened, self.params, distinct)
-        self._corpus = answering.Answerer(self.opened, self.params, self.step, distinct, emb)
+
+        def make() -> files.Arrays:
+            tokens, _ = data.retriever_tokens(text.tokenizer, distinct, text.passage_prefix, text.passage_len)
+            batch_size = min(self.opened.config.eval.batch_size, len(distinct))
+            return {"emb": search.embed(model, self.params, tokens, batch_size=batch_size, label="passages")}
+
+        architecture = repr(self.opened.sources["retriever"].model_config)
+        reads = [files.tokenizer_key(text.tokenizer), text.passage_prefix, text.passage_len]
+        weights = disk_index.retriever_key(model, self.params)
+        key = files.content_key("embeddings", weights, architecture, reads, distinct)
+        arrays, were_kept = files.cached(key, make, "embeddings of passages")
+        self.passages, self._passage_emb = distinct, arrays["emb"]
+        return were_kept
 
     def retrieve(self, questions: Sequence[str], k: int = 5) -> list[list[Retrieved]]:
         """The k passages of highest cosine to each question, best first."""
-        passages = self._in_use().passages
-        if not 1 <= k <= len(passages):
-            raise UserError(f"k={k}: must be from 1 to the number of passages in use, {len(passages)}")
-        cosine, found = self._nearest(_checked(questions, "questions"), k)
+        self._check_in_use()
+        if not 1 <= k <= len(self.passages):
+            raise UserError(f"k={k}: must be from 1 to the number of passages in use, {len(self.passages)}")
+        cosine, nearest = search.top_k(self.embed_queries(questions), self._passage_emb, k)
         return [
-            [Retrieved(passages[i], float(score)) for i, score in zip(*row, strict=True)]
-            for row in zip(found, cosine, strict=True)
+            [Retrieved(self.passages[i], float(score)) for i, score in zip(*row, strict=True)]
+            for row in zip(nearest, cosine, strict=True)
         ]
 
     def answer(self, questions: Sequence[str]) -> list[Answer]:
@@ -88,21 +115,35 @@ class Trained:
 
         Greedy and with the objective's own likelihood, as the command `ask` without further flags.
         """
-        corpus, tokenizer = self._in_use(), self._prompt().tokenizer
-        asked, config = _checked(questions, "questions"), self.opened.config
-        decoding = answering.Decoding(
-            likelihood=self.opened.model.objective.formula.likelihood,
-            num_tokens=config.data.answer_len,
-            eos_id=segments.eos_id(tokenizer),
-        )
+        return list(self.answers(questions))
+
+    def answers(
+        self,
+        questions: Sequence[str],
+        how: answering.Decoding | None = None,
+        *,
+        candidates: int | None = None,
+        seed: int = 0,
+    ) -> Iterator[Answer]:
+        """`answer`, one after the other as they are found; `how`, from how many `candidates`, and the seed of sampling.
+
+        All shapes are of the config or even shares of those: few programs, whatever is asked.
+        """
+        self._check_in_use()
+        config, tokenizer = self.opened.config, self._prompt().tokenizer
+        asked, how = _checked(questions, "questions"), how or answering.Decoding(
+            self.opened.model.objective.formula.likelihood, config.data.answer_len, segments.eos_id(tokenizer)
+        )  # fmt: skip
         size = min(BATCH_SIZE, len(asked))
-        settings = answering.Settings(decoding, config.objective.candidates, size, seed=0)
-        parts = [asked[start : start + size] for start in range(0, len(asked), size)]
-        return [_answer(record) for part in parts for record in answering.ask(corpus, part, settings)]
+        for start in range(0, len(asked), size):
+            part = asked[start : start + size]
+            filled = [*part, *part[:1] * (size - len(part))]
+            yield from self._answers(filled, how, candidates or config.objective.candidates, seed)[: len(part)]
 
     def score(self, questions: Sequence[str], answers: Sequence[str]) -> list[Score]:
         """How likely each answer is to the question beside it, from the question's own K nearest passages."""
-        corpus, prompt, model = self._in_use(), self._prompt(), self.opened.model
+        self._check_in_use()
+        prompt, model = self._prompt(), self.opened.model
         asked, given = _checked(questions, "questions"), _checked(answers, "answers")
         if len(asked) != len(given):
             raise UserError(f"{len(asked)} questions and {len(given)} answers; give one answer a question")
@@ -110,18 +151,56 @@ class Trained:
         if (longest := int(tokens.lengths.max())) > prompt.answer_len:
             text = untrusted.short(given[int(tokens.lengths.argmax())])
             raise UserError(f"the answer {text} has {longest} tokens, more than data.answer_len={prompt.answer_len}")
-        cosine, found = self._nearest(asked, model.objective.candidates)
-        used, prefix = np.unique(found, return_inverse=True)
-        (prefixes, _), (queries, _) = data.prompt_segments(prompt, [corpus.passages[i] for i in used], asked)
-        row = np.repeat(np.arange(len(asked)), found.shape[1])
-        pairs = likelihood.Pairs(prefixes, queries, tokens, prefix.ravel(), row, row)
-        at_a_time = min(self.opened.config.eval.batch_size, len(asked)) * found.shape[1]
+        found = self._find(asked, model.objective.candidates)
+        num_read = found.cosine.shape[1]
+        row = np.repeat(np.arange(len(asked)), num_read)
+        pairs = likelihood.Pairs(found.prefixes, found.queries, tokens, found.place.ravel(), row, row)
+        at_a_time = min(self.opened.config.eval.batch_size, len(asked)) * num_read
         by_pair = likelihood.answer_log_probs(model, self.params, pairs, at_a_time=at_a_time, label="answers")
-        token_log_probs = jnp.asarray(by_pair.reshape(*found.shape, -1))
+        token_log_probs = jnp.asarray(by_pair.reshape(*found.cosine.shape, -1))
         mask = jnp.arange(token_log_probs.shape[-1]) < tokens.lengths[:, None]
-        doc_log_probs = losses.doc_log_probs(jnp.asarray(cosine) / model.objective.marginal_temperature)
+        doc_log_probs = model.objective.doc_log_probs(found.cosine)
         log_probs = losses.log_marginal(model.objective.formula.likelihood, doc_log_probs, token_log_probs, mask)
         return [Score(float(value), int(num)) for value, num in zip(log_probs, tokens.lengths, strict=True)]
+
+    def _answers(self, asked: list[str], how: answering.Decoding, candidates: int, seed: int) -> list[Answer]:
+        """Of one batch."""
+        prompt, found = self._prompt(), self._find(asked, candidates)
+        most = search.size_for(len(found.prefixes), found.place.size)
+        prefix_len = search.size_for(int(found.prefixes.lengths.max()), prompt.passage_len)
+        query_len = search.size_for(int(found.queries.lengths.max()), prompt.query_len)
+        doc_log_probs = np.asarray(self.opened.model.objective.doc_log_probs(found.cosine))
+        decoded = answering.answers(
+            self.opened.model,
+            self.params,
+            segments.pad(found.prefixes, np.arange(most) % len(found.prefixes), prefix_len),
+            segments.pad(found.queries, np.arange(len(asked)), query_len),
+            found.place,
+            doc_log_probs,
+            how,
+            keys=answering.question_keys(seed, asked),
+            num_slots=prompt.passage_len + prompt.query_len + how.num_tokens,
+        )
+        return [
+            Answer(
+                decoding.text(prompt.tokenizer, decoded.ids[i]),
+                tuple(self.passages[passage] for passage in found.passages[i]),
+                found.cosine[i],
+                np.exp(doc_log_probs[i]),
+                decoded.evidence[i],
+                float(decoded.log_probs[i]),
+                int(decoded.mask[i].sum()),
+            )
+            for i in range(len(asked))
+        ]
+
+    def _find(self, asked: list[str], k: int) -> _Found:
+        cosine, nearest = search.top_k(self.embed_queries(asked), self._passage_emb, k)
+        used, place = np.unique(nearest, return_inverse=True)
+        texts = [self.passages[i] for i in used]
+        (prefixes, _), (queries, _) = data.prompt_segments(self._prompt(), texts, asked)
+        self._check_tokens("generator", asked, queries)
+        return _Found(cosine, nearest, place.reshape(nearest.shape).astype(np.int32), prefixes, queries)
 
     def _embed(self, texts: list[str], prefix: str, longest: int, what: str) -> Float[np.ndarray, "n E"]:
         batch_size = self.opened.config.eval.batch_size
@@ -129,20 +208,19 @@ class Trained:
         filled = min(1 << (len(texts) - 1).bit_length(), max(batch_size, len(texts)))
         many = [*texts, *texts[:1] * (filled - len(texts))]
         tokens, _ = data.retriever_tokens(self._retriever_text().tokenizer, many, prefix, longest)
-        if not tokens.lengths.all():
-            raise UserError(f"{what}: {many[int(tokens.lengths.argmin())]!r} has no tokens for the retriever")
+        self._check_tokens("retriever", many, tokens)
         size = {"batch_size": batch_size, "longest": longest}
         return search.embed(self.opened.model, self.params, tokens, label=what, **size)[: len(texts)]
 
-    def _nearest(self, questions: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cosines and indices (n, K) of the nearest passages."""
-        return search.top_k(self.embed_queries(questions), self._in_use().passage_emb, k)
+    def _check_tokens(self, role: str, texts: Sequence[str], tokens: data.Ragged) -> None:
+        if not tokens.lengths.all():
+            text, path = texts[int(tokens.lengths.argmin())], self.opened.config[role].path
+            raise UserError(f"{untrusted.short(text)} has no tokens for {role}.path={path!r}; leave it out")
 
-    def _in_use(self) -> answering.Answerer:
+    def _check_in_use(self) -> None:
         self._retriever_text()
-        if self._corpus is None:
+        if not self.passages:
             raise UserError("no passages in use; call use(passages) first")
-        return self._corpus
 
     def _retriever_text(self) -> data.RetrieverText:
         if self.opened.retriever_text is None:
@@ -165,11 +243,3 @@ def _checked(texts: Sequence[Any], what: str) -> list[str]:
         if not isinstance(text, str) or not text.strip() or not untrusted.is_unicode(text):
             raise UserError(f"{what}: {untrusted.short(text)} (number {number}) is not a text; leave it out")
     return list(texts)
-
-
-def _answer(record: dict[str, Any]) -> Answer:
-    """From the record of one question."""
-    read = record["passages"]
-    doc_probs, evidence = (np.array([row[name] for row in read], np.float32) for name in ("probability", "evidence"))
-    passages = tuple(row["passage"] for row in read)
-    return Answer(record["answer"], passages, doc_probs, evidence, record["log_prob"], record["tokens"])

@@ -45,16 +45,6 @@ class BertEmbed(nnx.Module):
         return self.norm(self.word(ids) + self.position(positions) + self.token_type(jnp.zeros_like(ids)))
 
 
-class BertMlp(nnx.Module):
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
-        self.up = layers.linear(config.width, config.mlp_width, bias=True, rngs=rngs)
-        self.down = layers.linear(config.mlp_width, config.width, bias=True, rngs=rngs)
-        self.activation = config.activation
-
-    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        return self.down(layers.ACTIVATIONS[self.activation](self.up(x)))
-
-
 class BertLayer(nnx.Module):
     """Attention and MLP, each followed by a residual sum and a norm."""
 
@@ -63,7 +53,7 @@ class BertLayer(nnx.Module):
             config.width, config.heads, qkv_bias=True, out_bias=True, dropout_rate=config.attention_dropout, rngs=rngs
         )
         self.attention_norm = layers.layer_norm(config.width, config.norm_eps, rngs)
-        self.mlp = BertMlp(config, rngs=rngs)
+        self.mlp = layers.Mlp(config.width, config.mlp_width, config.activation, rngs=rngs)
         self.mlp_norm = layers.layer_norm(config.width, config.norm_eps, rngs)
         self.dropout = config.dropout
 

@@ -1,7 +1,7 @@
 """Causal language models, whatever the family: plain forward, shared-prefix forward, and decoding with a KV cache.
 
-A family gives `_embed`, `_views`, `head_kernel`, `layers`, `norm` and a layer called as
-`layer(x, own, rope=, context=, dropout_keys=) -> (x, keys and values)`; everything here is written once.
+A family gives `_embed`, `_views`, `head_kernel`, `layers`, `norm` and a layer called as `PreNormLayer` is; everything
+else is written once, here.
 
 Letters as in `layers`; **P** prefixes, **K** of which each of B suffixes is read behind; **S** rows behind a cache's.
 """
@@ -24,6 +24,32 @@ class Cache(NamedTuple):
     key: Float[Array, "N B G C Lk"]
     value: Float[Array, "N B G Lk C"]
     length: Int[Array, " B"]
+
+
+class PreNormLayer(nnx.Module):
+    """Attention and MLP, each behind its norm and inside a residual sum."""
+
+    attention_norm: Any
+    attention: layers.Attention
+    mlp_norm: Any
+    mlp: Any
+    dropout: float = 0.0  # of what is added
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        own: Seen,
+        *,
+        rope: layers.Rope | None = None,
+        context: tuple[layers.KeysValues, Seen] | None = None,
+        dropout_keys: Key[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B L D"], layers.KeysValues]:
+        attended, keys_values = self.attention(
+            self.attention_norm(x), own, rope=rope, context=context, dropout_keys=dropout_keys
+        )
+        x = x + layers.dropout(attended, self.dropout, layers.named_keys(dropout_keys, "residual"))
+        x = x + layers.dropout(self.mlp(self.mlp_norm(x)), self.dropout, layers.named_keys(dropout_keys, "mlp"))
+        return x, keys_values
 
 
 class Decoder(nnx.Module):
@@ -68,7 +94,7 @@ class Decoder(nnx.Module):
         A causal state on the prefix does not depend on the suffix, so each prefix runs once and each pair of suffix and
         candidate runs its suffix alone. Both advance through one scan: a layer's keys and values of the prefixes are
         gathered for that layer's suffixes and then forgotten. Dropout asks for whole numbers of prefixes a suffix: one
-        each, then all the further ones of the first suffix, of the second and so on (P = B (1 + H)).
+        each, then all the further ones of the first suffix, of the second and so on (P = B (1 + J)).
         """
         (prefix_ids, prefix_mask), (suffix_ids, suffix_mask) = prefix, suffix
         (B, Ls), K = suffix_ids.shape, candidates.shape[1]

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from rag_jax.models import layers
 from rag_jax.models.config import ModelConfig
-from rag_jax.models.decoder import Decoder
+from rag_jax.models.decoder import Decoder, PreNormLayer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,41 +38,15 @@ class Gpt2Embed(nnx.Module):
         self.position = layers.Embed(config.max_positions, config.width, rngs=rngs)
 
 
-class Gpt2Mlp(nnx.Module):
-    def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs):
-        self.up = layers.linear(config.width, config.mlp_width, bias=True, rngs=rngs)
-        self.down = layers.linear(config.mlp_width, config.width, bias=True, rngs=rngs)
-        self.activation = config.activation
-
-    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        return self.down(layers.ACTIVATIONS[self.activation](self.up(x)))
-
-
-class Gpt2Layer(nnx.Module):
+class Gpt2Layer(PreNormLayer):
     def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs):
         self.attention_norm = layers.layer_norm(config.width, config.norm_eps, rngs)
         self.attention = layers.Attention(
             config.width, config.heads, qkv_bias=True, out_bias=True, dropout_rate=config.attention_dropout, rngs=rngs
         )
         self.mlp_norm = layers.layer_norm(config.width, config.norm_eps, rngs)
-        self.mlp = Gpt2Mlp(config, rngs=rngs)
+        self.mlp = layers.Mlp(config.width, config.mlp_width, config.activation, rngs=rngs)
         self.dropout = config.dropout
-
-    def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        own: layers.Seen,
-        *,
-        rope: layers.Rope | None = None,
-        context: tuple[layers.KeysValues, layers.Seen] | None = None,
-        dropout_keys: Key[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B L D"], layers.KeysValues]:
-        attended, keys_values = self.attention(
-            self.attention_norm(x), own, rope=rope, context=context, dropout_keys=dropout_keys
-        )
-        x = x + layers.dropout(attended, self.dropout, layers.named_keys(dropout_keys, "residual"))
-        x = x + layers.dropout(self.mlp(self.mlp_norm(x)), self.dropout, layers.named_keys(dropout_keys, "mlp"))
-        return x, keys_values
 
 
 class Gpt2(Decoder):

@@ -49,6 +49,16 @@ def linear(in_width: int, out_width: int, *, bias: bool, rngs: nnx.Rngs) -> nnx.
     return nnx.Linear(in_width, out_width, use_bias=bias, dot_general=flat_dot_general, rngs=rngs)
 
 
+class Mlp(nnx.Module):
+    def __init__(self, width: int, mlp_width: int, activation: str, *, rngs: nnx.Rngs):
+        self.up = linear(width, mlp_width, bias=True, rngs=rngs)
+        self.down = linear(mlp_width, width, bias=True, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+
+
 class Embed(nnx.Embed):
     """Rows of a table in the dtype that the table has by now: nnx.Embed returns the one that it was made in.
 

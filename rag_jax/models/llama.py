@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from rag_jax.models import layers
 from rag_jax.models.config import ModelConfig
-from rag_jax.models.decoder import Decoder
+from rag_jax.models.decoder import Decoder, PreNormLayer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,7 @@ class LlamaMlp(nnx.Module):
         return self.down(layers.ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
 
 
-class LlamaLayer(nnx.Module):
+class LlamaLayer(PreNormLayer):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.attention_norm = layers.rms_norm(config.width, config.norm_eps, rngs)
         self.attention = layers.Attention(
@@ -134,21 +134,6 @@ class LlamaLayer(nnx.Module):
         )
         self.mlp_norm = layers.rms_norm(config.width, config.norm_eps, rngs)
         self.mlp = LlamaMlp(config, rngs=rngs)
-
-    def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        own: layers.Seen,
-        *,
-        rope: layers.Rope | None = None,
-        context: tuple[layers.KeysValues, layers.Seen] | None = None,
-        dropout_keys: Key[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B L D"], layers.KeysValues]:
-        attended, keys_values = self.attention(
-            self.attention_norm(x), own, rope=rope, context=context, dropout_keys=dropout_keys
-        )
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), keys_values
 
 
 class Llama(Decoder):

@@ -74,7 +74,7 @@ def batches(training: Training, spans: Iterator[Span]) -> Iterator[tuple[data.Ba
 
 
 def rows_of(training: Training, step: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Which rows a step that was begun reads, (batch_size,), and the negatives (batch_size, H) that were mined."""
+    """Which rows a step that was begun reads, (batch_size,), and the negatives (batch_size, J) that were mined."""
     config = training.config
     if config.mining.every_steps:
         _, plan = next(mining.kept(training.workdir, step - 1, config.mining.every_steps))

@@ -1,6 +1,6 @@
 """Hard groups: an order of rows in which the passages of a group are each other's near negatives.
 
-**n** rows, **g** rows of a group, **H** negatives that a row brings, **E** embedding width. Arrays of numpy in and out.
+**n** rows, **g** rows of a group, **J** negatives that a row brings, **E** embedding width. Arrays of numpy in and out.
 """
 
 import dataclasses
@@ -148,7 +148,7 @@ def nearest(near: Near, group: list[int], free: np.ndarray) -> int:
 def negatives(
     near: Near, groups: np.ndarray, passages: np.ndarray, scores: np.ndarray, num: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What the rows of groups (G, g) bring besides their own passages: keys (G, g, H) int32, -1: none, and scores.
+    """What the rows of groups (_, g) bring besides their own passages: keys (_, g, J) int32, -1: none, and scores.
 
     Each row in turn brings the nearest passages that its group has not yet, none of them of a row with a query of the
     group. `passages`, `scores` (n, m): each row's nearest, those too near left out (-inf); where all m are taken, none.
@@ -169,7 +169,7 @@ def negatives(
 
 
 def hardness(near: Near, groups: np.ndarray) -> dict[str, float]:
-    """Of groups (G, g) of rows: how close a query's negatives come to its passage.
+    """Of groups (_, g) of rows: how close a query's negatives come to its passage.
 
     `similarity`: mean cosine of queries and the group's other passages; `not_first`: share of queries for which one of
     those scores at least as high as their own.
@@ -177,7 +177,7 @@ def hardness(near: Near, groups: np.ndarray) -> dict[str, float]:
     negatives, lost = [], []
     for start in range(0, len(groups), BLOCK):
         rows = groups[start : start + BLOCK]
-        cosine = np.einsum("Gie,Gje->Gij", near.query_emb[rows], near.passage_emb[rows])
+        cosine = np.einsum("nie,nje->nij", near.query_emb[rows], near.passage_emb[rows])
         negative = ~near.same(rows[:, :, None], rows[:, None, :])
         negatives.append(cosine[negative])
         lost.append((negative & (cosine >= near.positive[rows][:, :, None])).any(axis=2).ravel())

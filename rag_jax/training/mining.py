@@ -3,7 +3,7 @@
 The plan of the coming steps is all that mining leaves behind. It is kept in the workdir, `mining/step_N.npz`: a run
 that goes on from a later checkpoint has other parameters by then and could not make it again.
 
-**n** rows, **R** distinct queries, **M** distinct passages, **H** negatives of a row, **E** embedding width.
+**n** rows, **Q** distinct queries, **M** distinct passages, **J** negatives of a row, **E** embedding width.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class Plan:
 
     rows: np.ndarray  # (steps, batch_size) int32 of the steps that follow
     met: np.ndarray  # (n,) int32, how often each row was met before them
-    negatives: np.ndarray | None = None  # (steps, batch_size, H) int32 passages that the rows bring, -1: none
+    negatives: np.ndarray | None = None  # (steps, batch_size, J) int32 passages that the rows bring, -1: none
 
     def after(self, steps: int) -> "Plan":
         """Without the first steps."""
@@ -77,7 +77,7 @@ def mine(
 
 def embeddings(
     model: rag.Rag, params: dict, examples: data.Examples, batch_size: int
-) -> tuple[Float[np.ndarray, "R E"], Float[np.ndarray, "M E"]]:
+) -> tuple[Float[np.ndarray, "Q E"], Float[np.ndarray, "M E"]]:
     """All distinct queries and passages as the retriever sees them now."""
     queries, passages = examples.retriever_queries, examples.retriever_passages
     assert queries is not None and passages is not None
@@ -86,7 +86,7 @@ def embeddings(
 
 
 def neighbourhood(
-    query_emb: Float[np.ndarray, "R E"],
+    query_emb: Float[np.ndarray, "Q E"],
     passage_emb: Float[np.ndarray, "M E"],
     examples: data.Examples,
     margin: float | None,
@@ -110,13 +110,13 @@ def nearest_rows(
 
 
 def negatives(
-    near: hard_groups.Near, passage_emb: Float[np.ndarray, "M E"], rows_Gg: Int[np.ndarray, "G g"], num: int
-) -> tuple[Int[np.ndarray, "G g H"], Float[np.ndarray, "G g H"]]:
+    near: hard_groups.Near, passage_emb: Float[np.ndarray, "M E"], groups: Int[np.ndarray, "groups g"], num: int
+) -> tuple[Int[np.ndarray, "groups g J"], Float[np.ndarray, "groups g J"]]:
     """`hard_groups.negatives` of each row's nearest passages: as many as its group can hold, and `NEIGHBOURS` more."""
     at_most = None if near.margin is None else near.positive + near.margin
-    many = rows_Gg.shape[1] * (1 + num) + NEIGHBOURS
+    many = groups.shape[1] * (1 + num) + NEIGHBOURS
     scores, passages = search.top_k(near.query_emb, passage_emb, many, at_most=at_most)
-    return hard_groups.negatives(near, rows_Gg, passages, scores, num)
+    return hard_groups.negatives(near, groups, passages, scores, num)
 
 
 def path_of(workdir: pathlib.Path, step: int) -> pathlib.Path:

@@ -16,6 +16,8 @@ from rag_jax.config import Config
 from rag_jax.distributed import processes
 from rag_jax.errors import UserError
 from rag_jax.evaluation import evaluation
+from rag_jax.evaluation.metrics import HIGHER_IS_BETTER
+from rag_jax.objectives import ROLES
 from rag_jax.training import optim
 from rag_jax.training.step import Step, TrainState, Tree, abstract_state, init_state, make_train_step
 from rag_jax.workdir import provenance
@@ -140,7 +142,7 @@ def used_roles(opened: pair.Pair) -> set[str]:
 
 def rate_rules(config: Config, used: set[str]) -> optim.Rules:
     """The config's rules; a model that the objective does not use stays as it is."""
-    unused = tuple((f"^{role}/", 0.0) for role in pair.ROLES if role not in used)
+    unused = tuple((f"^{role}/", 0.0) for role in ROLES if role not in used)
     return unused + tuple(config.optimizer.rate_rules)
 
 
@@ -163,6 +165,13 @@ def write_workdir(training: Training, start_step: int, inputs: provenance.Inputs
 
 def pretrained(training: Training, params: Tree) -> TrainState:
     return init_state(*optim.split_frozen(params, training.rules), training.optimizer, training.mesh)
+
+
+def saved_params(opened: pair.Pair, workdir: pathlib.Path, step: int | str | None) -> tuple[int, Tree]:
+    """The step that a number, "best" or "latest" stands for, and the parameters that the run saved there."""
+    with Checkpoints(workdir, higher_is_better=HIGHER_IS_BETTER) as checkpoints:
+        found = checkpoints.find(step)
+        return found, checkpoints.restore({"params": pair.abstract_params(opened)}, found)["params"]
 
 
 def restore(training: Training, checkpoints: Checkpoints, step: int) -> TrainState:

@@ -7,6 +7,7 @@ from typing import Any
 
 from rag_jax import data, files
 from rag_jax.errors import UserError
+from rag_jax.objectives import ROLES
 
 NAME = "inputs.json"
 SUFFIXES = (".safetensors", ".json", ".txt", ".model")
@@ -18,7 +19,7 @@ Inputs = dict[str, dict[str, Any]]
 def of_run(config: Any, examples: data.Examples) -> Inputs:
     """Rows by number and fingerprint; the models that are local folders by a digest of each file."""
     found: Inputs = {"data.train": {"rows": len(examples), "fingerprint": data.fingerprint(examples)}}
-    for role in ("retriever", "generator"):
+    for role in ROLES:
         folder = pathlib.Path(config[role].path or "").expanduser()
         if config[role].path and folder.is_dir():
             paths = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)

@@ -146,8 +146,9 @@ def test_third_parties_are_quiet_and_warnings_can_be_asked_for():
 
 
 MANY_PROGRAMS = """
-import jax, numpy as np
 from rag_jax import cli
+cli.prepare_environment()
+import jax, numpy as np
 from rag_jax.distributed import sharding
 
 mesh = sharding.make_mesh(1, 8, 1)
