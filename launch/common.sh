@@ -3,7 +3,7 @@
 
 DRY_RUN=${DRY_RUN:-}
 
-# One line and exit 2, as the commands themselves answer what the user can mend.
+# One line and exit 2, as the commands themselves answer what the user can fix.
 fail() {
   printf '%s: error: %s\n' "$SELF" "$*" >&2
   exit 2

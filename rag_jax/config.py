@@ -42,7 +42,7 @@ class Key:
 
 
 def at_least(low: int) -> Check:
-    """Numbers that are counted on devices are of 32 bits."""
+    """And below 2**31: devices count in 32 bits."""
     return lambda v: f"must be at least {low}" if v < low else f"must be below {MOST}" if v >= MOST else None
 
 
@@ -355,7 +355,7 @@ def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _convert(value: Any, name: str) -> Any:
-    """Whole numbers where fractions stand, and lists where JSON has no tuples."""
+    """Whole numbers as fractions where the key takes one, and JSON's lists as tuples."""
     kind = _optional(KEYS[name].kind)[0] if name in KEYS else None
     if kind is Rules and isinstance(value, list | tuple):
         pairs = [tuple(pair) if isinstance(pair, list) else pair for pair in value]
@@ -401,7 +401,7 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def _text_problem(name: str, value: Any) -> str | None:
-    """Paths may be of any bytes, other texts are read by tokenizers; none may hold what must not be written down."""
+    """Paths may hold any bytes; other texts are read by tokenizers. None may hold a secret."""
     if not isinstance(value, str):
         return None
     if untrusted.holds_secret(value):

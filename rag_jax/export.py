@@ -68,7 +68,7 @@ def export(loaded: Any, workdir: pathlib.Path, out: pathlib.Path, step: str | in
 
 @contextlib.contextmanager
 def _told(out: pathlib.Path) -> Iterator[None]:
-    """What goes wrong in writing, in one line."""
+    """One line for what goes wrong in writing."""
     import safetensors
 
     try:

@@ -38,7 +38,7 @@ def content_key(*parts: Any) -> str:
 
 
 def tokenizer_key(tokenizer: Any) -> str:
-    """What a fast tokenizer does to a text, as a hash; padding and cutting, which each call sets anew, left out."""
+    """A hash of what a fast tokenizer does to a text, without padding and truncation, which every call sets."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     for changed_by_calls in ("truncation", "padding"):
         state.pop(changed_by_calls, None)
@@ -46,9 +46,9 @@ def tokenizer_key(tokenizer: Any) -> str:
 
 
 def cached(key: str, make: Callable[[], Arrays], what: str = "tokenised rows") -> tuple[Arrays, bool]:
-    """The arrays kept under `key`, or those that `make` gives, kept from then on; and whether they were there.
+    """The arrays cached under `key`, made by `make` and cached where they are missing; and whether they were there.
 
-    A damaged file is made again; a folder that cannot be written costs a warning.
+    A damaged file is made again; a folder that cannot be written to costs a warning.
     """
     path = folder() / f"{key}.npz"
     try:
@@ -77,7 +77,7 @@ def write(path: pathlib.Path, arrays: Arrays) -> None:
 
 @contextlib.contextmanager
 def file_at_once(path: pathlib.Path, *, sync: bool = False) -> Iterator[BinaryIO]:
-    """A file to fill, which takes its place when complete; of a failure nothing stays. `sync`: also in a power cut."""
+    """A file to fill that appears when complete; a failure leaves nothing. `sync`: not even a power cut does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own, since others may write the same file; not by `tempfile`, whose files only their owner may read.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
@@ -94,7 +94,7 @@ def file_at_once(path: pathlib.Path, *, sync: bool = False) -> Iterator[BinaryIO
 
 
 def write_whole(path: pathlib.Path, content: str | bytes, *, errors: str = "strict", sync: bool = False) -> None:
-    """Texts as UTF-8; `errors` says what becomes of halves of surrogate pairs, as in `str.encode`."""
+    """Text is written as UTF-8; `errors` says what becomes of lone surrogates, as in `str.encode`."""
     with file_at_once(path, sync=sync) as file:
         file.write(content.encode("utf-8", errors) if isinstance(content, str) else content)
 
@@ -108,7 +108,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def folder_at_once(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder to fill, which takes its place when complete, over nothing but an empty folder; else nothing stays."""
+    """A folder to fill that becomes `target` when complete, which may be an empty folder; a failure leaves nothing."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         made = pathlib.Path(scratch) / target.name  # the one around it is for its owner alone

@@ -155,17 +155,19 @@ def compile_step(loaded: Any, topology: chips.Topology) -> dict[str, Any]:
         "fits": total <= topology.chip.hbm_bytes,
         "hbm_bytes_per_device": total,
         "temporary_bytes": memory.temp_size_in_bytes,
-        **timing(hlo.Program(program.as_text()), topology, needed, loaded.dtype),
+        **timing(hlo.Program(program.as_text()), topology, needed, (loaded.dtype, loaded.matmul_precision)),
     }
 
 
-def timing(program: Any, topology: chips.Topology, needed: float, dtype: str) -> dict[str, Any]:
-    """A roofline of every operation, one after the other, and of the exchanges beside them."""
+def timing(program: Any, topology: chips.Topology, needed: float, products: tuple[str, str]) -> dict[str, Any]:
+    """A roofline of every operation, one after the other, and of the exchanges beside them.
+
+    `products`: dtype and `matmul_precision` of those of the models.
+    """
     from rag_jax.planning import hlo
 
     chip = topology.chip
-    # float32 products take the bfloat16 units several passes (TPU), or TF32 at half the rate (GPU).
-    peak = chip.peak if dtype == "bfloat16" else chip.peak / 2
+    peak = chip.product_peak(*products)
     operations = list(program.operations())
     compute_s = sum(op.times * op.flops for op in operations) / peak
     memory_s = sum(op.times * op.bytes for op in operations) / chip.hbm_bandwidth

@@ -23,8 +23,8 @@ SECRETS = re.compile(
     re.IGNORECASE,
 )
 SECRET_NAMES = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|SECRET_KEY|ACCESS_KEY|PRIVATE_KEY)$")
-SECRET_CHARS = 12  # shorter values stand in ordinary texts, too
-# Would end a code span, a table's cell or a line of Markdown, or says what stands in their place.
+SECRET_CHARS = 12  # shorter values occur in ordinary texts
+# Would end a code span, a table cell or a line of Markdown, or is the escape character itself.
 MARKUP = re.compile("[\x00-\x1f\x7f-\x9f`|\\\\\u2028\u2029\ud800-\udfff]")
 
 
@@ -47,7 +47,7 @@ def holds_secret(text: str) -> bool:
 
 
 def code(text: str) -> str:
-    """A text to stand between backticks in a table of Markdown: what has a meaning there is written as escapes."""
+    """A text for a code span in a Markdown table: what has a meaning there is escaped."""
 
     def escape(found: re.Match[str]) -> str:
         character = found.group()
@@ -66,13 +66,13 @@ def shown(text: str) -> str:
 
 
 def short(value: Any, most: int = 160) -> str:
-    """A value as Python writes it, without its end where that is long: what else is wrong must be seen, too."""
+    """A value's repr, truncated, so that a long value does not hide the other problems."""
     text = repr(value)
     return text if len(text) <= most else f"{text[:most]}... ({len(text) - most} more characters)"
 
 
 def is_unicode(text: str) -> bool:
-    """Not so where half of a character stands alone."""
+    """Whether UTF-8 can encode the text; not where it holds a lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -86,7 +86,7 @@ def one_line(error: BaseException, most: int = 200) -> str:
 
 
 def path(text: str, where: str) -> pathlib.Path:
-    """The path with `~` filled in. UserError, beginning with `where`, for what no file system can hold."""
+    """The path with `~` expanded. UserError, beginning with `where`, for what no file system can hold."""
     try:
         expanded = pathlib.Path(text).expanduser()
         expanded.stat()
@@ -101,7 +101,7 @@ def path(text: str, where: str) -> pathlib.Path:
 
 
 def read_json(path: pathlib.Path, where: str) -> Any:
-    """The content of a JSON file; UserError, beginning with `where`, for one that is none or absurdly large."""
+    """The content of a JSON file; UserError, beginning with `where`, for a file that is not JSON or absurdly large."""
     try:
         if path.stat().st_size > JSON_BYTES:
             raise UserError(f"{where} is larger than {JSON_BYTES >> 20} MiB; fetch it again")

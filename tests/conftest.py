@@ -13,7 +13,6 @@ os.environ.setdefault("NPROC", "32")  # see rag_jax.cli.threads_for
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # What one test has compiled, no other one compiles again, nor does the next run of the suite.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".cache/compiled"))
-os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(10**9))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Else the cache's own path is part of its keys, and a copy of it of no use.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")
@@ -23,12 +22,20 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 import pytest  # noqa: E402 (after the environment is set)
 
 ROOT = pathlib.Path(__file__).parent.parent
+MOST_COMPILED = 2 * 10**9  # bytes
 # Begun first, so that no worker is left alone with one of them at the end.
 LONGEST = (
     "test_real_models", "test_processes", "test_loop", "test_ask", "test_mesh", "test_rag", "test_bad_input",
     "test_plan", "test_evaluation", "test_watch", "test_mining", "test_configs", "test_answering", "test_hf",
     "test_fuzz", "test_launch",
 )  # fmt: skip
+
+
+def pytest_sessionstart(session):
+    """The cache must not grow for ever; jax itself, asked for a limit, looks at every file for each that it writes."""
+    compiled = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    if "PYTEST_XDIST_WORKER" not in os.environ and sum(f.stat().st_size for f in compiled.glob("*")) > MOST_COMPILED:
+        shutil.rmtree(compiled)
 
 
 def pytest_itemcollected(item):

@@ -193,11 +193,12 @@ def test_steps_and_exports(workdir, exported, pair, tmp_path):
     np.testing.assert_allclose(again.embed_queries(QUESTIONS), pair.embed_queries(QUESTIONS), atol=1e-6)
     again.use(list(pair.retrieve(QUESTIONS[:1], 3)[0][i].passage for i in range(3)))
     assert again.answer(QUESTIONS[:1])[0].answer == pair.answer(QUESTIONS[:1])[0].answer
-    whole = shutil.copytree(exported, tmp_path / "whole")
-    shutil.copy(workdir / "config.json", whole)
-    np.testing.assert_array_equal(rag_jax.load(whole).embed_queries(QUESTIONS), again.embed_queries(QUESTIONS))
-    with pytest.raises(rag_jax.UserError, match="an export does not say how it is asked; give config="):
-        rag_jax.load(exported)
+    moved = shutil.copytree(exported, tmp_path / "moved")
+    np.testing.assert_array_equal(rag_jax.load(moved).embed_queries(QUESTIONS), again.embed_queries(QUESTIONS))
+    assert str(ROWS) not in (moved / "config.json").read_text()
+    (moved / "config.json").unlink()
+    with pytest.raises(rag_jax.UserError, match="holds no config.json; give config=, the config of its run"):
+        rag_jax.load(moved)
     with pytest.raises(rag_jax.UserError, match="step=2: an export has no steps"):
         rag_jax.load(exported, step=2, config=own)
     with pytest.raises(rag_jax.UserError, match="is a run, which has a config of its own"):

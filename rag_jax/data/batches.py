@@ -12,7 +12,7 @@ from rag_jax.data.segments import Ragged, join_padded, pad, round_up
 if TYPE_CHECKING:
     import grain
 
-# For ever; what grain itself means by that overflows in batches of one row.
+# For ever; grain's own endless `repeat()` overflows in batches of one row.
 EPOCHS = 10**9
 PREFETCH_THREADS = 2
 PREFETCH_BATCHES = 8
@@ -99,7 +99,7 @@ def buckets(examples: Examples, batch_size: int, candidates: int, negatives: int
 
     A length that a share q of the rows keeps within holds a whole batch with probability q**batch_size; the smaller
     shapes make this 50 and 95 %. A shape is worth its compilation if both models read a tenth less than in the next.
-    Of `negatives` that are mined nobody knows yet which: a batch holds that many more passages, as long as the rows'.
+    Which `negatives` will be mined is not known yet: a batch is taken to hold that many more passages like the rows'.
     """
     needed = row_lengths(examples, np.arange(len(examples)), examples.negative_key)
     mined = 0 if examples.negative_key is not None else negatives
@@ -175,7 +175,7 @@ def collate(
 
 
 def _negatives(examples: Examples, own: np.ndarray, key: np.ndarray, lengths: Lengths) -> Negatives:
-    """Of these passages (B, J). Where there is none stands the first token of the own (B,): no model reads nothing."""
+    """Of these passages (B, J). Where there is none, the own one (B,) lends its first token: no text is empty."""
     there, texts = key.reshape(-1, 1) >= 0, np.where(key < 0, own[:, None], key).ravel()
 
     def of(ragged: Ragged | None, length: int) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:

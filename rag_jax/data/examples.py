@@ -18,7 +18,7 @@ from rag_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Tokenised rows. Each distinct query and passage stands once; parts of a model that is not used are None.
+    """Tokenised rows. Each distinct query and passage is there once; the fields of an unused model are None.
 
     Passages are those of the rows, and after them those that are given as negatives alone.
     """
@@ -42,7 +42,7 @@ class Examples:
 
 
 def fingerprint(examples: Examples) -> str:
-    """Of all tokens and keys: equal where batches would be equal."""
+    """A digest of all tokens and keys: equal where batches would be equal."""
     digest = hashlib.blake2b(digest_size=8)
     for field in dataclasses.fields(examples):
         value = getattr(examples, field.name)
@@ -115,7 +115,7 @@ def load_examples(
         lambda: _tokenise(rows, queries, passages, retriever, prompt, whole_string),
     )
     examples = _examples(rows, queries, passages, query_key, passage_key, negative_key, arrays)
-    # Behind the last text stands what is none (-1) and cannot be cut.
+    # -1, no negative, finds the False behind the last text: what does not exist is not cut.
     row_cut = {
         name: np.any(np.append(arrays[array], False)[index], axis=1)
         for name, array, index in _cut_of(query_key, passage_key, negative_key)
@@ -178,7 +178,7 @@ def distinct(texts: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
 
 
 def choose_negatives(rows: Rows, num: int) -> tuple[Rows, int]:
-    """The rows with the first `num` of their given negatives, and how many were none.
+    """The rows with the first `num` of their given negatives, and how many of those were right passages.
 
     A passage of any row of the same query is right for it, whatever another row says of it. Copies count once.
     """

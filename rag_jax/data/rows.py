@@ -19,7 +19,7 @@ from rag_jax.errors import UserError
 Columns = dict[str, Sequence]
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 LINE_END = re.compile(r"\r\n|\r|\n")
-# What stands for itself as text.
+# What is used as it prints.
 PRINTED = (str, int, float, decimal.Decimal, datetime.date, datetime.time, datetime.timedelta, type(None))
 
 
@@ -75,7 +75,7 @@ def read_columns(source: str, key: str, wanted: Mapping[str, str]) -> list[list[
 
 
 def _columns(source: str, key: str, wanted: Mapping[str, str]) -> list[Sequence]:
-    """The wanted columns as they are."""
+    """The wanted columns, not yet as texts."""
     where = f"{key}={source!r}"
     table = _read_table(source, where, list(dict.fromkeys(wanted.values())))
     if not any(table.values()):
@@ -100,7 +100,7 @@ def _lists(values: Iterable[Any], where: str) -> list[list[str]]:
 
 
 def _text(value: Any, holds: str, at: str) -> str:
-    """Numbers and dates as they print, nothing as the empty text; a list, a record or an image is no text."""
+    """Numbers and dates as they print, a missing value as the empty text; a list, record or image is refused."""
     if not isinstance(value, PRINTED):
         raise UserError(f"{holds} a {type(value).__name__} {at}: make it one text per row")
     nothing = value is None or value != value  # NaN is how tables of numbers say nothing
@@ -150,7 +150,7 @@ def _lines(path: pathlib.Path, where: str) -> Iterator[str]:
 
 
 def _not_utf8(path: pathlib.Path) -> str:
-    """Where a file stops being UTF-8; the error of reading it counts from some place inside."""
+    """Where a file stops being UTF-8. The decoder's own error counts from the start of its buffer."""
     begin = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -199,7 +199,7 @@ def _read_separated(separator: str) -> Callable[[pathlib.Path, str, Sequence[str
 
 
 def _open_quote(path: pathlib.Path, where: str, separator: str) -> int:
-    """The line in which the quote stands that swallowed the rest of the file: that field is the last one read."""
+    """The line of the quote that swallowed the rest of the file: its field is the last one read."""
     last, reader = [""], csv.reader(_lines(path, where), delimiter=separator)
     for row in reader:
         last = row or last
@@ -248,7 +248,7 @@ def _read_parquet(path: pathlib.Path, where: str, names: Sequence[str]) -> Colum
 def _read_arrow(path: pathlib.Path, where: str, names: Sequence[str]) -> Columns:
     import pyarrow
 
-    with pyarrow.OSFile(str(path)) as file:  # in memory: a mapped file that another process cuts ends this one
+    with pyarrow.OSFile(str(path)) as file:  # not mapped: if another process truncated the file, this one would crash
         try:
             table = pyarrow.ipc.open_file(file).read_all()
         except pyarrow.ArrowInvalid:  # the other of Arrow's two file layouts, which `datasets` writes
@@ -260,7 +260,7 @@ def _read_arrow(path: pathlib.Path, where: str, names: Sequence[str]) -> Columns
 
 
 def _values(table: Any, present: Sequence[str], num_rows: int) -> Columns:
-    """The values of an Arrow table, after a look that none of them points outside of its buffers."""
+    """The values of an Arrow table, checked first: none may point outside its buffers."""
     table.validate(full=True)
     return {name: range(num_rows) for name in present} | table.to_pydict()
 

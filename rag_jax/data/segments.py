@@ -14,8 +14,8 @@ import numpy as np
 
 from rag_jax.errors import UserError
 
-# Characters of a text that are looked at first, for each token that is wanted and besides: a text of megabytes costs
-# seconds and gigabytes to tokenise, and all but its beginning is cut.
+# Characters of a text that are tokenised at first: so many for each token that is kept, and so many besides. A text of
+# megabytes takes seconds and gigabytes to tokenise, and all but its beginning is cut anyway.
 CHARS_A_TOKEN, MORE_CHARS = 64, 2**16
 
 
@@ -83,7 +83,7 @@ class WholeString:
 
 def retriever_tokens(tokenizer: Any, texts: Sequence[str], prefix: str, max_len: int) -> tuple[Ragged, np.ndarray]:
     """Tokens of prefix + text as the tokenizer makes and cuts them, special tokens included; which were cut (rows,)."""
-    # One more than fits shows what is cut without keeping all of it.
+    # One token more than fits shows which texts are cut.
     texts, ids = _beginnings(tokenizer, texts, max_len, (prefix, ""), truncation=True, max_length=max_len + 1)
     long = Ragged.of(ids)
     cut = long.lengths > max_len
@@ -190,8 +190,10 @@ def split_template(template: str) -> tuple[str, str]:
 def _beginnings(
     tokenizer: Any, texts: Sequence[str], max_len: int, around: tuple[str, str], **options: Any
 ) -> tuple[list[str], list[list[int]]]:
-    """Each text with what stands before and after it, and its tokens: of a very long text those of its beginning, if
-    that alone has more than `max_len`."""
+    """Each text with `around` it, and its tokens.
+
+    Of a very long text only those of its beginning, where that alone has more than `max_len`.
+    """
     from_left = options.get("truncation") and tokenizer.truncation_side == "left"
     most = sys.maxsize if from_left else MORE_CHARS + CHARS_A_TOKEN * max_len
     before, after = around

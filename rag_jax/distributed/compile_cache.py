@@ -1,14 +1,17 @@
 """Compiled programs, kept on disk for the processes that come later."""
 
+import contextlib
 import os
+import pathlib
 from collections import Counter
+from collections.abc import Iterator
 
 import jax
 import jax.monitoring
 
 from rag_jax import files
 
-# Of all programs together; those used longest ago go first.
+# Of all programs together.
 MOST_BYTES = 4 * 10**9
 _events: Counter[str] = Counter()
 
@@ -22,12 +25,31 @@ def keep_compiled() -> None:
     if jax.distributed.is_initialized() and jax.default_backend() == "cpu":
         jax.config.update("jax_enable_compilation_cache", False)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(files.folder() / "compiled"))
-        jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
+        folder = files.folder() / "compiled"
+        make_room(folder, MOST_BYTES)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_max_size", -1)  # else jax looks at every file for each that it writes
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # small programs too
     if not _events:
         _events["listening"] = 1
         jax.monitoring.register_event_listener(lambda event, **_: _events.update([event]))
+
+
+def make_room(folder: pathlib.Path, most_bytes: int) -> None:
+    """Delete the least recently used files of a folder until the others have at most so many bytes."""
+    found = [(max(stat.st_atime, stat.st_mtime), stat.st_size, path) for path, stat in _files(folder)]
+    excess = sum(size for _, size, _ in found) - most_bytes
+    for _, size, path in sorted(found):
+        if excess <= 0:
+            return
+        path.unlink(missing_ok=True)
+        excess -= size
+
+
+def _files(folder: pathlib.Path) -> Iterator[tuple[pathlib.Path, os.stat_result]]:
+    for path in folder.glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # another process makes room, too
+            yield path, path.stat()
 
 
 def compiled_found() -> int:

@@ -25,11 +25,11 @@ __all__ = ["Pooling", "Source", "copy_small_files", "load_params", "open_config"
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A model's folder, read but for its weights."""
+    """A model's folder, everything but its weights read."""
 
     path: str  # as the config has it
     folder: pathlib.Path
-    model_type: str  # theirs
+    model_type: str  # Hugging Face's
     model_config: models.ModelConfig
     tokenizer: Any
     pooling: Pooling
@@ -113,7 +113,7 @@ def _tokenizer(folder: pathlib.Path, where: str, vocab_size: int) -> Any:
         raise UserError(f"{where}: its tokenizer has no fast version; give a folder that holds tokenizer.json")
     if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):  # what transformers makes of no files
         raise UserError(f"{where}: no tokenizer in {folder}; save the model's own there, with its tokenizer.json")
-    # What it puts around texts is not always of its vocabulary.
+    # The special tokens around texts are not always part of its vocabulary.
     largest = max([*tokenizer.get_vocab().values(), *around], default=0)
     if largest >= vocab_size:
         raise UserError(f"{where}: its tokenizer has ids up to {largest}, but the model only {vocab_size} embeddings")
@@ -147,7 +147,7 @@ def _architecture(source: Source, *, is_retriever: bool) -> str:
 
 
 def _without_code(folder: pathlib.Path) -> None:
-    """What is exported is read without code of others, and asks for none."""
+    """An export needs no remote code, and asks for none."""
     for name in ("config.json", "tokenizer_config.json"):
         file = folder / name
         settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -56,7 +56,7 @@ def read_config(folder: pathlib.Path, where: str) -> tuple[str, ModelConfig]:
 
 
 def _check_file(content: Any, where: str) -> None:
-    """UserError for what must not come to the library that reads it: it would make lists of such sizes, or run code."""
+    """UserError for what must not reach transformers: sizes it would make lists of, and code it would ask to run."""
     if not isinstance(content, dict):
         raise UserError(f"{where}: its config.json cannot be read (not an object with a model_type); fetch it again")
     for key, value in content.items():
@@ -127,7 +127,7 @@ def _check_values(config: type[ModelConfig], ours: Mapping[str, Any], problems: 
 
 
 def _must(field: dataclasses.Field, value: Any) -> str | None:
-    """What a value of this field has to be, if it is not."""
+    """What a value of this field must be; None where it is."""
     if field.type is bool:
         return None if isinstance(value, bool) else "true or false"
     if field.type is float and field.name.endswith("dropout"):

@@ -1,4 +1,4 @@
-"""Families: what a model type of theirs is in ours, its config.json and its tensors, one entry each.
+"""The model families: how Hugging Face's config.json and tensors become ours, one entry a model type.
 
 An entry and its module in `models` are all that a family needs. Both tables are read in both directions.
 """
@@ -36,13 +36,13 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How one model type of theirs is told in one of our configs, and its tensors in our trees."""
+    """One of Hugging Face's model types: its keys in one of our configs, and its tensors in our trees."""
 
     config: type[ModelConfig]
     architecture: str  # the class that reads what export writes
     fields: Mapping[str, str | tuple[str, ...]]  # their key -> our field or fields of the same value
     rules: tuple[Rule, ...]
-    prefix: str  # what names have or lack that were saved from a model without or with its head
+    prefix: str  # which tensor names have or lack, depending on whether the head was saved with the model
     # Patterns of tensors that no rule names and that may stand in a file. Carried: part of the model, but not of our
     # forward pass, so export writes them as they came. Dropped: heads that a loaded model makes anew or does not have.
     carried: str = ""
@@ -51,7 +51,7 @@ class Family:
     only: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # their key -> the one value that we compute
     # Our field -> its value where theirs is null, from the other fields.
     absent: Mapping[str, Callable[[Mapping[str, Any]], Any]] = dataclasses.field(default_factory=dict)
-    # What is no matter of one key: our fields from their config, with what is wrong with it, and back.
+    # What takes several keys: our fields from their config, what is wrong appended to the problems; and back.
     read: Callable[[Mapping[str, Any], list[str]], dict[str, Any]] = lambda theirs, problems: {}
     write: Callable[[Any], dict[str, Any]] = lambda config: {}
 

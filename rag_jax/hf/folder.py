@@ -42,7 +42,7 @@ def resolve(path: str, key: str) -> pathlib.Path:
 
 
 def small_files(folder: pathlib.Path, where: str) -> dict[str, pathlib.Path]:
-    """Everything of a model's folder but weights and papers, by its name there.
+    """The files of a model's folder but weights and documents, by their relative names.
 
     These are copied into workdirs and exports. So UserError for a link to a file elsewhere, unless it is one of the
     hub's cache or the other file has the same name: a `vocab.txt` that is really an account's key must not travel.

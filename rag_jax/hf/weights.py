@@ -57,7 +57,7 @@ def load_params(
     pieces = _pieces(family, config)
     leaves = {}
     for path, leaf in _leaves(config).items():
-        with _reading() as read:  # a leaf at a time, so that of the files no more is in memory than a leaf needs
+        with _reading() as read:  # a leaf at a time: no more of the files is in memory than it needs
 
             def part(index: Any, path: str = path, leaf: Any = leaf, read: Any = read) -> np.ndarray:
                 return _part(pieces[path], index, leaf, lambda name, at: _finite(tensors[name], read, at, leaf.dtype))
@@ -204,7 +204,7 @@ def _tensors(folder: pathlib.Path, family: Family) -> dict[str, _Tensor]:
 
 
 def _finite(tensor: _Tensor, read: Callable[[_Tensor, Any], np.ndarray], where: Any, dtype: Any) -> np.ndarray:
-    """A part of a tensor; UserError for one that would spoil all that it meets."""
+    """A part of a tensor; UserError where it holds NaN or infinity."""
     value = np.asarray(read(tensor, where), dtype)
     # Both are NaN where any value is; nothing of the size of the part is made.
     if value.size and not (np.isfinite(value.min()) and np.isfinite(value.max())):
@@ -214,7 +214,7 @@ def _finite(tensor: _Tensor, read: Callable[[_Tensor, Any], np.ndarray], where: 
 
 @contextlib.contextmanager
 def _reading() -> Iterator[Callable[[_Tensor, Any], np.ndarray]]:
-    """A reader of parts of tensors; at its end the memory that the mapped files took is given back."""
+    """A reader of parts of tensors; on exit the memory of the mapped files is released."""
     with contextlib.ExitStack() as stack:
         files: dict[pathlib.Path, Any] = {}
 

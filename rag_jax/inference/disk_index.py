@@ -1,6 +1,6 @@
 """A corpus' embeddings on disk: made once, shard by shard, searched block by block; memory holds one of them.
 
-    FOLDER/index.json                what the embeddings are of, and their form
+    FOLDER/index.json                what was embedded by what, and in which form
     FOLDER/shard_00000.npy ...       embeddings (SHARD_ROWS, E) in float32, bfloat16 or int8, the last one shorter
     FOLDER/scale_00000.npy ...       int8 only: what a row's scores are to be multiplied with
 
@@ -26,7 +26,7 @@ from rag_jax.distributed import processes
 from rag_jax.errors import UserError
 from rag_jax.inference import search
 
-# In the file, and what its bytes mean: numpy's format does not know bfloat16.
+# Number types and how files hold them: numpy's format does not know bfloat16.
 STORED = {"float32": "float32", "bfloat16": "uint16", "int8": "int8"}
 SHARD_ROWS = 2**16
 
@@ -68,9 +68,14 @@ def build(
     if not len(tokens):
         raise UserError(f"an index in {os.fspath(folder)}: there are no passages to put into it")
     path = pathlib.Path(folder)
-    of = {"retriever": retriever_key(model, params), "passages": passages_key(tokens)}
     index = Index(path, dtype, len(tokens), shard_rows)
-    facts = {**of, "dtype": dtype, "number of passages": len(tokens), "rows of a shard": shard_rows}
+    facts = {
+        "retriever": retriever_key(model, params),
+        "passages": passages_key(tokens),
+        "dtype": dtype,
+        "number of passages": len(tokens),
+        "rows of a shard": shard_rows,
+    }
     with processes.all_or_none():
         if jax.process_index() == 0:
             _check_or_begin(path, facts)

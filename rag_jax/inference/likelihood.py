@@ -1,4 +1,4 @@
-"""How likely answers are behind passages: every passage is read once, for whichever queries it was found.
+"""Log-probabilities of given answers behind passages: each passage is read once, however many queries found it.
 
 **n** pairs of a row, which has a query and an answer, and a passage; **S** pairs and **P** passages of a device at a
 time; **A** answer tokens of these pairs; **Lp** prefix, **Ls** suffix, **d** devices, **T** tokens of the longest
@@ -75,7 +75,7 @@ def answer_log_probs(
     suffix_slots = segments.round_up(int(pairs.suffix_lengths.max()))
     rows = (ROWS,)
     read = programs.compiled(_read, model, where, (rows * 2, CACHE), num_slots=num_slots)
-    behind = programs.compiled(_behind, model, where, ((*CACHE, *rows * 3), rows), num_slots=suffix_slots)
+    read_behind = programs.compiled(_read_behind, model, where, ((*CACHE, *rows * 3), rows), num_slots=suffix_slots)
     score = programs.compiled(_score, model, where, (rows * 3, rows))
     found = np.zeros((len(pairs), int(pairs.answers.lengths[pairs.answer].max())), np.float32)
     generator = params["generator"]
@@ -86,7 +86,7 @@ def answer_log_probs(
             computed = []
             for batch in batches:
                 ids, mask, place = suffixes(pairs, batch)
-                hidden = behind(generator, *cache, *where.split_rows(ids, mask, place))
+                hidden = read_behind(generator, *cache, *where.split_rows(ids, mask, place))
                 state, ids, owner = answer_tokens(pairs, batch, suffix_slots)
                 computed.append((*score(generator, *hidden, *where.split_rows(state.ravel(), ids.ravel())), owner))
             for log_probs, (row, column, token) in computed:
@@ -96,7 +96,7 @@ def answer_log_probs(
 
 
 def blocks(pairs: Pairs, num_devices: int, at_a_time: int) -> Iterator[Block]:
-    """All pairs, those of a passage on one device; a passage that many read is there several times."""
+    """All pairs, those of a passage on one device; a passage of more than a batch of pairs is there several times."""
     size = -(-min(at_a_time, len(pairs)) // num_devices)
     suffix_lengths, place = pairs.suffix_lengths, np.zeros(len(pairs), np.int32)
     chunks = by_passage(pairs, size)
@@ -163,7 +163,7 @@ def _read(
     return tuple(generator.fill_cache(ids, mask, num_slots)[1])
 
 
-def _behind(
+def _read_behind(
     generator: Decoder,
     key: Array,
     value: Array,

@@ -14,7 +14,7 @@ from rag_jax import rag
 from rag_jax.distributed import sharding
 
 Specs = tuple[PS, ...]
-# Kept at one time; those used longest ago are let go.
+# Kept at a time; the least recently used are dropped.
 PROGRAMS = 64
 
 

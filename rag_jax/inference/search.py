@@ -27,9 +27,9 @@ BLOCK_SCORES = 2**24
 QUERIES_AT_A_TIME = 4096
 # Neighbouring scores of which the highest is looked at first.
 RUN = 128
-# What a score that is NaN counts as: it comes after every other, and before what is passed over (-inf).
+# What a NaN score counts as: it ranks last, but before what is skipped (-inf).
 LOWEST = np.finfo(np.float32).min
-# Of progress: on a terminal only.
+# Progress bars: on a terminal only.
 BAR: dict[str, Any] = {"leave": False, "mininterval": 1.0, "disable": None}
 
 
@@ -88,9 +88,9 @@ def top_k(
     Exact: every passage is scored, in blocks that all devices of all processes share; every process must call. The
     corpus is an array (M, E), or anything with a length and `block(start, stop)` that gives rows (m, E) of any number
     type and what to multiply the scores of each with, (m,) or None: a corpus on disk is read once for 4,096 queries. k
-    is cut to the number of passages. `at_most`: what scores above it is passed over, and where fewer than k are left
-    the last scores are -inf, and their indices mean nothing. A score that is NaN ranks last. `recall_target` below 1:
-    TPUs may miss that many, for speed (`jax.lax.approx_max_k`).
+    is cut to the number of passages. `at_most`: passages that score above it are skipped; where fewer than k are left,
+    the last scores are -inf and their indices mean nothing. A NaN score ranks last. `recall_target` below 1: TPUs may
+    miss that many, for speed (`jax.lax.approx_max_k`).
     """
     corpus = Held(corpus) if isinstance(corpus, np.ndarray) else corpus
     if not len(corpus):

@@ -37,6 +37,8 @@ PEAK_FLOPS = (
     ("RTX 3090", 71e12),
 )
 NODE = 8  # GPUs that NVLink joins
+# Of which a TPU makes one float32 product.
+BFLOAT16_PASSES = {"default": 1, "high": 3, "highest": 6}
 
 
 def peak_flops(kind: str) -> float | None:
@@ -53,6 +55,7 @@ class Chip:
     hbm_bandwidth: float  # bytes/s
     link_bandwidth: float  # bytes/s to the other devices: ICI of a TPU, NVLink of a GPU inside its node
     node_bandwidth: float = 0.0  # bytes/s of one GPU to other nodes; 0: there are none
+    float32_peak: float = 0.0  # GPU: FLOP/s of true float32
     target: str = ""  # GPU: XLA's description of the card
 
     @property
@@ -61,6 +64,14 @@ class Chip:
         peak = peak_flops(self.kind)
         assert peak is not None
         return peak
+
+    def product_peak(self, dtype: str, precision: str) -> float:
+        """FLOP/s of products of this dtype; of float32 ones in this `matmul_precision`."""
+        if dtype == "bfloat16":
+            return self.peak
+        if not self.target:
+            return self.peak / BFLOAT16_PASSES[precision]
+        return self.float32_peak if precision == "highest" else self.peak / 2  # the half: TF32
 
 
 def _gpu(
@@ -95,14 +106,28 @@ CHIPS = {
     "v5p": Chip("TPU v5", 95.74 * GIB, 2765e9, 600e9),
     "v6e": Chip("TPU v6e", 31.25 * GIB, 1640e9, 448e9),
     "a100": Chip(
-        "A100", 0.92 * 80e9, 2039e9, 600e9, 50e9, _gpu((8, 0), 108, (167936, 166912), 40 * 2**20, 1.41, 2039e9, 80e9)
+        "A100",
+        0.92 * 80e9,
+        2039e9,
+        600e9,
+        50e9,
+        19.5e12,
+        _gpu((8, 0), 108, (167936, 166912), 40 * 2**20, 1.41, 2039e9, 80e9),
     ),
-    "h100": Chip("H100", 0.92 * 80e9, 3350e9, 900e9, 100e9, _gpu((9, 0), 132, _HOPPER, 50 * 2**20, 1.98, 3350e9, 80e9)),
+    "h100": Chip(
+        "H100", 0.92 * 80e9, 3350e9, 900e9, 100e9, 67e12, _gpu((9, 0), 132, _HOPPER, 50 * 2**20, 1.98, 3350e9, 80e9)
+    ),
     "h200": Chip(
-        "H200", 0.92 * 141e9, 4800e9, 900e9, 100e9, _gpu((9, 0), 132, _HOPPER, 50 * 2**20, 1.98, 4800e9, 141e9)
+        "H200", 0.92 * 141e9, 4800e9, 900e9, 100e9, 67e12, _gpu((9, 0), 132, _HOPPER, 50 * 2**20, 1.98, 4800e9, 141e9)
     ),
     "b200": Chip(
-        "B200", 0.92 * 180e9, 8000e9, 1800e9, 100e9, _gpu((10, 0), 148, _HOPPER, 126 * 2**20, 1.965, 8000e9, 180e9)
+        "B200",
+        0.92 * 180e9,
+        8000e9,
+        1800e9,
+        100e9,
+        75e12,
+        _gpu((10, 0), 148, _HOPPER, 126 * 2**20, 1.965, 8000e9, 180e9),
     ),
 }
 

@@ -125,7 +125,7 @@ def _write_whole(file: BinaryIO, content: bytes) -> None:
         while content:
             content = content[file.write(content) :]
     except OSError as error:
-        raise UserError(f"{file.name}: {error.strerror}; mend that, and the same command goes on") from error
+        raise UserError(f"{file.name}: {error.strerror}; fix that, and the same command goes on") from error
 
 
 def _next_board(folder: pathlib.Path) -> pathlib.Path:

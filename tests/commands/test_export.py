@@ -21,7 +21,8 @@ def exported(tiny_run, tmp_path_factory):
 
 def test_it_evaluates_as_the_checkpoint_does(exported):
     cache, workdir, out, printed = exported
-    assert printed == f"step {TINY_STEPS} of {workdir}: {out / 'generator'}, {out / 'retriever'}\n"
+    names = ", ".join(str(out / name) for name in ("config.json", "generator", "retriever"))
+    assert printed == f"step {TINY_STEPS} of {workdir}: {names}\n"
     there_too = {"objective__marginal_temperature": TINY_VALUES["objective__marginal_temperature"]}
     content = run(cache, "evaluate", f"--config={TINY}", f"--models={out}", "--json", **there_too)
     here = json.loads(content.splitlines()[-1])

@@ -199,6 +199,17 @@ def test_a_small_plan(cache, topology, devices):
     assert result["predicted_step_s"] > 0 and 0 < result["predicted_mfu"] < 1
 
 
+def test_float32_products_are_as_slow_as_their_precision():
+    """By the makers' figures: TPUs make one of several bfloat16 products, GPUs have units of their own."""
+    tpu, gpu = chips.CHIPS["v5e"], chips.CHIPS["h100"]
+    for chip in (tpu, gpu):
+        assert chip.product_peak("bfloat16", "highest") == chip.product_peak("bfloat16", "default") == chip.peak
+    assert [tpu.product_peak("float32", name) for name in ("default", "high", "highest")] == [
+        197e12, 197e12 / 3, 197e12 / 6,
+    ]  # fmt: skip
+    assert [gpu.product_peak("float32", name) for name in ("default", "highest")] == [989e12 / 2, 67e12]
+
+
 @pytest.mark.soak
 def test_a_sweep_lists_what_fits_best_first(cache):
     found = planned(cache, TINY, "h100:8", "--sweep", "--most=2")
