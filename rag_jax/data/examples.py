@@ -122,21 +122,14 @@ def load_examples(
         if array in arrays
     }
 
-    if prompt is not None:
-        reasons = {
-            "a query that has no tokens for the generator": arrays["prompt_queries.lengths"][query_key] == 0,
-            f"an answer longer than data.answer_len={prompt.answer_len} tokens": (
-                arrays["answers.lengths"] > prompt.answer_len
-            ),
-        }
-        fits = np.ones(len(rows), bool)
-        for reason, unfit in reasons.items():
-            if number := int((unfit & fits).sum()):
-                dropped[reason] = number
-            fits &= ~unfit
-        if not fits.all():
-            row_cut = {name: cut[fits] for name, cut in row_cut.items()}
-            examples = take(examples, np.flatnonzero(fits))
+    fits = np.ones(len(rows), bool)
+    for reason, unfit in ({} if prompt is None else _unfit(prompt, query_key, arrays)).items():
+        if number := int((unfit & fits).sum()):
+            dropped[reason] = number
+        fits &= ~unfit
+    if not fits.all():
+        row_cut = {name: cut[fits] for name, cut in row_cut.items()}
+        examples = take(examples, np.flatnonzero(fits))
     _refuse(f"{key}={source!r}", bad_rows, dropped, len(read), len(examples), min_rows)
     if retriever is not None and min_rows > 1 and len(examples.passages) == 1:
         raise UserError(
@@ -144,17 +137,23 @@ def load_examples(
             "passages apart: give rows of others, or train the generator alone (objective.contrastive_weight=0, "
             "objective.candidates=1)"
         )
+    sizes = {"queries": len(examples.queries), "passages": len(examples.passages)}
+    cut = {name: int(cut.sum()) for name, cut in row_cut.items()}
+    negatives_line = _negatives_line(examples.negative_key, labelled)
     report = Report(
-        rows_read=len(read),
-        rows=len(examples),
-        dropped=dict(dropped),
-        queries=len(examples.queries),
-        passages=len(examples.passages),
-        cut={name: int(cut.sum()) for name, cut in row_cut.items()},
-        from_cache=from_cache,
-        negatives=_negatives_line(examples.negative_key, labelled),
+        len(read), len(examples), dict(dropped), **sizes, cut=cut, from_cache=from_cache, negatives=negatives_line
     )
     return examples, report
+
+
+def _unfit(prompt: Prompt, query_key: np.ndarray, arrays: files.Arrays) -> dict[str, np.ndarray]:
+    """Which rows (rows,) bool the generator cannot learn from, by what the report says of them."""
+    return {
+        "a query that has no tokens for the generator": arrays["prompt_queries.lengths"][query_key] == 0,
+        f"an answer longer than data.answer_len={prompt.answer_len} tokens": (
+            arrays["answers.lengths"] > prompt.answer_len
+        ),
+    }
 
 
 def _refuse(where: str, bad_rows: str, dropped: Mapping[str, int], num_read: int, num_rows: int, min_rows: int) -> None:
