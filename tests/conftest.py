@@ -38,15 +38,6 @@ def pytest_sessionstart(session):
         shutil.rmtree(compiled)
 
 
-def pytest_itemcollected(item):
-    """Each file on one worker, which makes its fixtures once. Here: when items are sorted, xdist has named the groups.
-
-    All tests of pretrained models are on one worker too: two of them at a time would take too much memory.
-    """
-    group = "real" if "real_models" in item.fixturenames else item.path.stem
-    item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """The longest files first."""
