@@ -147,6 +147,22 @@ def test_configs_hold_values_only():
         assert outside <= {"ml_collections", "configs"}, path.name
 
 
+# What adds over devices, and is never differentiated: where it were, its gradient would be summed once more a device.
+SUMS = {"rag.py:total", "sharding.py:sums", "sharding.py:total", "decoding.py:unfinished"}
+
+
+def test_sums_over_devices_stand_where_no_gradient_passes():
+    found = set()
+    for path in FILES:
+        functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+        for function in functions:
+            within = [node for node in ast.walk(function) if isinstance(node, ast.FunctionDef) and node is not function]
+            own = set(ast.walk(function)) - {node for inner in within for node in ast.walk(inner)}
+            if any(isinstance(node, ast.Attribute) and node.attr == "psum" for node in own):
+                found.add(f"{path.name}:{function.name}")
+    assert found == SUMS
+
+
 def test_every_part_stands_in_one_layer_and_exists():
     assert sum(map(len, LAYERS)) == len(RANK)
     missing = {part for part in RANK if not (PACKAGE / part).is_dir() and not (PACKAGE / f"{part}.py").exists()}
