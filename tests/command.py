@@ -10,6 +10,7 @@ import sys
 
 import jax
 import pytest
+from quick_compiling import FLAGS
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = str(ROOT / "configs" / "tiny.py")
@@ -24,9 +25,8 @@ TINY_VALUES = {
 
 def environment(cache):
     """That of the tests, but one device, and a cache of its own."""
-    flags = "--xla_backend_optimization_level=0"
     here = {name: value for name, value in os.environ.items() if name != "NPROC"}
-    return here | {"XLA_FLAGS": flags, "RAG_JAX_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+    return here | {"XLA_FLAGS": FLAGS, "RAG_JAX_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
 
 
 def words(module, *flags, **values):

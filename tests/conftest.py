@@ -7,8 +7,9 @@ import os
 import pathlib
 import shutil
 
-# Most of the suite's time is compilation; what is compiled here runs for milliseconds.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+from quick_compiling import FLAGS
+
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {FLAGS}")
 os.environ.setdefault("NPROC", "32")  # see rag_jax.cli.threads_for
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # What one test has compiled, no other one compiles again, nor does the next run of the suite.

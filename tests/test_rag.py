@@ -192,8 +192,8 @@ def value_and_grad(model, params, rows, key=None):
     [
         ("gpt2", "sequence", 2, 4),
         ("llama", "token", 8, 8),
-        pytest.param("gpt2", "token", 4, 4, marks=pytest.mark.slow),
-        pytest.param("llama", "token", 2, 4, marks=pytest.mark.slow),
+        pytest.param("gpt2", "token", 4, 4, marks=pytest.mark.soak),
+        pytest.param("llama", "token", 2, 4, marks=pytest.mark.soak),
         pytest.param("mistral", "sequence", 4, 4, marks=pytest.mark.slow),
     ],
 )
@@ -237,7 +237,7 @@ NEGATIVES = [[-1, -1], [3, 9], [10, 11], [11, 12], [-1, -1], [13, -1], [14, 0], 
     ("generator", "name", "candidates", "group_size", "passages"),
     [
         ("gpt2", "token", 6, 4, [0, 1, 0, 3, 4, 4, 4, 5]),
-        pytest.param("llama", "sequence", 3, 4, range(8), marks=pytest.mark.slow),
+        pytest.param("llama", "sequence", 3, 4, range(8), marks=pytest.mark.soak),
         pytest.param("llama", "token", 9, 8, range(8), marks=pytest.mark.slow),
     ],
 )

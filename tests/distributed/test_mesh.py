@@ -100,9 +100,15 @@ def test_rematerialisation(shape):
     assert_same_on(shape, dataclasses.replace(model, generator=models.abstract(config)[0]), params, make_rows(32))
 
 
-@pytest.mark.parametrize("vocab_size", cases([], [50257, 49152], [30522, 32000]))
-@pytest.mark.parametrize("shape", [(1, 8, 1), (1, 1, 8)])
-def test_vocabularies_that_8_divides_and_does_not(vocab_size, shape):
+# Along `model` the vocabulary is split where 8 divides it, along `data` never.
+VOCABULARIES = cases(
+    [], [((1, 8, 1), 50257), ((1, 1, 8), 50257), ((1, 1, 8), 49152)], [((1, 8, 1), 49152), ((1, 1, 8), 30522)]
+)
+
+
+@pytest.mark.parametrize("case", VOCABULARIES)
+def test_vocabularies_that_8_divides_and_does_not(case):
+    shape, vocab_size = case
     config = dataclasses.replace(GENERATORS["gpt2"], vocab_size=vocab_size)
     model, params = make("gpt2")
     graphdef, shapes = models.abstract(config)

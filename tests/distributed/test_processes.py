@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 from command import ROOT, TINY, environment, run, words
+from quick_compiling import FLAGS
 from test_loop import records
 
 from rag_jax.distributed import processes, rendezvous
@@ -23,8 +24,9 @@ from rag_jax.errors import UserError
 from rag_jax.workdir import checkpoint
 
 STEPS = 4
-# Dropout, shuffling, several groups a device, bfloat16 off: the comparison is to 1e-4.
-VALUES = dict(total_steps=STEPS, batch_size=16, group_size=2, objective__candidates=2, eval__every_steps=2, dropout=0.1)
+# Shuffling, several groups a device, no bfloat16, as the comparison is to 1e-4; no dropout, of which other tests say that
+# it does not depend on devices: its random numbers are a third of what is compiled.
+VALUES = dict(total_steps=STEPS, batch_size=16, group_size=2, objective__candidates=2, eval__every_steps=2, dropout=0.0)
 # The same without what takes long to compile, anew in each of the processes.
 RETRIEVER_ONLY = VALUES | {"objective__name": "none", "generator__path": None, "eval__every_steps": 0}
 
@@ -38,7 +40,7 @@ def free_port():
 def environment_of(index, count, devices, cache, port, **more):
     """One of `count` processes with `devices` fake devices each."""
     there = {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FLAGS}",
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": str(count),
@@ -244,7 +246,7 @@ def test_processes_that_disagree_say_in_what(cache, tmp_path):
     with started(2, 1, cache, commands) as running:
         outputs = [process.communicate(timeout=600) for process in running]
         assert [process.returncode for process in running] == [2, 2], outputs
-    assert "the processes of this run disagree: in process 0 config.dropout is 0.1" in outputs[0][1]
+    assert "the processes of this run disagree: in process 0 config.dropout is 0.0" in outputs[0][1]
     assert "the processes of this run disagree: in process 1 config.dropout is 0.2" in outputs[1][1]
 
 
