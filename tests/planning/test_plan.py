@@ -191,7 +191,7 @@ def planned(cache, config_file, topology, *flags, **values):
     ("topology", "devices"), [("v5e:2x4", 8), ("h100:8", 8), pytest.param("b200:16", 16, marks=pytest.mark.soak)]
 )
 def test_a_small_plan(cache, topology, devices):
-    result = planned(cache, TINY, topology, batch_size=4 * devices)
+    result = planned(cache, TINY, topology, batch_size=4 * devices, dropout=0.0)  # compiled in two thirds of the time
     assert result["devices"] == devices and result["fits"] and result["mesh"]["data"] == devices
     assert 0 < result["hbm_bytes_per_device"] < 1e9 < result["hbm_limit_bytes"]
     assert 1.0 <= result["flops_per_device"] / result["model_flops_per_device"] < 1.3
