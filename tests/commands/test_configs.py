@@ -172,7 +172,7 @@ def test_the_step_of_a_config_takes_its_shapes(file):
         shapes,
         is_leaf=lambda leaf: isinstance(leaf, tuple) and not hasattr(leaf, "_fields"),
     )
-    after, metrics = jax.eval_shape(step, state, batch)
+    after, metrics = jax.eval_shape(step, state, batch, None)
     before = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == before
     assert {"loss/contrastive", "loss/marginal", "loss/total"} <= metrics.keys()

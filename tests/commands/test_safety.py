@@ -21,6 +21,7 @@ from rag_jax.data import rows as row_files
 from rag_jax.errors import UserError
 from rag_jax.hf import folder as folders
 from rag_jax.hf import tiny, weights
+from rag_jax.training import setup
 from rag_jax.workdir import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -283,7 +284,7 @@ def test_an_export_goes_nowhere_but_into_a_new_or_empty_folder(tmp_path, monkeyp
                 mine.write_text("mine")
             return jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), items)
 
-    monkeypatch.setattr(checkpoint, "Checkpoints", One)
+    monkeypatch.setattr(setup, "Checkpoints", One)
     (tmp_path / "run").mkdir()
     (tmp_path / "out").mkdir()
     with pytest.raises(

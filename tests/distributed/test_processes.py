@@ -24,8 +24,8 @@ from rag_jax.errors import UserError
 from rag_jax.workdir import checkpoint
 
 STEPS = 4
-# Shuffling, several groups a device; no bfloat16, as the comparison is to 1e-4. No dropout: other tests say that it does
-# not depend on devices, and its random numbers are a third of what is compiled.
+# Shuffling, several groups a device; no bfloat16, as the comparison is to 1e-4. No dropout, whose random numbers are a
+# third of what is compiled: other tests say that it does not depend on devices.
 VALUES = dict(total_steps=STEPS, batch_size=16, group_size=2, objective__candidates=2, eval__every_steps=2, dropout=0.0)
 # The same without what takes long to compile, anew in each of the processes.
 RETRIEVER_ONLY = VALUES | {"objective__name": "none", "generator__path": None, "eval__every_steps": 0}

@@ -74,10 +74,10 @@ def test_memory_of_loading_two_billion_parameters(tmp_path, part):
     files = {}
     names = list(expected)
     for number in range(8):
-        part = names[number::8]
-        tensors = {name: np.full(expected[name].shape, number + 1, ml_dtypes.bfloat16) for name in part}
+        own = names[number::8]
+        tensors = {name: np.full(expected[name].shape, number + 1, ml_dtypes.bfloat16) for name in own}
         safetensors.numpy.save_file(tensors, tmp_path / f"{number}.safetensors", {"format": "pt"})
-        files |= dict.fromkeys(part, f"{number}.safetensors")
+        files |= dict.fromkeys(own, f"{number}.safetensors")
     (tmp_path / weights.INDEX).write_text(json.dumps({"weight_map": files}))
     largest = max(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
