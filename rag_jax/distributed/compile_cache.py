@@ -4,7 +4,6 @@ import contextlib
 import os
 import pathlib
 from collections import Counter
-from collections.abc import Iterator
 
 import jax
 import jax.monitoring
@@ -36,20 +35,22 @@ def keep_compiled() -> None:
 
 
 def make_room(folder: pathlib.Path, most_bytes: int) -> None:
-    """Delete the least recently used files of a folder until the others have at most so many bytes."""
-    found = [(max(stat.st_atime, stat.st_mtime), stat.st_size, path) for path, stat in _files(folder)]
+    """Delete the least recently used files of a folder until the others have at most so many bytes.
+
+    What cannot be looked at or deleted stays: a folder of the compiler's own, what another process has just deleted.
+    """
+    found = []
+    for path in folder.glob("*"):
+        with contextlib.suppress(OSError):
+            if path.is_file():
+                found.append((max(path.stat().st_atime, path.stat().st_mtime), path.stat().st_size, path))
     excess = sum(size for _, size, _ in found) - most_bytes
     for _, size, path in sorted(found):
         if excess <= 0:
             return
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
         excess -= size
-
-
-def _files(folder: pathlib.Path) -> Iterator[tuple[pathlib.Path, os.stat_result]]:
-    for path in folder.glob("*"):
-        with contextlib.suppress(FileNotFoundError):  # another process makes room, too
-            yield path, path.stat()
 
 
 def compiled_found() -> int:
