@@ -15,8 +15,8 @@ from typing import Any
 from rag_jax import cli, config, files, untrusted
 from rag_jax.errors import UserError
 
-# Of the run's config: where its rows are is nobody's business, and they may be elsewhere.
-NOT_EXPORTED = {"data.train": None, "data.eval": None, "data.passages": None}
+# In place of the run's paths, which are those of this machine: an export is handed on.
+NO_ROWS = {"data.train": None, "data.eval": None, "data.passages": None}
 DTYPES = ("float32", "float16", "bfloat16", "source")
 
 
@@ -61,8 +61,8 @@ def export(loaded: Any, workdir: pathlib.Path, out: pathlib.Path, step: str | in
                 pooling = hf.Pooling(opened.model.pooling, text.query_prefix, text.passage_prefix, longest)
             hf.save_model(source, params[role], folder, dtype, pooling)
             (folder / "README.md").write_text(card(loaded, role, found), encoding="utf-8")
-        paths = {f"{role}.path": str(out / role) for role in opened.sources}
-        files.write_whole(made / "config.json", config.to_json(config.build(config.flat(loaded), NOT_EXPORTED | paths)))
+        changes = NO_ROWS | {f"{role}.path": role for role in opened.sources}
+        files.write_whole(made / "config.json", config.to_json(config.build(config.flat(loaded), changes)))
     return found
 
 
