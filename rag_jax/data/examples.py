@@ -131,17 +131,17 @@ def load_examples(
         row_cut = {name: cut[fits] for name, cut in row_cut.items()}
         examples = take(examples, np.flatnonzero(fits))
     _refuse(f"{key}={source!r}", bad_rows, dropped, len(read), len(examples), min_rows)
-    if retriever is not None and min_rows > 1 and len(examples.passages) == 1:
-        raise UserError(
-            f"{key}={source!r} has one distinct passage in {len(examples)} rows, and a retriever learns by telling "
-            "passages apart: give rows of others, or train the generator alone (objective.contrastive_weight=0, "
-            "objective.candidates=1)"
-        )
-    sizes = {"queries": len(examples.queries), "passages": len(examples.passages)}
-    cut = {name: int(cut.sum()) for name, cut in row_cut.items()}
-    negatives_line = _negatives_line(examples.negative_key, labelled)
+    if retriever is not None and min_rows > 1:
+        _check_passages(f"{key}={source!r}", examples)
     report = Report(
-        len(read), len(examples), dict(dropped), **sizes, cut=cut, from_cache=from_cache, negatives=negatives_line
+        rows_read=len(read),
+        rows=len(examples),
+        dropped=dict(dropped),
+        queries=len(examples.queries),
+        passages=len(examples.passages),
+        cut={name: int(cut.sum()) for name, cut in row_cut.items()},
+        from_cache=from_cache,
+        negatives=_negatives_line(examples.negative_key, labelled),
     )
     return examples, report
 
@@ -167,6 +167,15 @@ def _refuse(where: str, bad_rows: str, dropped: Mapping[str, int], num_read: int
         rows = "1 usable row" if num_rows == 1 else f"{num_rows} usable rows"
         fix = f"fewer than a batch of {min_rows}: give more rows or lower batch_size" if min_rows > 1 else "none to use"
         raise UserError(f"{where} has {rows}{lost}, {fix}")
+
+
+def _check_passages(where: str, examples: Examples) -> None:
+    if len(examples.passages) == 1:
+        raise UserError(
+            f"{where} has one distinct passage in {len(examples)} rows, and a retriever learns by telling passages "
+            "apart: give rows of others, or train the generator alone (objective.contrastive_weight=0, "
+            "objective.candidates=1)"
+        )
 
 
 def distinct(texts: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:

@@ -131,9 +131,9 @@ class Trained:
         """
         self._check_in_use()
         config, tokenizer = self.opened.config, self._prompt().tokenizer
-        asked, how = _checked(questions, "questions"), how or answering.Decoding(
-            self.opened.model.objective.formula.likelihood, config.data.answer_len, segments.eos_id(tokenizer)
-        )  # fmt: skip
+        own = self.opened.model.objective.formula.likelihood
+        how = how or answering.Decoding(own, config.data.answer_len, segments.eos_id(tokenizer))
+        asked = _checked(questions, "questions")
         size = min(BATCH_SIZE, len(asked))
         for start in range(0, len(asked), size):
             part = asked[start : start + size]
