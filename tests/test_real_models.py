@@ -154,7 +154,8 @@ def gradients_of(torch_models, real_models, tmp_path):
 
 def test_marginals_and_gradients_equal_brute_force(real_models, torch_models, params, few_rows, tmp_path):
     """Of the sum of both objectives' losses, which share their forward passes and so cost those of one."""
-    opened = {name: opened_run(real_models, few_rows[0], name=name) for name in ("token", "sequence")}
+    weights = {"token": 1.0, "sequence": 0.0}  # of the contrastive loss: once is enough
+    opened = {n: opened_run(real_models, few_rows[0], name=n, contrastive_weight=w) for n, w in weights.items()}
     batch = batch_of(opened["token"])
 
     def both(params):
@@ -163,11 +164,11 @@ def test_marginals_and_gradients_equal_brute_force(real_models, torch_models, pa
 
     (total, metrics), grads = jax.jit(jax.value_and_grad(both, has_aux=True))(params)
     by_hand = brute_force(torch_models, real_models, few_rows[1])
-    whole = 2 * by_hand["contrastive"] + by_hand["token"] + by_hand["sequence"]
+    whole = by_hand["contrastive"] + by_hand["token"] + by_hand["sequence"]
     whole.backward()
     for name in opened:
         np.testing.assert_allclose(metrics[name]["loss/marginal"], by_hand[name].item(), rtol=1e-4)
-        np.testing.assert_allclose(metrics[name]["loss/contrastive"], by_hand["contrastive"].item(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["token"]["loss/contrastive"], by_hand["contrastive"].item(), rtol=1e-4)
     np.testing.assert_allclose(total, whole.item(), rtol=1e-4)
     expected = gradients_of(torch_models, real_models, tmp_path)
     for role in pair.ROLES:
@@ -176,7 +177,7 @@ def test_marginals_and_gradients_equal_brute_force(real_models, torch_models, pa
             jax.tree_util.tree_leaves_with_path(grads[role]), jax.tree.leaves(expected[role]), strict=True
         ):
             error = np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), 1e-2 * whole)
-            assert error < 1e-4, (role, jax.tree_util.keystr(where), error)
+            assert error < 5e-5, (role, jax.tree_util.keystr(where), error)  # half: there are two marginals in it
 
 
 def dalm_by_hand(torch_models, real_models, rows, max_len):
