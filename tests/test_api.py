@@ -115,6 +115,7 @@ def test_importing_loads_nothing_else():
         _ = rag_jax.nothing
 
 
+@pytest.mark.slow
 def test_the_example_of_the_docs_prints_what_it_says(example):
     lines = example[1].splitlines()
     assert "nats per token" in lines[-1] and float(lines[-1].split()[0]) > 0

@@ -264,6 +264,7 @@ def folder(tmp_path_factory):
     jax.config.update("jax_compilation_cache_dir", compiled)
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_pages_run(folder, monkeypatch, capsys):
     """Each after the other, as a reader types them: what one trains, the others measure and export."""
     ran = set()

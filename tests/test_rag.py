@@ -207,7 +207,7 @@ def test_loss_and_gradients_equal_full_sequences(generator, name, candidates, gr
     assert_trees_close(gradients, expected_gradients, 1e-5)
 
 
-@pytest.mark.parametrize("generator", ["gpt2", "llama"])
+@pytest.mark.parametrize("generator", [pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
 def test_duplicate_passages_are_read_last_and_never_negatives(generator):
     model, params = make(generator, candidates=2)
     rows = make_rows(8, passages=[0, 1, 0, 2, 3, 3, 3, 4])
@@ -217,7 +217,7 @@ def test_duplicate_passages_are_read_last_and_never_negatives(generator):
     assert_trees_close(gradients, expected_gradients, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["token", "sequence"])
+@pytest.mark.parametrize("name", ["token", pytest.param("sequence", marks=pytest.mark.slow)])
 def test_a_second_copy_of_a_passage_takes_no_probability(name):
     """Groups of four with three distinct passages: a fourth candidate can only be a copy."""
     rows = make_rows(8, passages=[0, 1, 0, 2, 3, 4, 3, 5])
@@ -303,6 +303,7 @@ def test_padding_changes_nothing(name):
     assert_trees_close(padded_gradients, gradients, 1e-5)
 
 
+@pytest.mark.slow
 def test_head_chunks_change_nothing(monkeypatch):
     model, params = make()
     rows = make_rows(8)
@@ -339,6 +340,7 @@ def test_gold_log_probs_against_numpy(monkeypatch, chunk, scale):
         np.testing.assert_allclose(got, by_hand, rtol=1e-4, atol=1e-4 * np.abs(by_hand).max())
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_nothing():
     model, params = make("gpt2")
     rows = make_rows(8)
@@ -430,6 +432,7 @@ def with_dropout(model, rate=0.2):
     return dataclasses.replace(model, generator=models.abstract(generator)[0], retriever=models.abstract(retriever)[0])
 
 
+@pytest.mark.slow
 def test_dropout_is_a_function_of_the_key():
     model, params = make("gpt2")
     noisy, rows = with_dropout(model), make_rows(8)
@@ -440,6 +443,7 @@ def test_dropout_is_a_function_of_the_key():
     assert float(value_and_grad(noisy, params, rows)[0]) == pytest.approx(without)
 
 
+@pytest.mark.slow
 def test_chunks_change_nothing_with_dropout(monkeypatch):
     """Chunks of 3 do not divide 8 rows, so that the last one is filled up; scores are computed two rows at a time."""
     model, params = make("gpt2")

@@ -98,7 +98,8 @@ def by_torch(folders, lengths, num_tokens):
     return text, log_prob, [passages[i] for i in top], cosine.tolist(), prior.tolist(), evidence
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
 def test_an_answer_is_that_of_whole_strings_in_pytorch(record, tmp_path, devices):
     folders = {name: tmp_path / name for name in ("bert", "gpt2")}
     for name, folder in folders.items():
@@ -164,6 +165,7 @@ def test_lines_of_a_pipe_are_questions(said, record, trained):
     assert found["answers"][0] == {name: alone[name] for name in found["answers"][0]}
 
 
+@pytest.mark.slow
 def test_a_real_pipe(cache, trained):
     process = subprocess.run(
         words("ask", f"--workdir={trained}", "--json", f"--max-tokens={NUM_TOKENS}"),

@@ -378,6 +378,7 @@ def test_places_that_an_export_does_not_touch(said, trained, tmp_path):
 # The same through real processes, on one device, seconds each: nothing that libraries say by themselves comes along.
 
 
+@pytest.mark.slow
 def test_a_real_run_with_weights_that_are_cut(cache, tmp_path):
     tiny.build("gpt2", tmp_path)
     cut_weights(lambda header, whole: (header + whole) // 2)(tmp_path)

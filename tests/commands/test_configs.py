@@ -19,7 +19,7 @@ from rag_jax.training import setup
 from rag_jax.workdir import checkpoint
 
 FILES = sorted((ROOT / "configs").glob("*.py"))
-DEFAULT = ("tiny",)  # the others take longer
+WHOLE = ("tiny",)  # whose evaluation is small as it is
 # The kind of small random model that stands for a named one; the first part of the name that is found decides.
 KINDS = {"minilm": "bert", "bge": "bert", "smollm": "llama", "llama": "llama", "gpt2": "gpt2", "qwen3": "qwen3"}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -102,13 +102,11 @@ def test_models_stand_for_names():
         kind_of("someone/new")
 
 
-CASES = [
-    pytest.param(file, False, id=file.stem, marks=() if file.stem in DEFAULT else pytest.mark.slow) for file in FILES
-]
+CASES = [pytest.param(file, False, id=file.stem, marks=pytest.mark.slow) for file in FILES]
 CASES += [
     pytest.param(file, True, id=f"{file.stem}, whole batches", marks=pytest.mark.soak)
     for file in FILES
-    if file.stem not in DEFAULT
+    if file.stem not in WHOLE
 ]
 
 
@@ -124,7 +122,7 @@ def test_a_config_runs_unchanged(file, whole, tmp_path, cache):
     env = environment(cache) | {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
     if whole:  # large batches: compiling well takes less than running badly
         env["XLA_FLAGS"] = ""
-    if file.stem not in DEFAULT:
+    if file.stem not in WHOLE:
         values |= {f"eval__{name}": min(loaded.eval[name] or most, most) for name, most in EVAL.items()}
     env["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices_of(loaded)}"
     command = words("main", f"--config={file}", f"--workdir={workdir}", **values)
@@ -156,7 +154,7 @@ NAMED = {"minilm": "sentence-transformers/all-MiniLM-L6-v2", "smollm2-135m": "Hu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", [pytest.param(file, id=file.stem) for file in FILES if file.stem not in DEFAULT])
+@pytest.mark.parametrize("file", [pytest.param(file, id=file.stem) for file in FILES if file.stem not in WHOLE])
 def test_the_step_of_a_config_takes_its_shapes(file):
     """Traced with the sizes of the models that it names and with its own batch; nothing is computed."""
     loaded = config.load(file)

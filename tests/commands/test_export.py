@@ -19,6 +19,7 @@ def exported(tiny_run, tmp_path_factory):
     return cache, workdir, out, printed
 
 
+@pytest.mark.slow
 def test_it_evaluates_as_the_checkpoint_does(exported):
     cache, workdir, out, printed = exported
     names = ", ".join(str(out / name) for name in ("config.json", "generator", "retriever"))

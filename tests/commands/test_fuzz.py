@@ -39,6 +39,8 @@ from rag_jax.hf import tiny, weights
 from rag_jax.hf.families import FAMILIES
 from rag_jax.planning import chips
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ROOT / "configs" / "tiny.py"
 TIMES = int(os.environ.get("RAG_JAX_FUZZ", "1"))

@@ -73,9 +73,9 @@ def test_loss_and_gradients(shape):
     assert_same_on(shape, dataclasses.replace(model, chunk_size=3), params, rows)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", cases([(2, 2, 2)], soak=[(1, 8, 1)]))
-@pytest.mark.parametrize("name", cases(["token"], soak=["sequence"]))
+@pytest.mark.soak
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1)])
+@pytest.mark.parametrize("name", ["token", "sequence"])
 def test_tied_head_and_dropout(shape, name):
     """A row's noise depends on its place in the whole batch, not on the device it lies on."""
     model, params = make("gpt2", name=name)
@@ -84,7 +84,7 @@ def test_tied_head_and_dropout(shape, name):
 
 @pytest.mark.parametrize("shape", cases([], [(2, 2, 2)], [(1, 8, 1)]))
 def test_negatives_that_queries_bring(shape):
-    """Of all devices' rows; some bring none, some the own passage of a row elsewhere; dropout and chunks."""
+    """Of all devices' rows; some bring none, some the own passage of a row elsewhere; dropout, chunks, a tied head."""
     model, params = make("gpt2", candidates=6, negatives=2)
     model = dataclasses.replace(with_dropout(model), chunk_size=3)
     negatives = np.random.default_rng(0).integers(-1, 60, (32, 2))
@@ -180,14 +180,13 @@ def test_only_weights_and_embeddings_cross_devices():
 
 @functools.cache
 def ten_losses(shape):
-    """Of ten steps of training with dropout on such a mesh."""
-    model, params = make("gpt2")
-    model, mesh = with_dropout(model, 0.1), mesh_of(shape)
+    """Of ten steps of training on such a mesh."""
+    (model, params), mesh = make("gpt2"), mesh_of(shape)
     trainable, frozen = optim.split_frozen(params, ALL)
     optimizer = optax.adamw(1e-2)
     abstract = train_step.abstract_state(trainable, frozen, optimizer, mesh)
     places = jax.tree.map(lambda a: a.sharding, abstract)
-    step = train_step.make_train_step(model, optimizer, lambda step: 1e-2, places, dropout_seed=1)
+    step = train_step.make_train_step(model, optimizer, lambda step: 1e-2, places, dropout_seed=None)
     placed = jax.device_put(jax.tree.map(np.array, trainable), sharding.param_shardings(mesh, trainable))
     state = train_step.init_state(placed, frozen, optimizer, mesh)
     found = []

@@ -213,6 +213,7 @@ with checkpoint.Checkpoints(pathlib.Path(sys.argv[1]), keep=1) as checkpoints:
 """
 
 
+@pytest.mark.slow
 def test_processes_agree_on_what_is_kept_though_one_sees_evaluations_late(cache, tmp_path):
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "step_2.json").write_text(json.dumps({"eval/mrr@10": 0.5}))
@@ -242,6 +243,7 @@ def test_a_signal_to_one_ends_all_with_one_checkpoint(cache, tmp_path):
     assert (workdir / "checkpoints" / str(steps[-1])).is_dir()
 
 
+@pytest.mark.slow
 def test_processes_that_disagree_say_in_what(cache, tmp_path):
     flags = (f"--config={TINY}", f"--workdir={tmp_path / 'run'}")
     commands = [words("main", *flags, **RETRIEVER_ONLY), words("main", *flags, **RETRIEVER_ONLY | {"dropout": 0.2})]

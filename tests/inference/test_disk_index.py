@@ -145,6 +145,7 @@ print("FOUND", repr((score.tolist(), index.tolist())))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path):
     with started(2, 2, tmp_path, [[sys.executable, "-c", TWO]] * 2) as running:
         outputs = [process.communicate(timeout=200) for process in running]

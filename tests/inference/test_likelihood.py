@@ -68,10 +68,8 @@ def test_they_are_those_of_whole_strings(family):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize("shape", [(2, 2, 2), pytest.param((1, 8, 1), marks=SLOW), pytest.param((1, 1, 8), marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1), (1, 1, 8)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_devices_share_them(family, shape):
     model, params = tiny(family)

@@ -41,6 +41,7 @@ def answers(params, num_tokens=3):
         answering.answers(model, params, *prompt, candidates, weights, strategy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("user", "params"),
     [(embed, tiny_retriever()[2]), (likelihoods, tiny("gpt2")[1]), (answers, tiny("gpt2")[1])],
@@ -57,6 +58,7 @@ def test_what_was_compiled_is_used_again_by_equal_models_that_lie_alike(compilat
         assert first > began and compilations() == first
 
 
+@pytest.mark.slow
 def test_other_static_values_are_other_programs(compilations):
     params = tiny("gpt2")[1]
     answers(params)

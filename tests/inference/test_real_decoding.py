@@ -86,11 +86,10 @@ def check(found, expected, eos_id):
     assert [upto(ids, eos_id) for ids in found.ids.tolist()] == [upto(ids, eos_id) for ids in expected]
 
 
-def test_greedy_on_fifty_prompts(ours, theirs, prompts):
-    for start in range(0, 50, 25):
-        rows = np.arange(start, start + 25)
-        found = our_answers(ours, prompts, rows, rows[:, None], np.zeros((25, 1), np.float32))
-        check(found, their_answers(theirs, strings_of(prompts, rows, rows[:, None])), prompts[2])
+def test_greedy_on_many_prompts(ours, theirs, prompts):
+    rows = np.arange(25)
+    found = our_answers(ours, prompts, rows, rows[:, None], np.zeros((25, 1), np.float32))
+    check(found, their_answers(theirs, strings_of(prompts, rows, rows[:, None])), prompts[2])
 
 
 def test_a_mixture_of_passages_at_every_token(ours, theirs, prompts):

@@ -111,6 +111,7 @@ def test_the_best_of_long_rows_are_those_of_a_sort(k):
         np.testing.assert_array_equal(score, np.take_along_axis(array, expected, axis=1))
 
 
+@pytest.mark.slow
 def test_embeddings_are_the_same_from_a_mesh(retriever):
     _, model, params = retriever
     rng = np.random.default_rng(0)

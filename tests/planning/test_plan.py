@@ -187,14 +187,16 @@ def planned(cache, config_file, topology, *flags, **values):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("topology", "devices"), [("v5e:2x4", 8), ("h100:8", 8), pytest.param("b200:16", 16, marks=pytest.mark.soak)]
-)
+@pytest.mark.parametrize(("topology", "devices"), [("v5e:2x4", 8), pytest.param("b200:16", 16, marks=pytest.mark.soak)])
 def test_a_small_plan(cache, topology, devices):
     result = planned(cache, TINY, topology, batch_size=4 * devices, dropout=0.0)  # compiled in two thirds of the time
-    assert result["devices"] == devices and result["fits"] and result["mesh"]["data"] == devices
+    assert_plausible(result, devices, 1.3)
     assert 0 < result["hbm_bytes_per_device"] < 1e9 < result["hbm_limit_bytes"]
-    assert 1.0 <= result["flops_per_device"] / result["model_flops_per_device"] < 1.3
+
+
+def assert_plausible(result, devices, most_work):
+    assert result["devices"] == devices and result["fits"] and result["mesh"]["data"] == devices
+    assert 1.0 <= result["flops_per_device"] / result["model_flops_per_device"] < most_work
     assert set(result["collective_bytes_per_device"]) <= set(hlo.COLLECTIVES)
     assert result["predicted_step_s"] > 0 and 0 < result["predicted_mfu"] < 1
 
@@ -275,5 +277,5 @@ def test_seven_billion_parameters_on_tpus(cache):
 @pytest.mark.parametrize("devices", [8, pytest.param(64, marks=pytest.mark.soak)])
 def test_seven_billion_parameters_on_gpus(cache, devices):
     result = large(cache, f"h100:{devices}", devices)
-    assert result["fits"]
+    assert_plausible(result, devices, 1.5)
     assert_only_weights_and_embeddings(result)

@@ -91,6 +91,7 @@ def test_evaluation_in_the_loop_and_by_command_are_the_same(whole, cache):
     assert in_loop["eval/answer_nll"] < untrained["eval/answer_nll"]
 
 
+@pytest.mark.slow
 def test_the_second_start_compiles_nothing(whole, cache, tmp_path):
     programs = {path.name for path in (cache / "compiled").glob("*-cache")}
     assert programs

@@ -41,6 +41,7 @@ def plans(workdir, steps=(0, 3, 6)):
     return found
 
 
+@pytest.mark.slow
 def test_the_plans_and_their_metrics(whole):
     workdir, printed = whole
     rows, _ = data.load_examples(
@@ -145,6 +146,7 @@ def test_negatives_are_the_nearest_that_may_be(margin):
     assert (missing > 0) == (margin is not None)
 
 
+@pytest.mark.slow
 def test_a_run_with_given_negatives(cache, tmp_path):
     rows = [line.split("|") for line in ("q {0}|p {0}|a {0}", "r {0}|p {0}|b", "s {0}|o {0}|c")]
     lines = [

@@ -37,6 +37,7 @@ def test_a_signal_holds_and_a_save_is_due_once_a_period(monkeypatch):
     assert other.stopped_by == signal.SIGTERM  # another process's
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 2, 2)])
 def test_what_one_device_is_asked_comes_out_of_the_step_on_all(shape, monkeypatch):
     """Also where devices share the rows of a batch (along `model`) and their processes ask for different things."""

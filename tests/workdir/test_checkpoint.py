@@ -329,6 +329,7 @@ cli.run(main)
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_the_ones_before(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
