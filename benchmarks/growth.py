@@ -78,10 +78,11 @@ def main() -> None:
 
 
 def measure(point: Point, steps: int) -> dict[str, float]:
-    retriever = dataclasses.replace(RETRIEVER, remat=point.remat)
+    computing = models.Computing(remat=point.remat)
+    retriever = dataclasses.replace(RETRIEVER, computing=computing)
     heads, mlp = point.width // 64, 4 * point.width
     sizes = {"num_layers": point.layers, "num_heads": heads, "width": point.width, "mlp_width": mlp}
-    generator = dataclasses.replace(GENERATOR, remat=point.remat, **sizes)
+    generator = dataclasses.replace(GENERATOR, computing=computing, **sizes)
     objective = dataclasses.replace(OBJECTIVE, candidates=point.candidates)
     graphs, shapes = zip(*(models.abstract(config) for config in (retriever, generator)), strict=True)
     composite = rag.Rag(objective, *graphs, "mean", point.group, chunk_size=point.chunk)

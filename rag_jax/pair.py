@@ -96,8 +96,8 @@ def composite(config: Any, sources: dict[str, hf.Source]) -> rag.Rag:
 
 
 def model_config(config: Any, role: str, source: hf.Source) -> models.ModelConfig:
-    """The model's own config, with what the run decides: rematerialisation and dropout."""
-    changes: dict[str, Any] = {"remat": config[role].remat}
+    """The model's own config, with what the run decides: how it is computed, and dropout."""
+    changes: dict[str, Any] = {"computing": models.Computing(config.dtype, config[role].remat)}
     if config.dropout is not None:
         changes |= dict.fromkeys(dropouts(source.model_config), config.dropout)
     return dataclasses.replace(source.model_config, **changes)

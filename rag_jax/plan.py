@@ -197,7 +197,9 @@ def devices(topology: chips.Topology) -> Any:
 
     if topology.is_tpu:
         try:
-            described = topologies.get_topology_desc(platform="tpu", topology_name=topology.text)
+            # A host has several chips where nothing else is said, and a single one is then no topology.
+            alone = {"chips_per_host_bounds": [1, 1, 1]} if topology.devices == 1 else {}
+            described = topologies.get_topology_desc(platform="tpu", topology_name=topology.text, **alone)
         except Exception as error:  # of any kind, for shapes that are not built
             reason = " ".join(str(error).split())[:200]
             raise UserError(

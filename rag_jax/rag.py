@@ -32,8 +32,8 @@ HEAD_CHUNK = 512
 # Scores that exist at one time on a device in the contrastive loss, 16 MB for rows and for columns.
 CONTRASTIVE_SCORES = 2**22
 
-# (path of the parameters, the parameters or one layer of them, compute dtype) -> whole ones in that dtype.
-Gather = Callable[[tuple[str, ...], Any, Any], Any]
+# (path of the parameters, the parameters or one layer of them, dtype of what is sent, dtype) -> whole ones.
+Gather = Callable[[tuple[str, ...], Any, Any, Any], Any]
 # Of the same rows' queries, passages and negatives; no negatives: None.
 Embs = tuple[Float[Array, "b E"], Float[Array, "b E"], Float[Array, "b J E"] | None]
 Keys = Key[Array, " b"] | None  # dropout's, one a row; None: no dropout
@@ -106,17 +106,30 @@ class Rag:
     gather: Gather | None = None  # brings shared parameters together; None: they are whole
 
     def model(self, name: str, params: dict) -> Any:
-        """A model in the compute dtype over float32 parameters; those of its layers follow one layer at a time."""
+        """A model over float32 parameters; those of its layers are made ready one layer at a time.
+
+        Kernels of layers are cast to the compute dtype. What else there is adds up gradients of many tokens, and stays.
+        """
         rest = {part: leaf for part, leaf in params[name].items() if part != "layers"}
         stacked = params[name]["layers"]
-        if self.gather is not None or self.dtype != jnp.float32:
-            stacked = layers.deferred(stacked, lambda path, layer: self._whole((name, "layers", *path), layer))
-        return nnx.merge(getattr(self, name), self._whole((name,), rest) | {"layers": stacked})
-
-    def _whole(self, path: tuple[str, ...], params: Any) -> Any:
         if self.gather is not None:
-            return self.gather(path, params, self.dtype)
-        return jax.tree.map(lambda a: a.astype(self.dtype), params)
+            rest = self.gather((name,), rest, self.dtype, jnp.float32)
+        if self.gather is not None or self.dtype != jnp.float32:
+            stacked = layers.deferred(stacked, lambda path, leaf: self._ready((name, "layers", *path), leaf))
+        return nnx.merge(getattr(self, name), rest | {"layers": stacked})
+
+    def cast(self, params: dict) -> dict:
+        """Parameters that are only read, in the compute dtype: once, not at every token that is decoded."""
+        wide = ("bias", "scale")
+        cast = lambda path, a: a if path[-1].key in wide else a.astype(self.dtype)  # noqa: E731
+        return jax.tree_util.tree_map_with_path(cast, params)
+
+    def _ready(self, path: tuple[str, ...], leaf: Array) -> Array:
+        """One layer's parameter, whole, as the layer computes with it."""
+        dtype = self.dtype if path[-1] == "kernel" else jnp.float32
+        if self.gather is not None:
+            return self.gather(path[:-1], {path[-1]: leaf}, dtype, dtype)[path[-1]]
+        return leaf.astype(dtype)
 
 
 def loss(
@@ -218,31 +231,70 @@ def choose_candidates(cosine_gp: Float[Array, "g p"], num_candidates: int) -> In
     return jax.lax.top_k(order_gp, num_candidates)[1].astype(jnp.int32)
 
 
+@jax.custom_vjp
 def gold_log_probs(
     hidden_nD: Float[Array, "n D"], kernel_VD: Float[Array, "V D"], ids_n: Int[Array, " n"]
 ) -> Float[Array, " n"]:
     """log softmax_V(hidden kernel)[ids], float32, in chunks of tokens: (n, V) never exists, not even for gradients.
 
-    Fused kernels (tokamax, Liger) give the loss summed over tokens, but a marginal needs each token's.
+    Products are of the dtype of `hidden`, the kernel's gradient is summed in its own. Fused kernels (tokamax, Liger)
+    give the loss summed over tokens, but a marginal needs each token's.
     """
-    # Float32 stays float32 also where a device's products are rougher by default; bfloat16 has one way to multiply.
-    precision = jax.lax.Precision.HIGHEST if hidden_nD.dtype == jnp.float32 else None
-    n, D = hidden_nD.shape
+    return _gold_forward(hidden_nD, kernel_VD, ids_n)[0]
+
+
+def _gold_forward(hidden_nD: Array, kernel_VD: Array, ids_n: Array) -> tuple[Array, Any]:
+    kernel = kernel_VD.astype(hidden_nD.dtype)
+
+    def one(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
+        hidden, ids = chunk
+        logits_nV = _head_product("nD,VD->nV", hidden, kernel)
+        # A sum over V, not a gather: of a vocabulary split over devices each has a part of it.
+        gold_n = jnp.sum(jnp.where(_is_gold(ids, logits_nV), logits_nV, 0.0), axis=-1)
+        return gold_n, jax.nn.logsumexp(logits_nV, axis=-1)
+
+    n = len(ids_n)
+    gold_n, log_norm_n = (a.reshape(-1)[:n] for a in jax.lax.map(one, _in_chunks(hidden_nD, ids_n)))
+    return gold_n - log_norm_n, (hidden_nD, kernel_VD, ids_n, log_norm_n)
+
+
+def _gold_backward(kept: Any, cotangent_n: Array) -> tuple[Array, Array, None]:
+    hidden_nD, kernel_VD, ids_n, log_norm_n = kept
+    kernel = kernel_VD.astype(hidden_nD.dtype)
+
+    def one(kernel_grad_VD: Array, chunk: Any) -> tuple[Array, Array]:
+        hidden, ids, log_norm, cotangent = chunk
+        logits_nV = _head_product("nD,VD->nV", hidden, kernel)
+        probs_nV = jnp.exp(logits_nV - log_norm[:, None])
+        logits_grad_nV = ((_is_gold(ids, logits_nV) - probs_nV) * cotangent[:, None]).astype(hidden.dtype)
+        hidden_grad = _head_product("nV,VD->nD", logits_grad_nV, kernel)
+        return kernel_grad_VD + _head_product("nV,nD->VD", logits_grad_nV, hidden), hidden_grad.astype(hidden.dtype)
+
+    chunks = _in_chunks(hidden_nD, ids_n, log_norm_n, cotangent_n)
+    kernel_grad_VD, hidden_grad = jax.lax.scan(one, jnp.zeros(kernel_VD.shape, jnp.float32), chunks)
+    return hidden_grad.reshape(-1, hidden_nD.shape[-1])[: len(ids_n)], kernel_grad_VD.astype(kernel_VD.dtype), None
+
+
+gold_log_probs.defvjp(_gold_forward, _gold_backward)
+
+
+def _in_chunks(*rows: Shaped[Array, "n ..."]) -> tuple[Shaped[Array, "chunks size ..."], ...]:
+    """Even chunks of at most HEAD_CHUNK rows, the last one filled up with zeros."""
+    n = len(rows[0])
     num_chunks = -(-n // HEAD_CHUNK)
     size = -(-n // num_chunks)
-    room = num_chunks * size - n
-    chunks = jnp.pad(hidden_nD, ((0, room), (0, 0))).reshape(num_chunks, size, D)
-    chunk_ids = jnp.pad(ids_n, (0, room)).reshape(num_chunks, size)
+    padded = (jnp.pad(a, ((0, num_chunks * size - n), *((0, 0),) * (a.ndim - 1))) for a in rows)
+    return tuple(a.reshape(num_chunks, size, *a.shape[1:]) for a in padded)
 
-    @jax.checkpoint
-    def one(chunk: tuple[Array, Array]) -> Array:
-        hidden, ids = chunk
-        logits = jnp.einsum("nD,VD->nV", hidden, kernel_VD, precision=precision, preferred_element_type=jnp.float32)
-        # A sum over V, not a gather: of a vocabulary split over devices each has a part of it.
-        gold = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == ids[:, None], logits, 0.0), axis=-1)
-        return gold - jax.nn.logsumexp(logits, axis=-1)
 
-    return jax.lax.map(one, (chunks, chunk_ids)).reshape(-1)[:n]
+def _is_gold(ids_n: Int[Array, " n"], logits_nV: Float[Array, "n V"]) -> Bool[Array, "n V"]:
+    return jnp.arange(logits_nV.shape[-1]) == ids_n[:, None]
+
+
+def _head_product(axes: str, x: Array, y: Array) -> Array:
+    # Float32 stays float32 also where a device's products are rougher by default; bfloat16 has one way to multiply.
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(axes, x, y, precision=precision, preferred_element_type=jnp.float32)
 
 
 def answer_log_probs(

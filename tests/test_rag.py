@@ -65,8 +65,8 @@ def make_rows(num_rows, seed=0, passages=None, prefix_room=0, suffix_room=0, neg
     )
 
 
-def make_model(config, seed):
-    graphdef, shapes = models.abstract(config)
+def make_model(config, seed, dtype="float32"):
+    graphdef, shapes = models.abstract(dataclasses.replace(config, computing=models.Computing(dtype)))
     rng = np.random.default_rng(seed)
 
     def draw(path, shape):
@@ -76,9 +76,9 @@ def make_model(config, seed):
     return graphdef, jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def make(generator="llama", **objective):
-    retriever, retriever_params = make_model(BERT, 1)
-    graphdef, params = make_model(GENERATORS[generator], 2)
+def make(generator="llama", dtype="float32", **objective):
+    retriever, retriever_params = make_model(BERT, 1, dtype)
+    graphdef, params = make_model(GENERATORS[generator], 2, dtype)
     settings = dict(
         name="token",
         candidates=4,
@@ -87,7 +87,7 @@ def make(generator="llama", **objective):
         contrastive_weight=0.7,
         marginal_weight=1.3,
     )
-    model = rag.Rag(rag.Objective(**settings | objective), retriever, graphdef, "mean", 4)
+    model = rag.Rag(rag.Objective(**settings | objective), retriever, graphdef, "mean", 4, jnp.dtype(dtype))
     return model, {"retriever": retriever_params, "generator": params}
 
 
@@ -345,7 +345,7 @@ def test_rematerialisation_changes_nothing():
     model, params = make("gpt2")
     rows = make_rows(8)
     loss, gradients = value_and_grad(model, params, rows)
-    config = dataclasses.replace(GENERATORS["gpt2"], remat="full")
+    config = dataclasses.replace(GENERATORS["gpt2"], computing=models.Computing(remat="full"))
     remat = dataclasses.replace(model, generator=models.abstract(config)[0])
     again, again_gradients = value_and_grad(remat, params, rows)
     np.testing.assert_allclose(again, loss, rtol=1e-6)

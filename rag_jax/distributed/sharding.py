@@ -131,8 +131,8 @@ def _axes_among(part: Any, axes: tuple[str, ...]) -> Any:
     return kept or None
 
 
-def gather_params(shardings: Any, path: tuple[str, ...], params: Any, dtype: Any) -> Any:
-    """The parameters below `path`, complete along `data` and in `dtype`, from the shares of all devices.
+def gather_params(shardings: Any, path: tuple[str, ...], params: Any, sent: Any, dtype: Any) -> Any:
+    """The parameters below `path`, complete along `data` and in `dtype`, from the shares that devices have `sent`.
 
     Runs inside `on_each_device`. Without the leading axis of `shardings` for one layer of stacked parameters. Their
     gradients come back summed over `data` in float32, each device's share to it.
@@ -147,7 +147,7 @@ def gather_params(shardings: Any, path: tuple[str, ...], params: Any, dtype: Any
         spec = spec[len(spec) - param.ndim :]
         if "data" not in spec or sharding.mesh.shape["data"] == 1:
             return param.astype(dtype)
-        gather = functools.partial(_gather, axis=spec.index("data"), dtype=dtype)
+        gather = functools.partial(_gather, axis=spec.index("data"), sent=sent, dtype=dtype)
         if sharding.mesh.shape["model"] == 1:
             return gather(param)
         # Left to the compiler, `model` would be gathered first and cut again afterwards.
@@ -157,16 +157,16 @@ def gather_params(shardings: Any, path: tuple[str, ...], params: Any, dtype: Any
     return jax.tree.map(complete, params, {name: shardings[name] for name in params})
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnames=("axis", "dtype"))
-def _gather(share: jax.Array, axis: int, dtype: Any) -> jax.Array:
-    return jax.lax.all_gather(share.astype(dtype), "data", axis=axis, tiled=True)
+@functools.partial(jax.custom_vjp, nondiff_argnames=("axis", "sent", "dtype"))
+def _gather(share: jax.Array, axis: int, sent: Any, dtype: Any) -> jax.Array:
+    return jax.lax.all_gather(share.astype(sent), "data", axis=axis, tiled=True).astype(dtype)
 
 
-def _gather_forward(share: jax.Array, axis: int, dtype: Any) -> tuple[jax.Array, None]:
-    return _gather(share, axis, dtype), None
+def _gather_forward(share: jax.Array, axis: int, sent: Any, dtype: Any) -> tuple[jax.Array, None]:
+    return _gather(share, axis, sent, dtype), None
 
 
-def _gather_backward(axis: int, dtype: Any, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+def _gather_backward(axis: int, sent: Any, dtype: Any, _: None, gradient: jax.Array) -> tuple[jax.Array]:
     gradient = gradient.astype(jnp.float32)
     return (jax.lax.psum_scatter(gradient, "data", scatter_dimension=axis, tiled=True),)
 

@@ -75,7 +75,8 @@ def next_logits(generator: Decoder, hidden: Float[Array, "B K D"]) -> tuple[Floa
     They stay apart, since a difference for every v would be as much work as a softmax.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
-    logits = jnp.einsum("SD,VD->SV", flat, generator.head_kernel(), preferred_element_type=jnp.float32)
+    kernel = generator.head_kernel().astype(flat.dtype)
+    logits = jnp.einsum("SD,VD->SV", flat, kernel, preferred_element_type=jnp.float32)
     logits = logits.reshape(*hidden.shape[:2], -1)
     return logits, jax.nn.logsumexp(logits, axis=-1)
 

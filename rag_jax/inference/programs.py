@@ -72,7 +72,7 @@ def _compiled(
     role, mesh = where.role, where.mesh
 
     def program(params: Any, *arrays: Any) -> Any:
-        return fn(model.model(role, {role: params}), *arrays, **dict(statics))
+        return fn(model.model(role, model.cast({role: params})), *arrays, **dict(statics))
 
     if split is None or mesh is None:
         return jax.jit(program)

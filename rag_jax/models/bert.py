@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from rag_jax.models import layers
-from rag_jax.models.config import ModelConfig
+from rag_jax.models.config import Computing, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class BertConfig(ModelConfig):
     activation: str
     dropout: float
     attention_dropout: float
-    remat: str = "none"
+    computing: Computing = Computing()
 
     def build(self, rngs: nnx.Rngs) -> "Bert":
         return Bert(self, rngs=rngs)
@@ -36,10 +36,11 @@ class BertEmbed(nnx.Module):
     """Sum of word, position and token-type embeddings (the type is always 0: one text a row), normalised."""
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
-        self.word = layers.Embed(config.vocab_size, config.width, rngs=rngs)
-        self.position = layers.Embed(config.max_positions, config.width, rngs=rngs)
-        self.token_type = layers.Embed(config.type_vocab_size, config.width, rngs=rngs)
-        self.norm = layers.layer_norm(config.width, config.norm_eps, rngs)
+        dtype = config.computing.dtype
+        self.word = layers.Embed(config.vocab_size, config.width, dtype, rngs)
+        self.position = layers.Embed(config.max_positions, config.width, dtype, rngs)
+        self.token_type = layers.Embed(config.type_vocab_size, config.width, dtype, rngs)
+        self.norm = layers.layer_norm(config.width, config.norm_eps, dtype, rngs)
 
     def __call__(self, ids: Int[Array, "B L"], positions: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         return self.norm(self.word(ids) + self.position(positions) + self.token_type(jnp.zeros_like(ids)))
@@ -52,9 +53,9 @@ class BertLayer(nnx.Module):
         self.attention = layers.Attention(
             config.width, config.heads, qkv_bias=True, out_bias=True, dropout_rate=config.attention_dropout, rngs=rngs
         )
-        self.attention_norm = layers.layer_norm(config.width, config.norm_eps, rngs)
+        self.attention_norm = layers.layer_norm(config.width, config.norm_eps, config.computing.dtype, rngs)
         self.mlp = layers.Mlp(config.width, config.mlp_width, config.activation, rngs=rngs)
-        self.mlp_norm = layers.layer_norm(config.width, config.norm_eps, rngs)
+        self.mlp_norm = layers.layer_norm(config.width, config.norm_eps, config.computing.dtype, rngs)
         self.dropout = config.dropout
 
     def __call__(
@@ -89,7 +90,7 @@ class Bert(nnx.Module):
             lambda layer, x, _, keys: (layer(x, seen, keys), None),
             x,
             num_layers=self.config.num_layers,
-            remat=self.config.remat,
+            remat=self.config.computing.remat,
             dropout_keys=dropout_keys,
         )
         return x

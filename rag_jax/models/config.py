@@ -6,6 +6,14 @@ from typing import Any, ClassVar
 from flax import nnx
 
 
+@dataclasses.dataclass(frozen=True)
+class Computing:
+    """How a run computes a model, whatever the model is."""
+
+    dtype: str = "float32"  # of activations and of the kernels that they meet; all other parameters are float32
+    remat: str = "none"  # a key of layers.REMAT
+
+
 class ModelConfig:
     """A family's config is a frozen dataclass of these fields and its own, in the order that it likes."""
 
@@ -14,7 +22,7 @@ class ModelConfig:
     num_heads: int  # H
     width: int  # D
     max_positions: int
-    remat: str  # a key of layers.REMAT
+    computing: Computing
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
     layer_kinds: tuple[

@@ -67,11 +67,11 @@ class Decoder(nnx.Module):
         raise NotImplementedError
 
     def head_kernel(self) -> Float[Array, "V D"]:
-        """The output matrix, a row a token: of its own, or the word embedding when tied."""
+        """The output matrix, float32, a row a token: of its own, or the word embedding when tied."""
         raise NotImplementedError
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        return hidden @ self.head_kernel().T
+        return hidden @ self.head_kernel().T.astype(hidden.dtype)
 
     def __call__(
         self,
@@ -212,7 +212,7 @@ class Decoder(nnx.Module):
             step,
             carry,
             num_layers=config.num_layers,
-            remat=config.remat,
+            remat=config.computing.remat,
             dropout_keys=dropout_keys,
             xs=(xs, jnp.asarray(config.layer_kinds) if config.layer_kinds else None),
         )

@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from rag_jax.models import layers
-from rag_jax.models.config import ModelConfig
+from rag_jax.models.config import Computing, ModelConfig
 from rag_jax.models.decoder import Decoder, PreNormLayer
 
 
@@ -26,7 +26,7 @@ class Gpt2Config(ModelConfig):
     dropout: float
     embed_dropout: float
     attention_dropout: float
-    remat: str = "none"
+    computing: Computing = Computing()
 
     def build(self, rngs: nnx.Rngs) -> "Gpt2":
         return Gpt2(self, rngs=rngs)
@@ -34,17 +34,17 @@ class Gpt2Config(ModelConfig):
 
 class Gpt2Embed(nnx.Module):
     def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs):
-        self.word = layers.Embed(config.vocab_size, config.width, rngs=rngs)
-        self.position = layers.Embed(config.max_positions, config.width, rngs=rngs)
+        self.word = layers.Embed(config.vocab_size, config.width, config.computing.dtype, rngs)
+        self.position = layers.Embed(config.max_positions, config.width, config.computing.dtype, rngs)
 
 
 class Gpt2Layer(PreNormLayer):
     def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs):
-        self.attention_norm = layers.layer_norm(config.width, config.norm_eps, rngs)
+        self.attention_norm = layers.layer_norm(config.width, config.norm_eps, config.computing.dtype, rngs)
         self.attention = layers.Attention(
             config.width, config.heads, qkv_bias=True, out_bias=True, dropout_rate=config.attention_dropout, rngs=rngs
         )
-        self.mlp_norm = layers.layer_norm(config.width, config.norm_eps, rngs)
+        self.mlp_norm = layers.layer_norm(config.width, config.norm_eps, config.computing.dtype, rngs)
         self.mlp = layers.Mlp(config.width, config.mlp_width, config.activation, rngs=rngs)
         self.dropout = config.dropout
 
@@ -54,7 +54,7 @@ class Gpt2(Decoder):
         self.config = config
         self.embed = Gpt2Embed(config, rngs=rngs)
         self.layers = layers.stack(lambda rngs: Gpt2Layer(config, rngs=rngs), config.num_layers, rngs)
-        self.norm = layers.layer_norm(config.width, config.norm_eps, rngs)
+        self.norm = layers.layer_norm(config.width, config.norm_eps, config.computing.dtype, rngs)
 
     def _embed(
         self, ids: Int[Array, "B L"], positions: Int[Array, "B L"], dropout_keys: Key[Array, " B"] | None

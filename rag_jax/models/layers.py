@@ -6,6 +6,7 @@
 
 import dataclasses
 import functools
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
 
 # Of any number of tokens. Keys are kept transposed, as their product with queries reads them: XLA's CPU backend would
 # turn all of them around again at every token that is decoded.
@@ -38,15 +39,21 @@ REMAT: dict[str, Callable[..., bool]] = {
 }
 
 
-def flat_dot_general(x: jax.Array, kernel: jax.Array, dimensions: Any, **kwargs: Any) -> jax.Array:
+def matrix_product(x: Float[Array, "... in"], kernel: Float[Array, "in out"]) -> Float[Array, "... out"]:
     """`x @ kernel` as a product of two matrices: XLA's CPU backend first copies operands that have more axes."""
-    flat = x.reshape(-1, x.shape[-1])
-    out = jax.lax.dot_general(flat, kernel, (((1,), (0,)), ((), ())), **kwargs)
-    return out.reshape(*x.shape[:-1], kernel.shape[-1])
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def linear(in_width: int, out_width: int, *, bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(in_width, out_width, use_bias=bias, dot_general=flat_dot_general, rngs=rngs)
+class Linear(nnx.Linear):
+    """`x @ kernel` in their dtype. The bias is added in float32: its gradient is a sum over all tokens."""
+
+    def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
+        y = matrix_product(x, self.kernel[...])
+        return y if self.bias is None else (y + self.bias[...]).astype(y.dtype)
+
+
+def linear(in_width: int, out_width: int, *, bias: bool, rngs: nnx.Rngs) -> Linear:
+    return Linear(in_width, out_width, use_bias=bias, rngs=rngs)
 
 
 class Mlp(nnx.Module):
@@ -60,22 +67,27 @@ class Mlp(nnx.Module):
 
 
 class Embed(nnx.Embed):
-    """Rows of a table in the dtype that the table has by now: nnx.Embed returns the one that it was made in.
+    """Rows of a float32 table in `dtype`: the table's gradient, a sum over all tokens, is then made in float32.
 
-    A float32 row here would make all that follows float32, whatever the compute dtype.
+    bfloat16 sums stand still from the 256th equal addend on, and some tokens are met thousands of times.
     """
 
+    def __init__(self, num_rows: int, width: int, dtype: str, rngs: nnx.Rngs):
+        super().__init__(num_rows, width, dtype=jnp.dtype(dtype), rngs=rngs)
+
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-        return jnp.take(self.embedding[...], ids, axis=0)
+        return jnp.take(self.embedding[...], ids, axis=0).astype(self.dtype)
 
 
-def layer_norm(width: int, eps: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(width: int, eps: float, dtype: str, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Computed in float32; `dtype`: of the result."""
     # The fast variance (E[x^2] - E[x]^2) loses digits that PyTorch keeps.
-    return nnx.LayerNorm(width, epsilon=eps, use_fast_variance=False, rngs=rngs)
+    return nnx.LayerNorm(width, epsilon=eps, use_fast_variance=False, dtype=jnp.dtype(dtype), rngs=rngs)
 
 
-def rms_norm(width: int, eps: float, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(width, epsilon=eps, rngs=rngs)
+def rms_norm(width: int, eps: float, dtype: str, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """Computed in float32; `dtype`: of the result."""
+    return nnx.RMSNorm(width, epsilon=eps, dtype=jnp.dtype(dtype), rngs=rngs)
 
 
 def dropout(x: Shaped[Array, "B ..."], rate: float, keys: Key[Array, " B"] | None) -> Shaped[Array, "B ..."]:
@@ -85,8 +97,26 @@ def dropout(x: Shaped[Array, "B ..."], rate: float, keys: Key[Array, " B"] | Non
     """
     if keys is None or rate == 0.0:
         return x
-    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)
+    kept = random_bits(keys, x.shape[1:]) < np.uint32(round((1.0 - rate) * 2**32))
     return jnp.where(kept, x / (1.0 - rate), jnp.zeros((), x.dtype))
+
+
+def random_bits(keys: Key[Array, " B"], shape: tuple[int, ...]) -> UInt32[Array, "B ..."]:
+    """Uniform 32-bit numbers, those of a row a function of its key and of their place in it.
+
+    murmur3's finalizer (Appleby, 2011) of the place and one half of the key, and once more of that and the other half:
+    an eighth of the operations that jax's own threefry takes, which are a third of a step where every attention weight
+    may be dropped.
+    """
+    halves = jax.random.key_data(keys).reshape(-1, 2, *(1,) * len(shape))
+    place = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
+    return _mixed(_mixed(place ^ halves[:, 0]) ^ halves[:, 1])
+
+
+def _mixed(bits: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    bits = (bits ^ (bits >> 16)) * np.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * np.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)
 
 
 def named_keys(keys: Key[Array, " B"] | None, name: str) -> Key[Array, " B"] | None:
@@ -159,6 +189,31 @@ def stacked_views(views: Sequence[View]) -> View:
     )
 
 
+@jax.custom_vjp
+def float32_product(x: Float[Array, "B G n m"], y: Float[Array, "B G m o"]) -> Float[Array, "B G n o"]:
+    """`x @ y` in float32, of operands of one dtype; its gradients are products in the operands' dtype.
+
+    Left to itself, jax multiplies the float32 cotangent as it is: on an accelerator at half the rate or less.
+    """
+    return _batched_product(x, y, preferred_element_type=jnp.float32)
+
+
+def _batched_product(x: Array, y: Array, **kwargs: Any) -> Array:
+    return jax.lax.dot_general(x, y, (((3,), (2,)), ((0, 1), (0, 1))), **kwargs)
+
+
+def _float32_product_forward(x: Array, y: Array) -> tuple[Array, tuple[Array, Array]]:
+    return float32_product(x, y), (x, y)
+
+
+def _float32_product_backward(operands: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    _, transposed = jax.vjp(_batched_product, *operands)
+    return transposed(cotangent.astype(operands[0].dtype))
+
+
+float32_product.defvjp(_float32_product_forward, _float32_product_backward)
+
+
 class Part(NamedTuple):
     """Attention to some of the keys, not divided yet: each counts w_j = exp(score_j - highest).
 
@@ -201,8 +256,7 @@ def attend_part(
 ) -> Part:
     """The plain way, for any device, dtype and length."""
     (key, value), (B, G, *_) = keys_values, query.shape
-    batched = ((0, 1), (0, 1))
-    scores = jax.lax.dot_general(query, key, (((3,), (2,)), batched), preferred_element_type=jnp.float32)
+    scores = float32_product(query, key)
     by_head = scores.reshape(B, G, -1, *mask.shape[1:])  # rows are heads and queries
     # The lowest number, not -inf: a part of which a row sees nothing must count nothing beside others, and no NaN.
     scores = jnp.where(mask[:, None, None], by_head, jnp.finfo(jnp.float32).min).reshape(scores.shape)
@@ -211,7 +265,7 @@ def attend_part(
     weights = jnp.exp(scores - highest)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     kept = dropout(weights.astype(value.dtype), rate, dropout_keys)
-    out = jax.lax.dot_general(kept, value, (((3,), (2,)), batched), preferred_element_type=jnp.float32)
+    out = float32_product(kept, value)
     return Part(out, highest, total)
 
 
@@ -228,7 +282,10 @@ def merged(one: Part, other: Part) -> Part:
 
 
 class Attention(nnx.Module):
-    """Multi-head attention over the rows' own tokens and, where given, a context of earlier keys and values."""
+    """Multi-head attention over the rows' own tokens and, where given, a context of earlier keys and values.
+
+    `qk_norm`: eps and dtype of norms of queries and keys.
+    """
 
     def __init__(
         self,
@@ -237,7 +294,7 @@ class Attention(nnx.Module):
         *,
         qkv_bias: bool,
         out_bias: bool,
-        qk_norm_eps: float | None = None,
+        qk_norm: tuple[float, str] | None = None,
         dropout_rate: float = 0.0,
         rngs: nnx.Rngs,
     ):
@@ -247,10 +304,10 @@ class Attention(nnx.Module):
         self.key = linear(width, self.num_kv_heads * self.head_dim, bias=qkv_bias, rngs=rngs)
         self.value = linear(width, self.num_kv_heads * self.head_dim, bias=qkv_bias, rngs=rngs)
         self.out = linear(self.num_heads * self.head_dim, width, bias=out_bias, rngs=rngs)
-        self.qk_norm = qk_norm_eps is not None
-        if qk_norm_eps is not None:
-            self.query_norm = rms_norm(self.head_dim, qk_norm_eps, rngs)
-            self.key_norm = rms_norm(self.head_dim, qk_norm_eps, rngs)
+        self.qk_norm = qk_norm is not None
+        if qk_norm is not None:
+            self.query_norm = rms_norm(self.head_dim, *qk_norm, rngs)
+            self.key_norm = rms_norm(self.head_dim, *qk_norm, rngs)
 
     def __call__(
         self,
@@ -288,12 +345,11 @@ class Deferred:
     prepare: Callable[[Any], Array]  # of one layer's
 
 
-def deferred(params: Any, prepare: Callable[[tuple[str, ...], dict[str, Any]], dict[str, Any]]) -> Any:
-    """The parameters of stacked layers, each to become `prepare(path, {name: it})[name]` when its layer runs."""
+def deferred(params: Any, prepare: Callable[[tuple[str, ...], Any], Any]) -> Any:
+    """The parameters of stacked layers, each to become `prepare(path, it)` when its layer runs."""
 
     def defer(path: Any, leaf: Any) -> Deferred:
-        *parents, name = (key.key for key in path)
-        return Deferred(leaf, lambda layer: prepare(tuple(parents), {name: layer})[name])
+        return Deferred(leaf, functools.partial(prepare, tuple(key.key for key in path)))
 
     return jax.tree_util.tree_map_with_path(defer, params)
 

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from rag_jax.models import layers
-from rag_jax.models.config import ModelConfig
+from rag_jax.models.config import Computing, ModelConfig
 from rag_jax.models.decoder import Decoder, PreNormLayer
 
 
@@ -61,7 +61,7 @@ class LlamaConfig(ModelConfig):
     tied_head: bool
     sliding_window: int | None
     attention_dropout: float
-    remat: str = "none"
+    computing: Computing = Computing()
     layer_kinds: tuple[int, ...] = ()  # places in `kinds`, one a layer; (): all are of the first
     further_kinds: tuple[LayerKind, ...] = ()  # besides what stands above, such as local layers among global ones
 
@@ -104,7 +104,7 @@ def rope_frequencies(kind: LayerKind, head_dim: int) -> np.ndarray:
 
 class LlamaEmbed(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        self.word = layers.Embed(config.vocab_size, config.width, rngs=rngs)
+        self.word = layers.Embed(config.vocab_size, config.width, config.computing.dtype, rngs)
 
 
 class LlamaMlp(nnx.Module):
@@ -122,17 +122,17 @@ class LlamaMlp(nnx.Module):
 
 class LlamaLayer(PreNormLayer):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = layers.rms_norm(config.width, config.norm_eps, rngs)
+        self.attention_norm = layers.rms_norm(config.width, config.norm_eps, config.computing.dtype, rngs)
         self.attention = layers.Attention(
             config.width,
             config.heads,
             qkv_bias=config.qkv_bias,
             out_bias=config.out_bias,
-            qk_norm_eps=config.norm_eps if config.qk_norm else None,
+            qk_norm=(config.norm_eps, config.computing.dtype) if config.qk_norm else None,
             dropout_rate=config.attention_dropout,
             rngs=rngs,
         )
-        self.mlp_norm = layers.rms_norm(config.width, config.norm_eps, rngs)
+        self.mlp_norm = layers.rms_norm(config.width, config.norm_eps, config.computing.dtype, rngs)
         self.mlp = LlamaMlp(config, rngs=rngs)
 
 
@@ -141,7 +141,7 @@ class Llama(Decoder):
         self.config = config
         self.embed = LlamaEmbed(config, rngs=rngs)
         self.layers = layers.stack(lambda rngs: LlamaLayer(config, rngs=rngs), config.num_layers, rngs)
-        self.norm = layers.rms_norm(config.width, config.norm_eps, rngs)
+        self.norm = layers.rms_norm(config.width, config.norm_eps, config.computing.dtype, rngs)
         if not config.tied_head:
             self.head = layers.linear(config.width, config.vocab_size, bias=False, rngs=rngs)
 

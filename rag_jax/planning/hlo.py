@@ -9,6 +9,9 @@ import functools
 import math
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
@@ -18,8 +21,9 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
-_WINDOW = re.compile(r"window=\{size=([\dx]+)(.*?)\}")
-_KERNEL = re.compile(r"dim_labels=\w+_(\w+)->")
+_WINDOW = re.compile(r"window=\{(.*?)\}")
+_LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
+_SCORES = re.compile(r'"intermediate_tensor_shape":.*?"dimensions":\["(\d+)","(\d+)","(\d+)","(\d+)"\]')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -219,14 +223,59 @@ def _product_flops(instruction: _Instruction, here: dict[str, _Instruction]) -> 
         assert contracted is not None
         return 2.0 * out * math.prod(dims[int(i)] for i in contracted[1].split(",") if i)
     if instruction.operation == "convolution":
-        kernel = _KERNEL.search(rest)
-        assert kernel is not None
-        features = _dims(here[instruction.operands[1]].result)[kernel[1].index("i")]
-        window = _WINDOW.search(rest)
-        # Batches written as a window as wide as its dilation meet one element each.
-        is_batch = window is None or f"lhs_dilate={window[1]}" in window[2]
-        return 2.0 * out * features * (1 if is_batch or not window else math.prod(map(int, window[1].split("x"))))
+        labels = _LABELS.search(rest)
+        assert labels is not None
+        left, kernel, result = labels.groups()
+        shapes = [_dims(here[name].result) for name in instruction.operands[:2]] + [_dims(instruction.result)]
+        taps = 1
+        for n, window in enumerate(_windows(rest)):
+            place = str(n)
+            sizes = shapes[0][left.index(place)], shapes[2][result.index(place)]
+            taps *= _taps(*sizes, window)
+            out //= sizes[1]
+        return 2.0 * out * taps * shapes[1][kernel.index("i")]
+    if instruction.operation == "custom-call" and "__cudnn$fmha" in rest:
+        scores = _SCORES.search(rest)
+        assert scores is not None
+        channels = _dims(here[instruction.operands[0]].result)[-1]
+        # Scores and values; backwards scores again, and the gradients of weights, values, queries and keys.
+        return 2.0 * (5 if "Backward" in rest else 2) * math.prod(map(int, scores.groups())) * channels
     return 0.0
+
+
+class _Window(NamedTuple):
+    """One dimension of a convolution's window."""
+
+    size: int
+    stride: int = 1
+    pad: tuple[int, int] = (0, 0)
+    lhs_dilate: int = 1
+    rhs_dilate: int = 1
+
+
+def _windows(rest: str) -> list[_Window]:
+    """`window={size=4x8 pad=3_3x0_0 lhs_dilate=4x1}`, one a dimension."""
+    found = _WINDOW.search(rest)
+    if found is None:
+        return []
+    said = dict(part.split("=") for part in found[1].split())
+    parts = {name: said[name].split("x") for name in _Window._fields if name in said}
+    pads = [tuple(map(int, pad.split("_"))) for pad in parts.pop("pad", [])]
+    columns = {name: list(map(int, values)) for name, values in parts.items()} | ({"pad": pads} if pads else {})
+    return [_Window(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _taps(size_in: int, size_out: int, window: _Window) -> int:
+    """How many pairs of a place of the result and one of the window meet an element, not padding or a gap.
+
+    A batch written as a convolution has a window as wide as all of it, of which each place meets one element.
+    """
+    starts = np.arange(size_out)[:, None] * window.stride - window.pad[0]
+    places = starts + np.arange(window.size) * window.rhs_dilate
+    return int(
+        np.sum((places >= 0) & (places <= (size_in - 1) * window.lhs_dilate) & (places % window.lhs_dilate == 0))
+    )
 
 
 def _collective(kind: str, instruction: _Instruction, here: dict[str, _Instruction]) -> Collective:

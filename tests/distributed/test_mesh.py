@@ -96,7 +96,7 @@ def test_negatives_that_queries_bring(shape):
 @pytest.mark.parametrize("shape", cases([], [(2, 2, 2)], [(1, 2, 4), (1, 8, 1)]))
 def test_rematerialisation(shape):
     model, params = make("gpt2")
-    config = dataclasses.replace(GENERATORS["gpt2"], remat="full")
+    config = dataclasses.replace(GENERATORS["gpt2"], computing=models.Computing(remat="full"))
     assert_same_on(shape, dataclasses.replace(model, generator=models.abstract(config)[0]), params, make_rows(32))
 
 
@@ -132,7 +132,7 @@ def test_frozen_parameters():
 def test_bfloat16_gradients_are_summed_in_float32():
     """Eight devices with a share of the batch each are as near to float32 as one device with all of it."""
     model, params = make("llama")
-    rows, half = make_rows(32), dataclasses.replace(model, dtype=jnp.bfloat16)
+    rows, half = make_rows(32), make("llama", dtype="bfloat16")[0]
     _, exact = value_and_grad(model, params, rows)
     _, one = value_and_grad(half, params, rows)
     _, eight, _ = gradients_on(mesh_of((1, 8, 1)), half, params, rows)
@@ -147,7 +147,7 @@ def test_bfloat16_gradients_are_summed_in_float32():
 def test_all_sums_over_devices_are_of_float32(shape):
     """Of the gradients of a bfloat16 run too: asked of the program itself, as CPUs sum in float32 whatever it says."""
     model, params = make("llama")
-    mesh, half = mesh_of(shape), dataclasses.replace(model, dtype=jnp.bfloat16)
+    mesh, half = mesh_of(shape), make("llama", dtype="bfloat16")[0]
     text = lower_gradients(mesh, half, params, make_rows(32))[0].as_text()
     assert "bf16" in text and len(re.findall("stablehlo.reduce_scatter", text)) > 20
     # Counts of rows and tokens are whole numbers.

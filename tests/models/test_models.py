@@ -16,7 +16,7 @@ from flax import nnx
 
 from rag_jax import hf, models
 from rag_jax.hf import config as configs
-from rag_jax.models import layers
+from rag_jax.models import Computing, layers
 
 VOCAB, WIDTH, LENGTH = 53, 32, 11
 LENGTHS = (11, 4, 8)
@@ -297,21 +297,63 @@ def test_a_filled_cache_and_its_steps_equal_the_plain_forward(family):
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama2", "qwen3"])
 def test_every_product_is_in_the_dtype_of_the_parameters(family):
     """One float32 value on the way would make all that follows float32."""
-    graphdef, params = make_model(family)
-    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    graphdef, params = make_model(family, computing=Computing("bfloat16"))
+    half = cast_kernels(params)
     ids, mask = map(jnp.asarray, make_batch("right")[:2])
-    lowered = jax.jit(lambda params: nnx.merge(graphdef, params)(ids, mask)).lower(half)
-    assert lowered.out_info.dtype == jnp.bfloat16
+    hidden = jax.jit(lambda params: nnx.merge(graphdef, params)(ids, mask))
+    assert jax.eval_shape(hidden, half).dtype == jnp.bfloat16
+    lowered = jax.jit(jax.grad(lambda params: hidden(params).sum(dtype=jnp.float32))).lower(half)
     operands = re.findall(r"dot_general .* : \(tensor<[^>]*x(\w+)>, tensor<[^>]*x(\w+)>\)", lowered.as_text())
-    assert len(operands) >= 8
+    assert len(operands) >= 24
     assert set(operands) == {("bf16", "bf16")}
+
+
+def cast_kernels(params):
+    """As `rag.Rag.model` does."""
+
+    def cast(path, leaf):
+        return leaf.astype(jnp.bfloat16) if path[-1].key == "kernel" else leaf
+
+    return params | {"layers": jax.tree_util.tree_map_with_path(cast, params["layers"])}
+
+
+def test_gradients_of_rows_that_are_met_often_are_summed_in_float32():
+    """Of a table and of a bias, under 4,096 equal gradients: bfloat16 sums stand still at 256 of them."""
+    parts = layers.Embed(3, 2, "bfloat16", nnx.Rngs(0)), layers.linear(2, 2, bias=True, rngs=nnx.Rngs(0))
+    (table, _), (line, _) = map(nnx.split, parts)
+    kernel, ids = jnp.eye(2, dtype=jnp.bfloat16), jnp.zeros(4096, jnp.int32)
+
+    def total(embedding, bias):
+        rows = nnx.merge(table, {"embedding": embedding})(ids)
+        return nnx.merge(line, {"kernel": kernel, "bias": bias})(rows).sum(dtype=jnp.float32)
+
+    of_table, of_bias = jax.grad(total, (0, 1))(jnp.ones((3, 2)), jnp.ones(2))
+    np.testing.assert_array_equal(of_table, [[4096, 4096], [0, 0], [0, 0]])
+    np.testing.assert_array_equal(of_bias, [4096, 4096])
+
+
+def test_random_bits_are_uniform_and_tell_rows_and_places_apart():
+    keys = layers.several_keys(layers.named_keys(jax.random.split(jax.random.key(0), 8), "x"), 8)
+    bits = np.asarray(layers.random_bits(keys, (40, 25)))
+    assert bits.shape == (64, 40, 25) and bits.dtype == np.uint32
+    np.testing.assert_array_equal(bits[5], layers.random_bits(keys[5:6], (40, 25))[0])
+    flat = bits.reshape(64, -1)
+    assert len(np.unique(flat)) > 63_990  # of 64,000, where chance lets one in two billion pairs meet
+    ones = np.unpackbits(flat.view(np.uint8).reshape(64, 1000, 4), axis=-1).reshape(64, 1000, 32).astype(float)
+    most = 5 * 0.5  # five standard deviations of a bit
+    assert np.abs(ones.mean((0, 1)) - 0.5).max() < most / np.sqrt(64_000)
+    signs = 2 * ones - 1
+    for other in (np.roll(signs, 1, axis=0), np.roll(signs, 1, axis=1), np.roll(signs, 1, axis=2)):
+        assert np.abs((signs * other).mean((0, 1))).max() < 5 / np.sqrt(64_000)
+    kept = np.asarray(layers.dropout(jnp.ones((64, 1000)), 0.1, keys)) != 0
+    assert abs(kept.mean() - 0.9) < 5 * 0.3 / np.sqrt(64_000)
 
 
 @pytest.mark.parametrize("policy", ["dots", "full"])
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama2"])
 def test_rematerialisation_changes_nothing(family, policy):
     batch = make_batch("right")
-    (graphdef, params), (remat, _) = make_model(family), make_model(family, remat=policy)
+    (graphdef, params), (remat, _) = make_model(family), make_model(family, computing=Computing(remat=policy))
     assert graphdef != remat
     (loss, _), gradients = ours(graphdef, params, batch)
     (again, _), gradients_again = ours(remat, params, batch)
@@ -354,7 +396,7 @@ def by_hand(layer, x, rope, seen):
     scores = np.where(seen[:, None], query @ key.swapaxes(-1, -2) / 8**0.5, -1e30)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     mixed = weights / weights.sum(axis=-1, keepdims=True) @ value
-    x = x + attention.out(mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1))
+    x = x + attention.out(jnp.asarray(mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1)))
     return x + layer.mlp(layer.mlp_norm(x))
 
 
