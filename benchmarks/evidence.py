@@ -105,7 +105,7 @@ def evidence(model: rag.Rag, params: dict, batch: data.Batch) -> jax.Array:
     embs = rag.embed(model, params, batch, None)
 
     def log_probs(embs):
-        return rag.group_log_probs(generator, model.objective, batch, embs, None)
+        return rag.block_log_probs(model, generator, *jax.tree.map(lambda a: a[None], (batch, embs)), None)
 
     (prior_bK, token_log_probs_bKT), to_embs = jax.vjp(log_probs, embs)
     answer_bK = jnp.sum(jnp.where(batch.answer_mask[:, None], token_log_probs_bKT, 0.0), axis=-1)

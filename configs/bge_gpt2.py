@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     config.group_size = 4
     config.dtype = "float32"
     config.matmul_precision = "highest"
+    config.attention = "auto"
     config.dropout = None
 
     config.data = data = ConfigDict()

@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     config.group_size = 8
     config.dtype = "bfloat16"
     config.matmul_precision = "default"
+    config.attention = "auto"
     config.dropout = None
 
     config.data = data = ConfigDict()

@@ -21,6 +21,7 @@ from rag_jax.evaluation import metrics
 from rag_jax.objectives import OBJECTIVES
 
 MOST = 2**31
+KERNELS = ("plain", "cudnn")
 REMAT = ("none", "dots", "full")
 REMAT_MEANING = "what layers recompute in the backward pass: nothing, all but products with weights, everything"
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -104,6 +105,12 @@ KEYS: dict[str, Key] = {
         one_of("default", "high", "highest"),
         "of a float32 run's products: highest is float32; default is the device's own, on an H100 TF32 (about 8 times "
         "as fast), on TPUs one bfloat16 pass (high: three, highest: six)",
+    ),
+    "attention": Key(
+        str,
+        one_of("auto", *KERNELS),
+        "what computes it in training: plain runs anywhere; cudnn, on GPUs, never writes scores to memory, but takes "
+        "bfloat16 alone and no dropout; auto: cudnn where it can, else plain",
     ),
     "dropout": Key(float | None, fraction, "None: what each model's config says; a number: that, for both"),
     "data.train": Key(str | None, not_empty, "rows to train on: a file, a save_to_disk folder or a hub name"),

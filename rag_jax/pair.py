@@ -11,7 +11,9 @@ from jax.sharding import Mesh
 from rag_jax import data, hf, models, rag
 from rag_jax.distributed import sharding
 from rag_jax.errors import UserError
+from rag_jax.models import flops
 from rag_jax.objectives import OBJECTIVES, ROLES
+from rag_jax.planning import fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +79,23 @@ def check_lengths(config: Any, sources: dict[str, hf.Source]) -> None:
         raise UserError(f"{'; '.join(problems)}; lower what is too long")
 
 
-def composite(config: Any, sources: dict[str, hf.Source]) -> rag.Rag:
-    """Both models in one; what is traced from now on computes with the config's precision, see `use_precision`."""
+def this_device() -> fit.Device:
+    """What the devices here are."""
+    found = jax.devices()
+    stats = found[0].memory_stats() or {}
+    capability = tuple(int(n) for n in getattr(found[0], "compute_capability", "0.0").split("."))
+    return fit.Device(found[0].platform, len(found), capability, stats.get("bytes_limit", 0.0))
+
+
+def composite(config: Any, sources: dict[str, hf.Source], device: fit.Device | None = None) -> rag.Rag:
+    """Both models in one; what is traced from now on computes with the config's precision, see `use_precision`.
+
+    `device`: what it will run on; None: the devices here.
+    """
     use_precision(config)
-    graphs = {role: models.abstract(model_config(config, role, source))[0] for role, source in sources.items()}
+    device = device or this_device()
+    configs = {role: model_config(config, role, source, device) for role, source in sources.items()}
+    graphs = {role: models.abstract(configs[role])[0] for role in sources}
     pooling = config.retriever.pooling
     if pooling == "auto":
         pooling = sources["retriever"].pooling.mode if "retriever" in sources else "mean"
@@ -92,15 +107,51 @@ def composite(config: Any, sources: dict[str, hf.Source]) -> rag.Rag:
         config.group_size,
         jnp.dtype(config.dtype),
         config.retriever.chunk_size,
+        *_at_a_time(config, configs, device),
     )
 
 
-def model_config(config: Any, role: str, source: hf.Source) -> models.ModelConfig:
-    """The model's own config, with what the run decides: how it is computed, and dropout."""
-    changes: dict[str, Any] = {"computing": models.Computing(config.dtype, config[role].remat)}
-    if config.dropout is not None:
-        changes |= dict.fromkeys(dropouts(source.model_config), config.dropout)
+def _at_a_time(config: Any, configs: dict[str, models.ModelConfig], device: fit.Device) -> tuple[int, int]:
+    """Groups that the generator reads at a time, and tokens whose logits exist at a time."""
+    if "generator" not in configs:
+        return 1, fit.CPU_TOKENS
+    section, objective, generator = config.data, config.objective, configs["generator"]
+    prefix_tokens = (1 + objective.negatives) * section.prompt_passage_len
+    suffix_tokens = objective.candidates * (section.prompt_query_len + section.answer_len)
+    group_bytes = flops.kept_bytes(generator, config.group_size * (prefix_tokens + suffix_tokens))
+    # A parameter, its gradient and two moments, float32, shared by all devices.
+    held_bytes = 16 * sum(map(flops.parameters, configs.values())) / device.count
+    groups = fit.groups_at_a_time(device, held_bytes, group_bytes)
+    return groups, fit.head_chunk(device, generator.vocab_size)
+
+
+def model_config(config: Any, role: str, source: hf.Source, device: fit.Device | None = None) -> models.ModelConfig:
+    """The model's own config, with what the run decides: dropout, and how it is computed on such a device."""
+    device = device or this_device()
+    kernel, _ = attention_kernel(config, role, source, device)
+    own = _with_dropout(config, source)
+    unrolls = fit.unrolls(device, own.num_layers)
+    return dataclasses.replace(own, computing=models.Computing(config.dtype, config[role].remat, kernel, unrolls))
+
+
+def _with_dropout(config: Any, source: hf.Source) -> models.ModelConfig:
+    changes = {} if config.dropout is None else dict.fromkeys(dropouts(source.model_config), config.dropout)
     return dataclasses.replace(source.model_config, **changes)
+
+
+def attention_kernel(config: Any, role: str, source: hf.Source, device: fit.Device) -> tuple[str, str]:
+    """The kernel of a model's attention in training and, of the plain one, why it is not cuDNN's.
+
+    UserError where the config asks for one that cannot compute this model.
+    """
+    own = _with_dropout(config, source)
+    rate = getattr(own, "attention_dropout", 0.0)
+    problem = fit.cudnn_problem(device, config.dtype, own.heads[2], rate)
+    if config.attention == "cudnn" and problem:
+        raise UserError(f"attention=cudnn: cannot compute {role}.path={source.path!r}, as {problem}; say auto or plain")
+    if config.attention == "plain" or problem:
+        return "plain", problem
+    return "cudnn", ""
 
 
 def dropouts(model_config: models.ModelConfig) -> dict[str, float]:

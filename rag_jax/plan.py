@@ -20,7 +20,7 @@ from typing import Any
 from rag_jax import cli, config
 from rag_jax.errors import UserError
 from rag_jax.objectives import OBJECTIVES
-from rag_jax.planning import chips
+from rag_jax.planning import chips, fit
 
 INSIDE = "--in-this-process"
 # What a compiler says when a program does not fit: "Used 17.2G of 15.75G hbm".
@@ -30,6 +30,7 @@ MOST_POINTS = 12
 # No device is touched, nobody is asked where we are, and the compiler keeps to itself.
 COMPILER = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3"}
 REMAT = ("dots", "full")
+CUDNN = 90800  # the version that the cards' descriptions state
 ASSUMPTIONS = (
     "every product at the peak, every other operation at the memory's bandwidth, one after the other; exchanges hidden "
     "behind them unless they take longer"
@@ -111,7 +112,7 @@ def compile_step(loaded: Any, topology: chips.Topology) -> dict[str, Any]:
     pair.check_lengths(loaded, sources)
     mesh = sharding.make_mesh(**loaded.mesh.to_dict(), devices=devices(topology))
     sharding.check_batch(mesh, loaded.batch_size, loaded.group_size)
-    opened = pair.Pair(loaded, sources, pair.composite(loaded, sources), None, None, None)
+    opened = pair.Pair(loaded, sources, pair.composite(loaded, sources, device_of(topology)), None, None, None)
     _, _, state, step = setup.make_step(opened, mesh)
     lengths = batch_lengths(loaded, setup.used_roles(opened))
     rows = jax.sharding.NamedSharding(mesh, sharding.BATCH)
@@ -157,6 +158,19 @@ def compile_step(loaded: Any, topology: chips.Topology) -> dict[str, Any]:
         "temporary_bytes": memory.temp_size_in_bytes,
         **timing(hlo.Program(program.as_text()), topology, needed, (loaded.dtype, loaded.matmul_precision)),
     }
+
+
+def device_of(topology: chips.Topology) -> fit.Device:
+    """What a run would find there. jax is made to lower to cuDNN's attention for a card that is not here."""
+    card = topology.chip.card
+    if card is None:
+        return fit.Device("tpu", topology.devices, memory=topology.chip.hbm_bytes)
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    fused.check_cudnn_version = lambda: CUDNN
+    fused.check_compute_capability = lambda least: card.capability >= tuple(map(int, least.split(".")))
+    fused.is_cuda_compute_capability_equal = lambda other: card.capability == tuple(map(int, other.split(".")))
+    return fit.Device("gpu", topology.devices, card.capability, topology.chip.hbm_bytes)
 
 
 def timing(program: Any, topology: chips.Topology, needed: float, products: tuple[str, str]) -> dict[str, Any]:
@@ -210,7 +224,7 @@ def devices(topology: chips.Topology) -> Any:
     described = topologies.get_topology_desc(
         platform="cuda",
         topology_name=topology.name,
-        target_config=topology.chip.target,
+        target_config=topology.chip.card.target,
         topology=f"1x{nodes}x{in_node}",
     )
     return described.devices

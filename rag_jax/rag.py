@@ -1,9 +1,9 @@
 """The composite of both models: encode, choose candidates, answer log-probabilities, marginal, total loss.
 
 **B** queries of the global batch, **P** its passages, **b** rows of one device, **g** rows of a group and **p** its
-passages, **K** candidates, **T** answer tokens, **L** sequence (**Lp** prefix, **Ls** suffix), **E** embedding width,
-**D** model width, **V** vocabulary, **n** rows of any kind, **J** negatives that each query brings besides its own
-passage: p = g (1 + J), see `joined`.
+passages, **m** groups that are read together, **K** candidates, **T** answer tokens, **L** sequence (**Lp** prefix,
+**Ls** suffix), **E** embedding width, **D** model width, **V** vocabulary, **n** rows of any kind, **J** negatives that
+each query brings besides its own passage: p = g (1 + J), see `joined`.
 
 `loss` runs on each device's own rows. Embeddings are all that it fetches of the others' (`Shard.from_all`): candidates,
 and with them the generator's keys and values, are of a group, and a group lies on one device.
@@ -27,8 +27,6 @@ from rag_jax.models.decoder import Decoder
 from rag_jax.models.layers import named_keys, several_keys
 from rag_jax.objectives import OBJECTIVES, Formula
 
-# Tokens whose (tokens, V) logits exist at one time in `gold_log_probs`.
-HEAD_CHUNK = 512
 # Scores that exist at one time on a device in the contrastive loss, 16 MB for rows and for columns.
 CONTRASTIVE_SCORES = 2**22
 
@@ -36,6 +34,7 @@ CONTRASTIVE_SCORES = 2**22
 Gather = Callable[[tuple[str, ...], Any, Any, Any], Any]
 # Of the same rows' queries, passages and negatives; no negatives: None.
 Embs = tuple[Float[Array, "b E"], Float[Array, "b E"], Float[Array, "b J E"] | None]
+BlockEmbs = tuple[Float[Array, "m g E"], Float[Array, "m g E"], Float[Array, "m g J E"] | None]  # of m groups
 Keys = Key[Array, " b"] | None  # dropout's, one a row; None: no dropout
 
 
@@ -102,6 +101,8 @@ class Rag:
     group_size: int  # g
     dtype: Any = jnp.float32
     chunk_size: int = 0  # rows that the retriever encodes at a time on a device; 0: all
+    groups_at_a_time: int = 1  # that the generator reads
+    head_chunk: int = 512  # tokens whose logits exist at a time
     shard: Shard = Shard()
     gather: Gather | None = None  # brings shared parameters together; None: they are whole
 
@@ -231,57 +232,57 @@ def choose_candidates(cosine_gp: Float[Array, "g p"], num_candidates: int) -> In
     return jax.lax.top_k(order_gp, num_candidates)[1].astype(jnp.int32)
 
 
-@jax.custom_vjp
 def gold_log_probs(
-    hidden_nD: Float[Array, "n D"], kernel_VD: Float[Array, "V D"], ids_n: Int[Array, " n"]
+    hidden_nD: Float[Array, "n D"], kernel_VD: Float[Array, "V D"], ids_n: Int[Array, " n"], chunk: int = 512
 ) -> Float[Array, " n"]:
-    """log softmax_V(hidden kernel)[ids], float32, in chunks of tokens: (n, V) never exists, not even for gradients.
+    """log softmax_V(hidden kernel)[ids], float32, of `chunk` tokens at a time: (n, V) never exists, nor its gradient.
 
     Products are of the dtype of `hidden`, the kernel's gradient is summed in its own. Fused kernels (tokamax, Liger)
     give the loss summed over tokens, but a marginal needs each token's.
     """
-    return _gold_forward(hidden_nD, kernel_VD, ids_n)[0]
+    return _gold_log_probs(hidden_nD, kernel_VD, ids_n, chunk)
 
 
-def _gold_forward(hidden_nD: Array, kernel_VD: Array, ids_n: Array) -> tuple[Array, Any]:
+def _gold_forward(hidden_nD: Array, kernel_VD: Array, ids_n: Array, chunk: int) -> tuple[Array, Any]:
     kernel = kernel_VD.astype(hidden_nD.dtype)
 
-    def one(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
-        hidden, ids = chunk
+    def one(rows: tuple[Array, Array]) -> tuple[Array, Array]:
+        hidden, ids = rows
         logits_nV = _head_product("nD,VD->nV", hidden, kernel)
         # A sum over V, not a gather: of a vocabulary split over devices each has a part of it.
         gold_n = jnp.sum(jnp.where(_is_gold(ids, logits_nV), logits_nV, 0.0), axis=-1)
         return gold_n, jax.nn.logsumexp(logits_nV, axis=-1)
 
     n = len(ids_n)
-    gold_n, log_norm_n = (a.reshape(-1)[:n] for a in jax.lax.map(one, _in_chunks(hidden_nD, ids_n)))
+    gold_n, log_norm_n = (a.reshape(-1)[:n] for a in jax.lax.map(one, _in_chunks(chunk, hidden_nD, ids_n)))
     return gold_n - log_norm_n, (hidden_nD, kernel_VD, ids_n, log_norm_n)
 
 
-def _gold_backward(kept: Any, cotangent_n: Array) -> tuple[Array, Array, None]:
+def _gold_backward(chunk: int, kept: Any, cotangent_n: Array) -> tuple[Array, Array, None]:
     hidden_nD, kernel_VD, ids_n, log_norm_n = kept
     kernel = kernel_VD.astype(hidden_nD.dtype)
 
-    def one(kernel_grad_VD: Array, chunk: Any) -> tuple[Array, Array]:
-        hidden, ids, log_norm, cotangent = chunk
+    def one(kernel_grad_VD: Array, rows: Any) -> tuple[Array, Array]:
+        hidden, ids, log_norm, cotangent = rows
         logits_nV = _head_product("nD,VD->nV", hidden, kernel)
         probs_nV = jnp.exp(logits_nV - log_norm[:, None])
         logits_grad_nV = ((_is_gold(ids, logits_nV) - probs_nV) * cotangent[:, None]).astype(hidden.dtype)
         hidden_grad = _head_product("nV,VD->nD", logits_grad_nV, kernel)
         return kernel_grad_VD + _head_product("nV,nD->VD", logits_grad_nV, hidden), hidden_grad.astype(hidden.dtype)
 
-    chunks = _in_chunks(hidden_nD, ids_n, log_norm_n, cotangent_n)
+    chunks = _in_chunks(chunk, hidden_nD, ids_n, log_norm_n, cotangent_n)
     kernel_grad_VD, hidden_grad = jax.lax.scan(one, jnp.zeros(kernel_VD.shape, jnp.float32), chunks)
     return hidden_grad.reshape(-1, hidden_nD.shape[-1])[: len(ids_n)], kernel_grad_VD.astype(kernel_VD.dtype), None
 
 
-gold_log_probs.defvjp(_gold_forward, _gold_backward)
+_gold_log_probs = jax.custom_vjp(lambda *inputs: _gold_forward(*inputs)[0], nondiff_argnums=(3,))
+_gold_log_probs.defvjp(_gold_forward, _gold_backward)
 
 
-def _in_chunks(*rows: Shaped[Array, "n ..."]) -> tuple[Shaped[Array, "chunks size ..."], ...]:
-    """Even chunks of at most HEAD_CHUNK rows, the last one filled up with zeros."""
+def _in_chunks(at_most: int, *rows: Shaped[Array, "n ..."]) -> tuple[Shaped[Array, "chunks size ..."], ...]:
+    """Even chunks, the last one filled up with zeros."""
     n = len(rows[0])
-    num_chunks = -(-n // HEAD_CHUNK)
+    num_chunks = -(-n // at_most)
     size = -(-n // num_chunks)
     padded = (jnp.pad(a, ((0, num_chunks * size - n), *((0, 0),) * (a.ndim - 1))) for a in rows)
     return tuple(a.reshape(num_chunks, size, *a.shape[1:]) for a in padded)
@@ -303,6 +304,7 @@ def answer_log_probs(
     suffix_ids_BL: Int[Array, "B Ls"],
     answer_start_B: Int[Array, " B"],
     num_tokens: int,
+    chunk: int = 512,
 ) -> Float[Array, "B K T"]:
     """token_log_probs: log p(y_t | passage k, query, y_<t), T tokens from `answer_start` on; past the answer, noise."""
     B, K, Ls, D = hidden_BKLD.shape
@@ -310,36 +312,55 @@ def answer_log_probs(
     ids_BT = jnp.take_along_axis(suffix_ids_BL, index_BT, axis=1)
     before_BKTD = jnp.take_along_axis(hidden_BKLD, (index_BT - 1)[:, None, :, None], axis=2)
     ids_BKT = jnp.broadcast_to(ids_BT[:, None], (B, K, num_tokens))
-    log_probs = gold_log_probs(before_BKTD.reshape(-1, D), generator.head_kernel(), ids_BKT.reshape(-1))
+    log_probs = gold_log_probs(before_BKTD.reshape(-1, D), generator.head_kernel(), ids_BKT.reshape(-1), chunk)
     return log_probs.reshape(B, K, num_tokens)
 
 
-def group_log_probs(
-    generator: Decoder, objective: Objective, group: Batch, group_embs: Embs | None, keys: Keys
-) -> tuple[Float[Array, "g K"], Float[Array, "g K T"]]:
-    """Of a group's rows with K passages of the group each, the own one first: doc_log_probs and token_log_probs.
+def group_candidates(num_candidates: int, group: Batch, embs: Embs) -> tuple[Int[Array, "g K"], Float[Array, "g K"]]:
+    """K of the group's passages for each row, the own one first, and their cosines; -inf: it may read no more."""
+    query_emb, passage_emb, negative_emb = embs
+    key_p = joined(group.passage_key, None if group.negatives is None else group.negatives.passage_key)
+    cosine_gp = cosines(query_emb, joined(passage_emb, negative_emb))
+    cosine_gp = jnp.where(may_read(key_p, len(query_emb)), cosine_gp, -jnp.inf)
+    candidates_gK = choose_candidates(cosine_gp, num_candidates)
+    return candidates_gK, jnp.take_along_axis(cosine_gp, candidates_gK, axis=1)
 
-    Where a row may read fewer than K passages, the others have a doc_log_prob of -inf.
+
+def in_block(candidates_mgK: Int[Array, "m g K"], negatives: int) -> Int[Array, "m g K"]:
+    """Places of a group's passages, see `joined`, among those of all m groups of a block, whose own ones all lead."""
+    m, g, _ = candidates_mgK.shape
+    group = jnp.arange(m)[:, None, None]
+    own = candidates_mgK + group * g
+    return jnp.where(candidates_mgK < g, own, candidates_mgK + (m - 1) * g + group * g * negatives)
+
+
+def block_log_probs(
+    rag: Rag, generator: Decoder, block: Batch, block_embs: BlockEmbs | None, keys: Any
+) -> tuple[Float[Array, "b K"], Float[Array, "b K T"]]:
+    """Of the b = m g rows of m groups with K passages of their group each: doc_log_probs and token_log_probs.
+
+    `block`: with a leading axis of groups, as are the others. Where a row may read fewer than K passages, the others
+    have a doc_log_prob of -inf.
     """
-    g, negatives = group.suffix_ids.shape[0], group.negatives
-    prefix = (group.prefix_ids, group.prefix_mask)
-    if group_embs is None:
-        candidates_gK, cosine_gK = jnp.arange(g, dtype=jnp.int32)[:, None], jnp.zeros((g, 1))
+    m, g = block.passage_key.shape
+    rows, row_keys = jax.tree.map(lambda a: a.reshape(m * g, *a.shape[2:]), (block, keys))
+    prefix, negatives = (rows.prefix_ids, rows.prefix_mask), rows.negatives
+    if block_embs is None:
+        candidates_bK, cosine_bK = jnp.arange(m * g, dtype=jnp.int32)[:, None], jnp.zeros((m * g, 1))
     else:
-        query_emb, passage_emb, negative_emb = group_embs
-        key_p = group.passage_key
         if negatives is not None:
-            key_p = joined(key_p, negatives.passage_key)
             prefix = (joined(prefix[0], negatives.prefix_ids), joined(prefix[1], negatives.prefix_mask))
-        cosine_gp = cosines(query_emb, joined(passage_emb, negative_emb))
-        cosine_gp = jnp.where(may_read(key_p, g), cosine_gp, -jnp.inf)
-        candidates_gK = choose_candidates(cosine_gp, objective.candidates)
-        cosine_gK = jnp.take_along_axis(cosine_gp, candidates_gK, axis=1)
-    hidden_gKLD = generator.forward_shared_prefix(prefix, (group.suffix_ids, group.suffix_mask), candidates_gK, keys)
-    token_log_probs_gKT = answer_log_probs(
-        generator, hidden_gKLD, group.suffix_ids, group.answer_start, group.answer_mask.shape[1]
+        choose = functools.partial(group_candidates, rag.objective.candidates)
+        candidates_mgK, cosine_mgK = jax.vmap(choose)(block, block_embs)
+        candidates_mgK = in_block(candidates_mgK, rag.objective.negatives)
+        candidates_bK, cosine_bK = (a.reshape(m * g, -1) for a in (candidates_mgK, cosine_mgK))
+    suffix = (rows.suffix_ids, rows.suffix_mask)
+    hidden_bKLD = generator.forward_shared_prefix(prefix, suffix, candidates_bK, row_keys)
+    num_tokens = rows.answer_mask.shape[1]
+    token_log_probs_bKT = answer_log_probs(
+        generator, hidden_bKLD, rows.suffix_ids, rows.answer_start, num_tokens, rag.head_chunk
     )
-    return objective.doc_log_probs(cosine_gK), token_log_probs_gKT
+    return rag.objective.doc_log_probs(cosine_bK), token_log_probs_bKT
 
 
 def map_rows(fn: Callable[[Any], Any], rows: Any, at_most: int) -> Any:
@@ -432,15 +453,18 @@ def are_columns(negative_keys_n: Int[Array, " n"], all_passage_keys: Int[Array, 
 
 
 def pair_terms(rag: Rag, params: dict, batch: Batch, embs: Embs | None, keys: Keys) -> dict[str, Term]:
-    """The objective's terms from log p(y_t | passage k, query, y_<t) of every row's candidates, group by group."""
+    """The objective's terms from log p(y_t | passage k, query, y_<t) of every row's candidates, by blocks of groups."""
     generator, formula = rag.model("generator", params), rag.objective.formula
 
-    def group_terms(rows: Any) -> dict[str, Term]:
-        group, group_embs, group_keys = rows
-        log_probs = group_log_probs(generator, rag.objective, group, group_embs, group_keys)
-        return getattr(losses, formula.terms)(formula.likelihood, *log_probs, group.answer_mask)
+    def block_terms(groups: Any) -> dict[str, Term]:
+        block, block_embs, block_keys = groups
+        log_probs = block_log_probs(rag, generator, block, block_embs, block_keys)
+        answer_mask = block.answer_mask.reshape(-1, block.answer_mask.shape[-1])
+        terms = getattr(losses, formula.terms)(formula.likelihood, *log_probs, answer_mask)
+        return jax.tree.map(lambda a: a.reshape(block.answer_mask.shape[:2]), terms)
 
-    return map_rows(group_terms, (batch, embs, keys), rag.group_size)
+    groups = jax.tree.map(lambda a: a.reshape(-1, rag.group_size, *a.shape[1:]), (batch, embs, keys))
+    return jax.tree.map(jnp.ravel, map_rows(block_terms, groups, rag.groups_at_a_time))
 
 
 def string_terms(rag: Rag, params: dict, batch: Batch, embs: Embs | None, keys: Keys) -> dict[str, Term]:
@@ -453,7 +477,8 @@ def string_terms(rag: Rag, params: dict, batch: Batch, embs: Embs | None, keys: 
     def string_log_probs(rows: Any) -> Float[Array, "g L"]:
         ids, mask, group_keys = rows
         hidden = generator(ids, mask, group_keys)[:, :-1]
-        flat = gold_log_probs(hidden.reshape(-1, hidden.shape[-1]), generator.head_kernel(), ids[:, 1:].reshape(-1))
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        flat = gold_log_probs(flat, generator.head_kernel(), ids[:, 1:].reshape(-1), rag.head_chunk)
         return flat.reshape(ids.shape[0], -1)
 
     log_probs_bL = map_rows(string_log_probs, (batch.string_ids, batch.string_mask, keys), rag.group_size)

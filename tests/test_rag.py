@@ -304,28 +304,24 @@ def test_padding_changes_nothing(name):
 
 
 @pytest.mark.slow
-def test_head_chunks_change_nothing(monkeypatch):
+def test_head_chunks_change_nothing():
     model, params = make()
     rows = make_rows(8)
     loss, gradients = value_and_grad(model, params, rows)
-    monkeypatch.setattr(rag, "HEAD_CHUNK", 7)
-    value_and_grad.clear_cache()
-    chunked, chunked_gradients = value_and_grad(model, params, rows)
-    value_and_grad.clear_cache()
+    chunked, chunked_gradients = value_and_grad(dataclasses.replace(model, head_chunk=7), params, rows)
     np.testing.assert_allclose(chunked, loss, rtol=1e-6)
     assert_trees_close(chunked_gradients, gradients, 1e-5)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3e3])
 @pytest.mark.parametrize("chunk", [2, 512])
-def test_gold_log_probs_against_numpy(monkeypatch, chunk, scale):
+def test_gold_log_probs_against_numpy(chunk, scale):
     """Chunks that do not divide the tokens, one larger than all; logits of thousands."""
-    monkeypatch.setattr(rag, "HEAD_CHUNK", chunk)
     rng = np.random.default_rng(0)
     hidden, kernel, ids = rng.normal(size=(5, 8)), scale * rng.normal(size=(8, 7)), np.array([0, 6, 3, 3, 1])
 
     def total(hidden, kernel):
-        log_probs = rag.gold_log_probs(hidden, kernel.T, jnp.asarray(ids, jnp.int32))
+        log_probs = rag.gold_log_probs(hidden, kernel.T, jnp.asarray(ids, jnp.int32), chunk)
         return jnp.sum(log_probs), log_probs
 
     inputs = (jnp.asarray(hidden, jnp.float32), jnp.asarray(kernel, jnp.float32))
@@ -338,6 +334,33 @@ def test_gold_log_probs_against_numpy(monkeypatch, chunk, scale):
     np.testing.assert_allclose(log_probs, expected[np.arange(5), ids], rtol=1e-4, atol=1e-5)
     for got, by_hand in zip(gradients, (cotangent @ kernel.T, hidden.T @ cotangent), strict=True):
         np.testing.assert_allclose(got, by_hand, rtol=1e-4, atol=1e-4 * np.abs(by_hand).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at_a_time", [2, 3])
+def test_groups_that_are_read_together_change_nothing(at_a_time):
+    """Two of three groups, so that the last block is filled up, and all; with negatives, dropout and a tied head."""
+    model, params = make("gpt2", candidates=6, negatives=2)
+    model, rows = with_dropout(model), make_rows(12, negatives=np.random.default_rng(0).integers(-1, 20, (12, 2)))
+    loss, gradients = value_and_grad(model, params, rows, jax.random.key(5))
+    together = dataclasses.replace(model, groups_at_a_time=at_a_time)
+    again, again_gradients = value_and_grad(together, params, rows, jax.random.key(5))
+    np.testing.assert_allclose(again, loss, rtol=1e-6)
+    assert_trees_close(again_gradients, gradients, 1e-5)
+
+
+@pytest.mark.slow
+def test_unrolled_layers_change_nothing():
+    model, params = make("gpt2")
+    rows = make_rows(8)
+    loss, gradients = value_and_grad(model, params, rows)
+    computing = models.Computing(remat="dots", unrolls=True)
+    configs = (dataclasses.replace(config, computing=computing) for config in (BERT, GENERATORS["gpt2"]))
+    retriever, generator = (models.abstract(config)[0] for config in configs)
+    unrolled = dataclasses.replace(model, retriever=retriever, generator=generator)
+    again, again_gradients = value_and_grad(unrolled, params, rows)
+    np.testing.assert_allclose(again, loss, rtol=1e-6)
+    assert_trees_close(again_gradients, gradients, 1e-5)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from rag_jax.models import layers
+from rag_jax.models.attention import Attention, Seen
 from rag_jax.models.config import Computing, ModelConfig
 
 
@@ -50,18 +51,19 @@ class BertLayer(nnx.Module):
     """Attention and MLP, each followed by a residual sum and a norm."""
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
-        self.attention = layers.Attention(
+        self.attention = Attention(
             config.width, config.heads, qkv_bias=True, out_bias=True, dropout_rate=config.attention_dropout, rngs=rngs
         )
         self.attention_norm = layers.layer_norm(config.width, config.norm_eps, config.computing.dtype, rngs)
         self.mlp = layers.Mlp(config.width, config.mlp_width, config.activation, rngs=rngs)
         self.mlp_norm = layers.layer_norm(config.width, config.norm_eps, config.computing.dtype, rngs)
         self.dropout = config.dropout
+        self.kernel = config.computing.attention
 
     def __call__(
-        self, x: Float[Array, "B L D"], seen: layers.Seen, dropout_keys: Key[Array, " B"] | None
+        self, x: Float[Array, "B L D"], seen: Seen, dropout_keys: Key[Array, " B"] | None
     ) -> Float[Array, "B L D"]:
-        attended, _ = self.attention(x, seen, dropout_keys=dropout_keys)
+        attended, _ = self.attention(x, seen, kernel=self.kernel, dropout_keys=dropout_keys)
         x = self.attention_norm(x + self._drop(attended, dropout_keys, "residual"))
         return self.mlp_norm(x + self._drop(self.mlp(x), dropout_keys, "mlp"))
 
@@ -84,13 +86,13 @@ class Bert(nnx.Module):
         """Hidden states after the last layer. Every token looks at every real token."""
         x = self.embed(ids, layers.positions_of(attention_mask))
         x = layers.dropout(x, self.config.dropout, layers.named_keys(dropout_keys, "embed"))
-        seen = layers.Seen(attention_mask)
+        seen = Seen(attention_mask)
         x, _ = layers.scan(
             self.layers,
             lambda layer, x, _, keys: (layer(x, seen, keys), None),
             x,
             num_layers=self.config.num_layers,
-            remat=self.config.computing.remat,
+            computing=self.config.computing,
             dropout_keys=dropout_keys,
         )
         return x

@@ -12,6 +12,8 @@ class Computing:
 
     dtype: str = "float32"  # of activations and of the kernels that they meet; all other parameters are float32
     remat: str = "none"  # a key of layers.REMAT
+    attention: str = "plain"  # the kernel where there is no cache: ours, or a fused one, see `attention.attend_fused`
+    unrolls: bool = False  # compiles each layer, so that what stays for the backward pass is not copied into stacks
 
 
 class ModelConfig:

@@ -15,7 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from rag_jax.models import layers
-from rag_jax.models.layers import Seen, View
+from rag_jax.models.attention import Attention, KeysValues, Seen
+from rag_jax.models.layers import View
 
 
 class Cache(NamedTuple):
@@ -30,7 +31,7 @@ class PreNormLayer(nnx.Module):
     """Attention and MLP, each behind its norm and inside a residual sum."""
 
     attention_norm: Any
-    attention: layers.Attention
+    attention: Attention
     mlp_norm: Any
     mlp: Any
     dropout: float = 0.0  # of what is added
@@ -41,11 +42,12 @@ class PreNormLayer(nnx.Module):
         own: Seen,
         *,
         rope: layers.Rope | None = None,
-        context: tuple[layers.KeysValues, Seen] | None = None,
+        context: tuple[KeysValues, Seen] | None = None,
+        kernel: str = "plain",
         dropout_keys: Key[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B L D"], layers.KeysValues]:
+    ) -> tuple[Float[Array, "B L D"], KeysValues]:
         attended, keys_values = self.attention(
-            self.attention_norm(x), own, rope=rope, context=context, dropout_keys=dropout_keys
+            self.attention_norm(x), own, rope=rope, context=context, kernel=kernel, dropout_keys=dropout_keys
         )
         x = x + layers.dropout(attended, self.dropout, layers.named_keys(dropout_keys, "residual"))
         x = x + layers.dropout(self.mlp(self.mlp_norm(x)), self.dropout, layers.named_keys(dropout_keys, "mlp"))
@@ -111,14 +113,16 @@ class Decoder(nnx.Module):
             prefix_keys = jnp.concatenate([prefix_keys, further_keys])
         pairs_keys = layers.several_keys(layers.named_keys(dropout_keys, "suffix"), K)
 
+        kernel = self.config.computing.attention
+
         def body(layer: Any, carry: Any, _: Any, views: Sequence[View], keys: Any) -> tuple[Any, None]:
             (prefix_x, pairs_x), (prefix_view, pairs_view) = carry, views
             own = Seen(prefix_mask, prefix_view.window, causal=True)
-            prefix_x, keys_values = layer(prefix_x, own, rope=prefix_view.rope, dropout_keys=keys[0])
+            prefix_x, keys_values = layer(prefix_x, own, rope=prefix_view.rope, kernel=kernel, dropout_keys=keys[0])
             before = Seen(pairs_prefix_mask, pairs_view.window, offset=pairs_prefix_len)
             context = (jax.tree.map(lambda a: a[flat], keys_values), before)
             own = Seen(pairs_mask, pairs_view.window, causal=True)
-            pairs_x, _ = layer(pairs_x, own, rope=pairs_view.rope, context=context, dropout_keys=keys[1])
+            pairs_x, _ = layer(pairs_x, own, rope=pairs_view.rope, context=context, kernel=kernel, dropout_keys=keys[1])
             return (prefix_x, pairs_x), None
 
         start = (
@@ -185,13 +189,16 @@ class Decoder(nnx.Module):
             filled = jnp.arange(cache.key.shape[-1]) < length[:, None]
             positions = positions + length[:, None]
 
+        # A cache keeps keys and values as the plain kernel takes them, which is the best for a token at a time.
+        kernel = self.config.computing.attention if cache is None and not keep else "plain"
+
         def body(layer: Any, x: Any, layer_cache: Any, views: Sequence[View], keys: Any) -> tuple[Any, Any]:
             (view,), context = views, None
             if layer_cache is not None:
                 keys_values = layer_cache if rows is None else jax.tree.map(lambda a: a[rows], layer_cache)
                 context = (keys_values, Seen(filled, view.window, offset=length))
             own = Seen(attention_mask, view.window, causal=True)
-            x, keys_values = layer(x, own, rope=view.rope, context=context, dropout_keys=keys)
+            x, keys_values = layer(x, own, rope=view.rope, context=context, kernel=kernel, dropout_keys=keys)
             return x, keys_values if keep else None
 
         x = self._embed(ids, positions, layers.named_keys(dropout_keys, "embed"))
@@ -212,7 +219,7 @@ class Decoder(nnx.Module):
             step,
             carry,
             num_layers=config.num_layers,
-            remat=config.computing.remat,
+            computing=config.computing,
             dropout_keys=dropout_keys,
             xs=(xs, jnp.asarray(config.layer_kinds) if config.layer_kinds else None),
         )

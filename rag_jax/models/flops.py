@@ -25,6 +25,22 @@ def layer_weights(config: ModelConfig) -> int:
     return sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
 
 
+@functools.lru_cache(maxsize=16)
+def parameters(config: ModelConfig) -> int:
+    """How many numbers a model has learned."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract(config)[1]))
+
+
+def kept_bytes(config: ModelConfig, tokens: int) -> float:
+    """Bytes that stay of a forward pass of `tokens` tokens for its backward pass, by the rematerialisation; roughly."""
+    leaves = jax.tree_util.tree_leaves_with_path(abstract(config)[1]["layers"])
+    outputs = sum(leaf.shape[0] * leaf.shape[-1] for path, leaf in leaves if path[-1].key == "kernel")
+    # Without any, about three more arrays of each product's size: its input, norms, activations.
+    products = {"full": 0, "dots": 1, "none": 4}[config.computing.remat]
+    itemsize = 2 if config.computing.dtype == "bfloat16" else 4
+    return float(tokens * itemsize * (config.num_layers * config.width + products * outputs))
+
+
 def encoding(config: ModelConfig, rows: int, length: int) -> float:
     """Forward FLOPs of embedding `rows` texts of `length` tokens."""
     return layer_stack(config, rows * length, length / 2 if config.causal else float(length))

@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from rag_jax.models import layers
+from rag_jax.models.attention import Attention
 from rag_jax.models.config import Computing, ModelConfig
 from rag_jax.models.decoder import Decoder, PreNormLayer
 
@@ -41,7 +42,7 @@ class Gpt2Embed(nnx.Module):
 class Gpt2Layer(PreNormLayer):
     def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs):
         self.attention_norm = layers.layer_norm(config.width, config.norm_eps, config.computing.dtype, rngs)
-        self.attention = layers.Attention(
+        self.attention = Attention(
             config.width, config.heads, qkv_bias=True, out_bias=True, dropout_rate=config.attention_dropout, rngs=rngs
         )
         self.mlp_norm = layers.layer_norm(config.width, config.norm_eps, config.computing.dtype, rngs)

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from rag_jax.models import layers
+from rag_jax.models.attention import Attention
 from rag_jax.models.config import Computing, ModelConfig
 from rag_jax.models.decoder import Decoder, PreNormLayer
 
@@ -123,7 +124,7 @@ class LlamaMlp(nnx.Module):
 class LlamaLayer(PreNormLayer):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.attention_norm = layers.rms_norm(config.width, config.norm_eps, config.computing.dtype, rngs)
-        self.attention = layers.Attention(
+        self.attention = Attention(
             config.width,
             config.heads,
             qkv_bias=config.qkv_bias,

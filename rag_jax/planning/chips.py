@@ -47,6 +47,35 @@ def peak_flops(kind: str) -> float | None:
 
 
 @dataclasses.dataclass(frozen=True)
+class Card:
+    """What a GPU's compiler asks about it."""
+
+    capability: tuple[int, int]
+    cores: int
+    shared_memory: tuple[int, int]  # bytes of a core, and of a block that asks for it
+    l2_mib: int
+    clock_ghz: float
+    bandwidth: float  # bytes/s
+    memory: float  # bytes
+
+    @property
+    def target(self) -> str:
+        """XLA's `GpuTargetConfigProto` as text."""
+        of_core, of_block = self.shared_memory
+        return f"""gpu_device_info {{
+          threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+          shared_memory_per_core: {of_core} shared_memory_per_block_optin: {of_block}
+          threads_per_core_limit: 2048 core_count: {self.cores} fpus_per_core: 128
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          memory_bandwidth: {self.bandwidth:.0f} l2_cache_size: {self.l2_mib * 2**20} clock_rate_ghz: {self.clock_ghz}
+          device_memory_size: {self.memory:.0f} registers_per_core_limit: 65536 registers_per_block_limit: 65536
+          cuda_compute_capability {{ major: {self.capability[0]} minor: {self.capability[1]} }}
+        }}
+        platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} device_description_str: "NVIDIA"
+        """
+
+
+@dataclasses.dataclass(frozen=True)
 class Chip:
     """One device that `plan` knows."""
 
@@ -56,7 +85,7 @@ class Chip:
     link_bandwidth: float  # bytes/s to the other devices: ICI of a TPU, NVLink of a GPU inside its node
     node_bandwidth: float = 0.0  # bytes/s of one GPU to other nodes; 0: there are none
     float32_peak: float = 0.0  # GPU: FLOP/s of true float32
-    target: str = ""  # GPU: XLA's description of the card
+    card: Card | None = None  # GPU
 
     @property
     def peak(self) -> float:
@@ -69,66 +98,28 @@ class Chip:
         """FLOP/s of products of this dtype; of float32 ones in this `matmul_precision`."""
         if dtype == "bfloat16":
             return self.peak
-        if not self.target:
+        if self.card is None:
             return self.peak / BFLOAT16_PASSES[precision]
         return self.float32_peak if precision == "highest" else self.peak / 2  # the half: TF32
 
 
-def _gpu(
-    capability: tuple[int, int],
-    cores: int,
-    shared: tuple[int, int],
-    l2: int,
-    clock_ghz: float,
-    bandwidth: float,
-    memory: float,
-) -> str:
-    """XLA's `GpuTargetConfigProto` as text; `shared`: shared memory of a core, and of a block that asks for it."""
-    return f"""gpu_device_info {{
-      threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-      shared_memory_per_core: {shared[0]} shared_memory_per_block_optin: {shared[1]}
-      threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: 128
-      block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-      memory_bandwidth: {bandwidth:.0f} l2_cache_size: {l2} clock_rate_ghz: {clock_ghz}
-      device_memory_size: {memory:.0f} registers_per_core_limit: 65536 registers_per_block_limit: 65536
-      cuda_compute_capability {{ major: {capability[0]} minor: {capability[1]} }}
-    }}
-    platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} device_description_str: "NVIDIA"
-    """
+def gpu(kind: str, card: Card, link_bandwidth: float, node_bandwidth: float, float32_peak: float) -> Chip:
+    return Chip(kind, GPU_SHARE * card.memory, card.bandwidth, link_bandwidth, node_bandwidth, float32_peak, card)
 
 
-_HOPPER = (233472, 232448)
-# A GPU's share for programs is what jax takes by default of what is free, 75 %; we count 92 %, as with
-# XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
+# Shared memory of a core, and of a block that asks for it.
+AMPERE, HOPPER = (167936, 166912), (233472, 232448)
+# A run takes this share of a card's memory, see `cli.ENVIRONMENT`.
+GPU_SHARE = 0.92
 CHIPS = {
     "v4": Chip("TPU v4", 31.75 * GIB, 1228e9, 300e9),
     "v5e": Chip("TPU v5e", 15.75 * GIB, 819e9, 200e9),
     "v5p": Chip("TPU v5", 95.74 * GIB, 2765e9, 600e9),
     "v6e": Chip("TPU v6e", 31.25 * GIB, 1640e9, 448e9),
-    "a100": Chip(
-        "A100",
-        0.92 * 80e9,
-        2039e9,
-        600e9,
-        50e9,
-        19.5e12,
-        _gpu((8, 0), 108, (167936, 166912), 40 * 2**20, 1.41, 2039e9, 80e9),
-    ),
-    "h100": Chip(
-        "H100", 0.92 * 80e9, 3350e9, 900e9, 100e9, 67e12, _gpu((9, 0), 132, _HOPPER, 50 * 2**20, 1.98, 3350e9, 80e9)
-    ),
-    "h200": Chip(
-        "H200", 0.92 * 141e9, 4800e9, 900e9, 100e9, 67e12, _gpu((9, 0), 132, _HOPPER, 50 * 2**20, 1.98, 4800e9, 141e9)
-    ),
-    "b200": Chip(
-        "B200",
-        0.92 * 180e9,
-        8000e9,
-        1800e9,
-        100e9,
-        75e12,
-        _gpu((10, 0), 148, _HOPPER, 126 * 2**20, 1.965, 8000e9, 180e9),
-    ),
+    "a100": gpu("A100", Card((8, 0), 108, AMPERE, 40, 1.41, 2039e9, 80e9), 600e9, 50e9, 19.5e12),
+    "h100": gpu("H100", Card((9, 0), 132, HOPPER, 50, 1.98, 3350e9, 80e9), 900e9, 100e9, 67e12),
+    "h200": gpu("H200", Card((9, 0), 132, HOPPER, 50, 1.98, 4800e9, 141e9), 900e9, 100e9, 67e12),
+    "b200": gpu("B200", Card((10, 0), 148, HOPPER, 126, 1.965, 8000e9, 180e9), 1800e9, 100e9, 75e12),
 }
 
 
@@ -147,7 +138,7 @@ class Topology:
 
     @property
     def is_tpu(self) -> bool:
-        return not self.chip.target
+        return self.chip.card is None
 
     @property
     def bandwidth(self) -> float:
@@ -166,10 +157,10 @@ def topology(text: str) -> Topology:
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes):
         raise UserError(f"--topology={text}: {sizes!r} is not a shape; write v5e:16x16, v5p:4x4x4 or h100:64")
     shape = tuple(int(size) for size in sizes.split("x"))
-    wanted = 1 if chip.target else 3 if name in ("v4", "v5p") else 2
+    wanted = 1 if chip.card else 3 if name in ("v4", "v5p") else 2
     if len(shape) != wanted:
         example = {1: f"{name}:64", 2: f"{name}:16x16", 3: f"{name}:4x4x4"}[wanted]
         raise UserError(f"--topology={text}: {name} is given by {wanted} number{'s'[: wanted > 1]}, as in {example}")
-    if chip.target and shape[0] > NODE and shape[0] % NODE:
+    if chip.card and shape[0] > NODE and shape[0] % NODE:
         raise UserError(f"--topology={text}: more than one node of {NODE} must be whole nodes")
     return Topology(text, name, chip, shape)

@@ -23,7 +23,7 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _WINDOW = re.compile(r"window=\{(.*?)\}")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
-_SCORES = re.compile(r'"intermediate_tensor_shape":.*?"dimensions":\["(\d+)","(\d+)","(\d+)","(\d+)"\]')
+_SCORES = re.compile(r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([\d", ]+)\]')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -239,7 +239,7 @@ def _product_flops(instruction: _Instruction, here: dict[str, _Instruction]) -> 
         assert scores is not None
         channels = _dims(here[instruction.operands[0]].result)[-1]
         # Scores and values; backwards scores again, and the gradients of weights, values, queries and keys.
-        return 2.0 * (5 if "Backward" in rest else 2) * math.prod(map(int, scores.groups())) * channels
+        return 2.0 * (5 if "Backward" in rest else 2) * math.prod(map(int, re.findall(r"\d+", scores[1]))) * channels
     return 0.0
 
 

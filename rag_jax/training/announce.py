@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from rag_jax import data, hf
+from rag_jax import data, hf, pair
 from rag_jax.training import optim
 from rag_jax.training.setup import Training
 from rag_jax.training.step import Tree
@@ -20,6 +20,7 @@ def summary(training: Training, start_step: int) -> str:
     lines = {"devices": f"{devices} {jax.devices()[0].device_kind} ({axes})"}
     for role, source in opened.sources.items():
         lines[role] = model_line(training, role, source)
+    lines["attention"] = attention_line(training)
     lines["rows"] = str(training.report)
     if training.eval_rows is not None:
         counts = training.eval_rows.counts()
@@ -86,6 +87,14 @@ def model_line(training: Training, role: str, source: hf.Source) -> str:
     text = f"{training.config[role].path} ({source.model_type}), {(trainable + frozen) / 1e6:,.1f} M parameters"
     text += f", {trainable / (trainable + frozen):.0%} trained"
     return f"{text}, {training.opened.model.pooling} pooling" if role == "retriever" else text
+
+
+def attention_line(training: Training) -> str:
+    said = []
+    for role, source in training.opened.sources.items():
+        kernel, reason = pair.attention_kernel(training.config, role, source, pair.this_device())
+        said.append(f"{role} {kernel}" + (f" (not cudnn: {reason})" if reason else ""))
+    return "; ".join(said)
 
 
 def describe(shape: data.Lengths) -> str:

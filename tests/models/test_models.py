@@ -16,7 +16,7 @@ from flax import nnx
 
 from rag_jax import hf, models
 from rag_jax.hf import config as configs
-from rag_jax.models import Computing, layers
+from rag_jax.models import Computing, attention, layers
 
 VOCAB, WIDTH, LENGTH = 53, 32, 11
 LENGTHS = (11, 4, 8)
@@ -400,6 +400,39 @@ def by_hand(layer, x, rope, seen):
     return x + layer.mlp(layer.mlp_norm(x))
 
 
+@pytest.mark.parametrize("family", ["bert", "mistral", "qwen3"])
+def test_a_fused_kernel_equals_the_plain_one(family):
+    """All that is ours around it: keys in one array, how they lie, the mask. The kernel itself is the one for CPUs."""
+    batch = make_batch("right")
+    (graphdef, params), (fused, _) = make_model(family), make_model(family, computing=Computing(attention="xla"))
+    (loss, _), gradients = ours(graphdef, params, batch)
+    (again, _), gradients_again = ours(fused, params, batch)
+    np.testing.assert_allclose(again, loss, rtol=1e-5)
+    assert_trees_close(gradients_again, jax.tree.map(np.asarray, gradients), 1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "two ropes"])
+def test_a_fused_kernel_behind_shared_prefixes_equals_the_plain_one(family):
+    (graphdef, params), (fused, _) = make_model(family), make_model(family, computing=Computing(attention="xla"))
+    rng = np.random.default_rng(2)
+    prefix, suffix = (
+        tuple(map(jnp.asarray, (rng.integers(0, VOCAB, (len(lengths), size)), np.arange(size) < lengths[:, None])))
+        for lengths, size in ((np.array([5, 2, 6]), 6), (np.array([4, 2]), 4))
+    )
+    candidates, weights = jnp.asarray([[0, 2], [1, 0]]), rng.normal(size=(2, 2, 4, 32)).astype(np.float32)
+
+    def of(graphdef):
+        def loss(params):
+            hidden = nnx.merge(graphdef, params).forward_shared_prefix(prefix, suffix, candidates)
+            return jnp.sum(jnp.where(suffix[1][:, None, :, None], hidden, 0.0) * weights)
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    (loss, gradients), (again, gradients_again) = of(graphdef), of(fused)
+    np.testing.assert_allclose(again, loss, rtol=1e-5)
+    assert_trees_close(gradients_again, jax.tree.map(np.asarray, gradients), 1e-5)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "mistral", "qwen2-local", "two ropes"])
 def test_a_shared_prefix_equals_the_plain_forward(family):
     """Of several lengths, so with padding between prefix and suffix, against one string each; and behind a cache."""
@@ -445,18 +478,18 @@ def test_parts_of_keys_add_up_to_all_of_them(kind):
 
     def whole(query, key, value):
         keys_values = (jnp.swapaxes(key, -1, -2), value)
-        return layers.attend(query, [(keys_values, layers.Seen(jnp.asarray(real)))])
+        return attention.attend(query, [(keys_values, attention.Seen(jnp.asarray(real)))])
 
     def parts(query, key, value):
         grouped, found = (query * 4**-0.5).reshape(2, 2, 12, 4), []
         for cut in (slice(0, 4), slice(4, 6)):
             keys_values = (jnp.swapaxes(key[:, :, cut], -1, -2), value[:, :, cut])
-            part = layers.attend_part(grouped, keys_values, jnp.asarray(real[:, None, cut]), 0.0, None)
+            part = attention.attend_part(grouped, keys_values, jnp.asarray(real[:, None, cut]), 0.0, None)
             if kind == "divided":
                 log_sum_exp = part.highest + jnp.log(part.total)
-                part = layers.Part(part.out / part.total, log_sum_exp, jnp.ones_like(part.total))
+                part = attention.Part(part.out / part.total, log_sum_exp, jnp.ones_like(part.total))
             found.append(part)
-        out, _, total = layers.merged(*found)
+        out, _, total = attention.merged(*found)
         return (out / total).reshape(query.shape)
 
     weights = np.random.default_rng(4).normal(size=(2, 4, 6, 4))
@@ -473,7 +506,7 @@ def test_parts_of_keys_add_up_to_all_of_them(kind):
 def test_what_is_seen_by_counting(causal, window, offset):
     *_, real = attention_inputs()
     at = None if offset is None else jnp.asarray(offset)
-    mask = np.broadcast_to(layers.Seen(jnp.asarray(real), window, causal, at).mask(3), (2, 3, 6))
+    mask = np.broadcast_to(attention.Seen(jnp.asarray(real), window, causal, at).mask(3), (2, 3, 6))
     for b, i, j in np.ndindex(2, 3, 6):
         distance = (0 if offset is None else offset[b]) + i - j
         seen = real[b, j] and (not causal or distance >= 0) and (window is None or abs(distance) < window)

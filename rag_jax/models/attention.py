@@ -1,0 +1,218 @@
+"""Attention: over the tokens of a row, and over a context of earlier keys and values.
+
+Letters as in `layers`; **Lk** keys that are looked at. Keys and values lie as the kernel that computes wants them: a
+`layout` of the plain one, and one of the fused ones.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from rag_jax.models.layers import Rope, dropout, linear, named_keys, numbered_keys, rms_norm, rotate
+
+# Of any number of tokens. The plain kernel's keys are transposed, as their product with queries reads them: XLA's CPU
+# backend would turn all of them around again at every token that is decoded.
+PlainKeysValues = tuple[Float[Array, "B G C _"], Float[Array, "B G _ C"]]
+FusedKeysValues = tuple[Float[Array, "B _ G C"], Float[Array, "B _ G C"]]
+KeysValues = tuple[Float[Array, "B _ _ _"], Float[Array, "B _ _ _"]]  # either of them
+
+
+class Seen(NamedTuple):
+    """Which of a part's keys a query may look at.
+
+    The (L, Lk) mask that this stands for is made in `attend` alone: a fused kernel, which never makes one, can take its
+    place.
+    """
+
+    real: Bool[Array, "B Lk"]  # the keys that are tokens, not padding: left or right of them
+    window: int | Int[Array, ""] | None = None  # only keys less than that far away; None: all
+    causal: bool = False  # only keys at the query's own slot and before it
+    offset: Int[Array, " B"] | None = None  # query i stands at slot offset + i of the keys; None: at slot i
+
+    def mask(self, num_queries: int) -> Bool[Array, "B _ Lk"]:
+        mask = self.real[:, None, :]
+        if not self.causal and self.window is None:
+            return mask
+        first = 0 if self.offset is None else self.offset[:, None, None]
+        distance = first + jnp.arange(num_queries)[:, None] - jnp.arange(mask.shape[-1])
+        if self.causal:
+            mask = mask & (distance >= 0)
+        return mask if self.window is None else mask & (jnp.abs(distance) < self.window)
+
+
+@jax.custom_vjp
+def float32_product(x: Float[Array, "B G n m"], y: Float[Array, "B G m o"]) -> Float[Array, "B G n o"]:
+    """`x @ y` in float32, of operands of one dtype; its gradients are products in the operands' dtype.
+
+    Left to itself, jax multiplies the float32 cotangent as it is: on an accelerator at half the rate or less.
+    """
+    return _batched_product(x, y, preferred_element_type=jnp.float32)
+
+
+def _batched_product(x: Array, y: Array, **kwargs: Any) -> Array:
+    return jax.lax.dot_general(x, y, (((3,), (2,)), ((0, 1), (0, 1))), **kwargs)
+
+
+def _float32_product_forward(x: Array, y: Array) -> tuple[Array, tuple[Array, Array]]:
+    return float32_product(x, y), (x, y)
+
+
+def _float32_product_backward(operands: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    _, transposed = jax.vjp(_batched_product, *operands)
+    return transposed(cotangent.astype(operands[0].dtype))
+
+
+float32_product.defvjp(_float32_product_forward, _float32_product_backward)
+
+
+class Part(NamedTuple):
+    """Attention to some of the keys, not divided yet: each counts w_j = exp(score_j - highest).
+
+    A kernel that divides, and gives the logarithm of its sum instead, gives Part(its output, that logarithm, 1).
+    """
+
+    out: Float[Array, "B G _ C"]  # sum_j w_j value_j
+    highest: Float[Array, "B G _ 1"]
+    total: Float[Array, "B G _ 1"]  # sum_j w_j
+
+
+def attend(
+    query: Float[Array, "B H L C"],
+    parts: Sequence[tuple[PlainKeysValues, Seen]],
+    rate: float = 0.0,
+    dropout_keys: Key[Array, " B"] | None = None,
+) -> Float[Array, "B H L C"]:
+    """Scaled dot-product attention over the keys of all parts as if they stood in one array, softmax in float32.
+
+    Heads may share keys. A row that may look at nothing gives a mean.
+    """
+    B, H, L, C = query.shape
+    # Heads that share keys are rows of one product with them.
+    grouped = (query * C**-0.5).reshape(B, parts[0][0][0].shape[1], -1, C)
+    attended = [
+        attend_part(grouped, keys_values, seen.mask(L), rate, numbered_keys(dropout_keys, n))
+        for n, (keys_values, seen) in enumerate(parts)
+    ]
+    out, _, total = functools.reduce(merged, attended)
+    # Divided once, at the end: (L, C) divisions in place of (L, Lk), and the parts' sums are only all known here.
+    return (out / total).astype(query.dtype).reshape(B, H, L, C)
+
+
+def attend_part(
+    query: Float[Array, "B G HL C"],
+    keys_values: PlainKeysValues,
+    mask: Bool[Array, "B _ Lk"],
+    rate: float,
+    dropout_keys: Key[Array, " B"] | None,
+) -> Part:
+    """The plain way, for any device, dtype and length."""
+    (key, value), (B, G, *_) = keys_values, query.shape
+    scores = float32_product(query, key)
+    by_head = scores.reshape(B, G, -1, *mask.shape[1:])  # rows are heads and queries
+    # The lowest number, not -inf: a part of which a row sees nothing must count nothing beside others, and no NaN.
+    scores = jnp.where(mask[:, None, None], by_head, jnp.finfo(jnp.float32).min).reshape(scores.shape)
+    # It cancels when sums are divided, so no gradient needs to pass through it.
+    highest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - highest)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    kept = dropout(weights.astype(value.dtype), rate, dropout_keys)
+    out = float32_product(kept, value)
+    return Part(out, highest, total)
+
+
+def merged(one: Part, other: Part) -> Part:
+    """Attention to the keys of both.
+
+    Only the new `highest` is a constant. A part's own may be the logarithm of the sum that its output was divided by,
+    and then gradients must pass through it.
+    """
+    highest = jax.lax.stop_gradient(jnp.maximum(one.highest, other.highest))
+    scales = jnp.exp(one.highest - highest), jnp.exp(other.highest - highest)
+    out, total = (one[n] * scales[0] + other[n] * scales[1] for n in (0, 2))
+    return Part(out, highest, total)
+
+
+def attend_fused(
+    query: Float[Array, "B L H C"], parts: Sequence[tuple[FusedKeysValues, Seen]], kernel: str
+) -> Float[Array, "B L H C"]:
+    """`attend` by a kernel of `jax.nn.dot_product_attention`, which never writes scores to memory.
+
+    Parts that are merged by their logarithms of sums would save a copy of the keys, but jax gives those no gradient.
+    """
+    key, value = (jnp.concatenate(arrays, axis=1) for arrays in zip(*(part for part, _ in parts), strict=True))
+    (B, L, *_), Lk = query.shape, key.shape[1]
+    masks = (jnp.broadcast_to(seen.mask(L), (B, L, len(seen.real[0]))) for _, seen in parts)
+    mask = jnp.concatenate(list(masks), axis=-1)[:, None]
+    if L % 2 or Lk % 2:
+        kernel = "xla"  # cuDNN's takes even lengths alone
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=kernel)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention over the rows' own tokens and, where given, a context of earlier keys and values.
+
+    `qk_norm`: eps and dtype of norms of queries and keys.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: tuple[int, int, int],
+        *,
+        qkv_bias: bool,
+        out_bias: bool,
+        qk_norm: tuple[float, str] | None = None,
+        dropout_rate: float = 0.0,
+        rngs: nnx.Rngs,
+    ):
+        self.num_heads, self.num_kv_heads, self.head_dim = heads
+        self.dropout_rate = dropout_rate
+        self.query = linear(width, self.num_heads * self.head_dim, bias=qkv_bias, rngs=rngs)
+        self.key = linear(width, self.num_kv_heads * self.head_dim, bias=qkv_bias, rngs=rngs)
+        self.value = linear(width, self.num_kv_heads * self.head_dim, bias=qkv_bias, rngs=rngs)
+        self.out = linear(self.num_heads * self.head_dim, width, bias=out_bias, rngs=rngs)
+        self.qk_norm = qk_norm is not None
+        if qk_norm is not None:
+            self.query_norm = rms_norm(self.head_dim, *qk_norm, rngs)
+            self.key_norm = rms_norm(self.head_dim, *qk_norm, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        own: Seen,
+        *,
+        rope: Rope | None = None,
+        context: tuple[KeysValues, Seen] | None = None,
+        kernel: str = "plain",
+        dropout_keys: Key[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B L D"], KeysValues]:
+        """The attended values, and the rows' own keys and values; `own`: which of these are seen.
+
+        `kernel`: what computes it, and so how keys and values lie, those of the context too. A fused one knows no
+        dropout: with some, the plain one takes its place.
+        """
+        B, L, _ = x.shape
+
+        def heads(projected: Array, count: int) -> Array:
+            return projected.reshape(B, L, count, self.head_dim)
+
+        query = heads(self.query(x), self.num_heads)
+        key, value = heads(self.key(x), self.num_kv_heads), heads(self.value(x), self.num_kv_heads)
+        if self.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if rope is not None:
+            query, key = rotate(query, rope), rotate(key, rope)
+        is_plain = kernel == "plain" or (dropout_keys is not None and self.dropout_rate > 0)
+        keys_values = (jnp.transpose(key, (0, 2, 3, 1)), jnp.swapaxes(value, 1, 2)) if is_plain else (key, value)
+        parts = [(keys_values, own)] if context is None else [context, (keys_values, own)]
+        if is_plain:
+            keys = named_keys(dropout_keys, "attention")
+            attended = jnp.swapaxes(attend(jnp.swapaxes(query, 1, 2), parts, self.dropout_rate, keys), 1, 2)
+        else:
+            attended = attend_fused(query, parts, kernel)
+        return self.out(attended.reshape(B, L, -1)), keys_values

@@ -1,0 +1,59 @@
+"""What a run chooses by the devices that it finds: the kernel of attention, and how much it computes at a time."""
+
+import dataclasses
+
+# Layers that are compiled each for itself at most: one takes the compiler as long as all of them in one loop do.
+MOST_UNROLLED = 32
+# Bytes of float32 logits that exist at a time on an accelerator, and tokens on a CPU, which gains nothing by more.
+LOGITS_BYTES, CPU_TOKENS = 2**29, 512
+# Of a device's memory, what the generator's activations may take that stay for the backward pass.
+KEPT_SHARE = 0.4
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """The devices of a run, all alike."""
+
+    platform: str  # "cpu" | "gpu" | "tpu"
+    count: int = 1
+    capability: tuple[int, int] = (0, 0)  # of a GPU
+    memory: float = 0.0  # bytes of one that a run may use; 0: not known
+
+
+def cudnn_problem(device: Device, dtype: str, channels: int, dropout: float) -> str:
+    """Why cuDNN's kernel cannot compute attention with heads of so many channels; empty where it can."""
+    most = 256 if device.capability >= (9, 0) else 128
+    if device.platform != "gpu":
+        return "it runs on GPUs alone"
+    if device.capability < (8, 0):
+        return f"it needs a GPU of compute capability 8.0, and this one has {'.'.join(map(str, device.capability))}"
+    if dtype != "bfloat16":
+        return f"it needs dtype=bfloat16, and that is {dtype}"
+    if channels > most or channels % 8:
+        return f"it needs heads of at most {most} channels, a multiple of 8, and these have {channels}"
+    if dropout:
+        return f"it knows no dropout, and attention has {dropout:g} here (dropout=0 turns it off)"
+    return ""
+
+
+def unrolls(device: Device, num_layers: int) -> bool:
+    """Whether each layer is compiled: a loop copies what stays for the backward pass, a tenth of a step's bytes.
+
+    Not on several devices, where the loop is what keeps more than one layer's parameters from being gathered at a time.
+    """
+    return device.platform != "cpu" and device.count == 1 and num_layers <= MOST_UNROLLED
+
+
+def head_chunk(device: Device, vocab_size: int) -> int:
+    """Tokens whose logits exist at a time: the output matrix' gradient goes through memory once for each chunk."""
+    return CPU_TOKENS if device.platform == "cpu" else max(LOGITS_BYTES // (4 * vocab_size), CPU_TOKENS // 2)
+
+
+def groups_at_a_time(device: Device, held_bytes: float, group_bytes: float) -> int:
+    """Groups that the generator reads together: more than one costs no further forward pass in between.
+
+    `held_bytes`: what a device holds all the time; `group_bytes`: what stays of a group for its backward pass.
+    """
+    if device.platform == "cpu" or not device.memory:
+        return 1
+    return max(int(KEPT_SHARE * (device.memory - held_bytes) / group_bytes), 1)
