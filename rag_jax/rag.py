@@ -232,70 +232,56 @@ def choose_candidates(cosine_gp: Float[Array, "g p"], num_candidates: int) -> In
     return jax.lax.top_k(order_gp, num_candidates)[1].astype(jnp.int32)
 
 
-def gold_log_probs(
-    hidden_nD: Float[Array, "n D"], kernel_VD: Float[Array, "V D"], ids_n: Int[Array, " n"], chunk: int = 512
-) -> Float[Array, " n"]:
-    """log softmax_V(hidden kernel)[ids], float32, of `chunk` tokens at a time: (n, V) never exists, nor its gradient.
-
-    Products are of the dtype of `hidden`, the kernel's gradient is summed in its own. Fused kernels (tokamax, Liger)
-    give the loss summed over tokens, but a marginal needs each token's.
-    """
-    return _gold_log_probs(hidden_nD, kernel_VD, ids_n, chunk)
-
-
-def _gold_forward(hidden_nD: Array, kernel_VD: Array, ids_n: Array, chunk: int) -> tuple[Array, Any]:
-    kernel = kernel_VD.astype(hidden_nD.dtype)
-
-    def one(rows: tuple[Array, Array]) -> tuple[Array, Array]:
-        hidden, ids = rows
-        logits_nV = _head_product("nD,VD->nV", hidden, kernel)
-        # A sum over V, not a gather: of a vocabulary split over devices each has a part of it.
-        gold_n = jnp.sum(jnp.where(_is_gold(ids, logits_nV), logits_nV, 0.0), axis=-1)
-        return gold_n, jax.nn.logsumexp(logits_nV, axis=-1)
-
-    n = len(ids_n)
-    gold_n, log_norm_n = (a.reshape(-1)[:n] for a in jax.lax.map(one, _in_chunks(chunk, hidden_nD, ids_n)))
-    return gold_n - log_norm_n, (hidden_nD, kernel_VD, ids_n, log_norm_n)
-
-
-def _gold_backward(chunk: int, kept: Any, cotangent_n: Array) -> tuple[Array, Array, None]:
-    hidden_nD, kernel_VD, ids_n, log_norm_n = kept
-    kernel = kernel_VD.astype(hidden_nD.dtype)
-
-    def one(kernel_grad_VD: Array, rows: Any) -> tuple[Array, Array]:
-        hidden, ids, log_norm, cotangent = rows
-        logits_nV = _head_product("nD,VD->nV", hidden, kernel)
-        probs_nV = jnp.exp(logits_nV - log_norm[:, None])
-        logits_grad_nV = ((_is_gold(ids, logits_nV) - probs_nV) * cotangent[:, None]).astype(hidden.dtype)
-        hidden_grad = _head_product("nV,VD->nD", logits_grad_nV, kernel)
-        return kernel_grad_VD + _head_product("nV,nD->VD", logits_grad_nV, hidden), hidden_grad.astype(hidden.dtype)
-
-    chunks = _in_chunks(chunk, hidden_nD, ids_n, log_norm_n, cotangent_n)
-    kernel_grad_VD, hidden_grad = jax.lax.scan(one, jnp.zeros(kernel_VD.shape, jnp.float32), chunks)
-    return hidden_grad.reshape(-1, hidden_nD.shape[-1])[: len(ids_n)], kernel_grad_VD.astype(kernel_VD.dtype), None
-
-
-_gold_log_probs = jax.custom_vjp(lambda *inputs: _gold_forward(*inputs)[0], nondiff_argnums=(3,))
-_gold_log_probs.defvjp(_gold_forward, _gold_backward)
-
-
-def _in_chunks(at_most: int, *rows: Shaped[Array, "n ..."]) -> tuple[Shaped[Array, "chunks size ..."], ...]:
-    """Even chunks, the last one filled up with zeros."""
-    n = len(rows[0])
-    num_chunks = -(-n // at_most)
-    size = -(-n // num_chunks)
-    padded = (jnp.pad(a, ((0, num_chunks * size - n), *((0, 0),) * (a.ndim - 1))) for a in rows)
-    return tuple(a.reshape(num_chunks, size, *a.shape[1:]) for a in padded)
-
-
-def _is_gold(ids_n: Int[Array, " n"], logits_nV: Float[Array, "n V"]) -> Bool[Array, "n V"]:
-    return jnp.arange(logits_nV.shape[-1]) == ids_n[:, None]
+@jax.custom_vjp
+def head_logits(hidden_nD: Float[Array, "n D"], kernel_VD: Float[Array, "V D"]) -> Float[Array, "n V"]:
+    """Float32 logits, by products of the dtype of `hidden`. The kernel's gradient adds up in the kernel's own dtype."""
+    return _head_product("nD,VD->nV", hidden_nD, kernel_VD.astype(hidden_nD.dtype))
 
 
 def _head_product(axes: str, x: Array, y: Array) -> Array:
     # Float32 stays float32 also where a device's products are rougher by default; bfloat16 has one way to multiply.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.einsum(axes, x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _head_logits_forward(hidden_nD: Array, kernel_VD: Array) -> tuple[Array, tuple[Array, Array]]:
+    return head_logits(hidden_nD, kernel_VD), (hidden_nD, kernel_VD)
+
+
+def _head_logits_backward(operands: tuple[Array, Array], cotangent_nV: Array) -> tuple[Array, Array]:
+    hidden_nD, kernel_VD = operands
+    cotangent_nV = cotangent_nV.astype(hidden_nD.dtype)
+    hidden_grad_nD = _head_product("nV,VD->nD", cotangent_nV, kernel_VD.astype(hidden_nD.dtype))
+    kernel_grad_VD = _head_product("nV,nD->VD", cotangent_nV, hidden_nD)
+    return hidden_grad_nD.astype(hidden_nD.dtype), kernel_grad_VD.astype(kernel_VD.dtype)
+
+
+head_logits.defvjp(_head_logits_forward, _head_logits_backward)
+
+
+def gold_log_probs(
+    hidden_nD: Float[Array, "n D"], kernel_VD: Float[Array, "V D"], ids_n: Int[Array, " n"], chunk: int = 512
+) -> Float[Array, " n"]:
+    """log softmax_V(hidden kernel)[ids], float32, of `chunk` tokens at a time: (n, V) never exists, nor its gradient.
+
+    Fused kernels (tokamax, Liger) give the loss summed over tokens, but a marginal needs each token's.
+    """
+    n, D = hidden_nD.shape
+    num_chunks = -(-n // chunk)
+    size = -(-n // num_chunks)
+    room = num_chunks * size - n
+    chunks = jnp.pad(hidden_nD, ((0, room), (0, 0))).reshape(num_chunks, size, D)
+    chunk_ids = jnp.pad(ids_n, (0, room)).reshape(num_chunks, size)
+
+    @jax.checkpoint
+    def one(rows: tuple[Array, Array]) -> Array:
+        hidden, ids = rows
+        logits = head_logits(hidden, kernel_VD)
+        # A sum over V, not a gather: of a vocabulary split over devices each has a part of it.
+        gold = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == ids[:, None], logits, 0.0), axis=-1)
+        return gold - jax.nn.logsumexp(logits, axis=-1)
+
+    return jax.lax.map(one, (chunks, chunk_ids)).reshape(-1)[:n]
 
 
 def answer_log_probs(

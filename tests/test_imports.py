@@ -134,11 +134,12 @@ def test_only_the_loop_and_the_commands_see_the_run_config():
     assert readers <= COMMANDS | {"cli", "training", "__init__"}
 
 
-def test_families_share_only_config_layers_and_decoder():
+def test_families_share_only_what_is_of_all():
     for path in (PACKAGE / "models").glob("*.py"):
         if path.stem != "__init__":
             inside = {name.split(".")[2] for name in imports_of(path) if name.startswith("rag_jax.models.")}
-            assert inside <= {"config", "layers", "decoder"} - {path.stem} or path.stem == "flops", path.name
+            shared = {"config", "layers", "attention", "decoder"}
+            assert inside <= shared - {path.stem} or path.stem == "flops", path.name
 
 
 def test_configs_hold_values_only():

@@ -46,3 +46,42 @@ def test_a_loop_of_unknown_length_is_refused():
 @pytest.mark.parametrize(("remat", "most"), [("none", 1.10), ("dots", 1.10), ("full", 1.40)])
 def test_the_step_computes_little_more_than_the_maths_needs(remat, most):
     assert 1.0 <= growth.measure(growth.Point(remat=remat), steps=0)["flops"] <= most
+
+
+@pytest.mark.parametrize(
+    ("window", "taps"),
+    [
+        ("size=3", 3 * 8),
+        ("size=3 pad=1_1", 3 * 8 + 2 * 2),  # ten places, of which the outer two meet one element less each
+        ("size=8 pad=7_7 lhs_dilate=8 rhs_reversal=1", 80),  # one of eight
+        ("size=10 stride=9 lhs_dilate=10", 10),  # a batch of ten
+        ("size=2 rhs_dilate=3", 2 * 7),
+    ],
+)
+def test_taps_of_convolutions_by_a_loop(window, taps):
+    """What meets padding or a gap is no work; ten elements along the dimension."""
+    (parsed,) = hlo._windows(f"window={{{window}}}, dim_labels=b0f_0io->b0f")
+    reach = (parsed.size - 1) * parsed.rhs_dilate + 1
+    places = sum(parsed.pad) + 9 * parsed.lhs_dilate + 1
+    size_out = (places - reach) // parsed.stride + 1
+    met = 0
+    for out in range(size_out):
+        for tap in range(parsed.size):
+            place = out * parsed.stride - parsed.pad[0] + tap * parsed.rhs_dilate
+            met += place in range(0, 9 * parsed.lhs_dilate + 1, parsed.lhs_dilate)
+    assert hlo._taps(10, size_out, parsed) == met == taps
+
+
+CUDNN_TEXT = """
+ENTRY %main (q: bf16[4,12,64,32], k: bf16[4,12,320,32]) -> bf16[4,12,64,32] {
+  %q = bf16[4,64,12,32]{3,2,1,0} parameter(0)
+  %k = bf16[4,320,12,32]{3,2,1,0} parameter(1)
+  %there = (bf16[4,12,64,32]{3,1,2,0}, f32[4,12,64]{2,1,0}) custom-call(%q, %k, %k), custom_call_target="__cudnn$fmhaScaleBiasSoftmax", backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["4", "12", "64", "320"]}}}
+  ROOT %back = (bf16[4,12,64,32]{3,1,2,0}, f32[4,12,64]{2,1,0}) custom-call(%q, %k, %k), custom_call_target="__cudnn$fmhaScaleBiasSoftmaxBackward", backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["4", "12", "64", "320"]}}}
+}
+"""  # noqa: E501
+
+
+def test_products_of_fused_attention():
+    """Two on the way there; five on the way back, the scores' once more."""
+    assert hlo.dot_flops(CUDNN_TEXT) == (2 + 5) * 2 * 4 * 12 * 64 * 320 * 32

@@ -1,0 +1,61 @@
+"""What a run chooses by its devices."""
+
+import pytest
+from command import TINY
+
+from rag_jax import config, hf, pair
+from rag_jax.errors import UserError
+from rag_jax.planning import fit
+
+CPU = fit.Device("cpu")
+H100 = fit.Device("gpu", 1, (9, 0), 73.6e9)
+TPU = fit.Device("tpu", 1, memory=16e9)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "channels", "dropout", "problem"),
+    [
+        (H100, "bfloat16", 64, 0.0, ""),
+        (H100, "bfloat16", 256, 0.0, ""),
+        (CPU, "bfloat16", 64, 0.0, "it runs on GPUs alone"),
+        (TPU, "bfloat16", 64, 0.0, "it runs on GPUs alone"),
+        (H100, "float32", 64, 0.0, "it needs dtype=bfloat16, and that is float32"),
+        (H100, "bfloat16", 60, 0.0, "it needs heads of at most 256 channels, a multiple of 8, and these have 60"),
+        (H100, "bfloat16", 64, 0.1, "it knows no dropout, and attention has 0.1 here (dropout=0 turns it off)"),
+        (fit.Device("gpu", 1, (8, 6)), "bfloat16", 256, 0.0, "it needs heads of at most 128 channels"),
+        (fit.Device("gpu", 1, (7, 5)), "bfloat16", 64, 0.0, "compute capability 8.0, and this one has 7.5"),
+    ],
+)
+def test_what_cudnn_can_compute(device, dtype, channels, dropout, problem):
+    found = fit.cudnn_problem(device, dtype, channels, dropout)
+    assert problem in found and bool(problem) == bool(found)
+
+
+def kernel_of(device, **overrides):
+    loaded = config.load(TINY, overrides)
+    source = hf.open_config("gpt2", "generator.path", "generator")
+    return pair.attention_kernel(loaded, "generator", source, device)
+
+
+def test_the_kernel_is_what_the_config_asks_for_or_what_can_be():
+    half = {"dtype": "bfloat16", "dropout": 0.0}
+    assert kernel_of(H100, **half) == ("cudnn", "") == kernel_of(H100, **half, attention="cudnn")
+    assert kernel_of(H100, **half, attention="plain") == ("plain", "")
+    assert kernel_of(CPU, **half) == ("plain", "it runs on GPUs alone")
+    assert kernel_of(H100, dtype="bfloat16")[0] == "plain"  # GPT-2's own dropout
+    with pytest.raises(UserError, match=r"attention=cudnn: cannot compute generator\.path='gpt2', as it runs on GPUs"):
+        kernel_of(CPU, **half, attention="cudnn")
+
+
+def test_layers_are_unrolled_on_one_accelerator_alone():
+    assert fit.unrolls(H100, 12) and fit.unrolls(TPU, 28)
+    assert not fit.unrolls(CPU, 12) and not fit.unrolls(H100, 80)
+    assert not fit.unrolls(fit.Device("gpu", 8, (9, 0), 73.6e9), 12)
+
+
+def test_how_much_is_computed_at_a_time():
+    assert fit.head_chunk(CPU, 50257) == 512
+    assert 4 * fit.head_chunk(H100, 50257) * 50257 <= fit.LOGITS_BYTES
+    assert fit.head_chunk(H100, 10**7) == 256
+    assert fit.groups_at_a_time(CPU, 1e9, 1e6) == 1 == fit.groups_at_a_time(H100, 70e9, 50e9)
+    assert fit.groups_at_a_time(H100, 13.6e9, 8e9) == 3  # of .4 times 60 GB
