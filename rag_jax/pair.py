@@ -83,8 +83,8 @@ def this_device() -> fit.Device:
     """What the devices here are."""
     found = jax.devices()
     stats = found[0].memory_stats() or {}
-    capability = tuple(int(n) for n in getattr(found[0], "compute_capability", "0.0").split("."))
-    return fit.Device(found[0].platform, len(found), capability, stats.get("bytes_limit", 0.0))
+    major, minor = map(int, getattr(found[0], "compute_capability", "0.0").split("."))
+    return fit.Device(found[0].platform, len(found), (major, minor), stats.get("bytes_limit", 0.0))
 
 
 def composite(config: Any, sources: dict[str, hf.Source], device: fit.Device | None = None) -> rag.Rag:
@@ -139,7 +139,7 @@ def _with_dropout(config: Any, source: hf.Source) -> models.ModelConfig:
     return dataclasses.replace(source.model_config, **changes)
 
 
-def attention_kernel(config: Any, role: str, source: hf.Source, device: fit.Device) -> tuple[str, str]:
+def attention_kernel(config: Any, role: str, source: hf.Source, device: fit.Device) -> tuple[models.Kernel, str]:
     """The kernel of a model's attention in training and, of the plain one, why it is not cuDNN's.
 
     UserError where the config asks for one that cannot compute this model.

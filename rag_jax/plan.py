@@ -209,7 +209,8 @@ def devices(topology: chips.Topology) -> Any:
     """Abstract devices, from the accelerator's compiler."""
     from jax.experimental import topologies
 
-    if topology.is_tpu:
+    card = topology.chip.card
+    if card is None:
         try:
             # A host has several chips where nothing else is said, and a single one is then no topology.
             alone = {"chips_per_host_bounds": [1, 1, 1]} if topology.devices == 1 else {}
@@ -224,7 +225,7 @@ def devices(topology: chips.Topology) -> Any:
     described = topologies.get_topology_desc(
         platform="cuda",
         topology_name=topology.name,
-        target_config=topology.chip.card.target,
+        target_config=card.target,
         topology=f"1x{nodes}x{in_node}",
     )
     return described.devices

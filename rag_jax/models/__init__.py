@@ -5,7 +5,7 @@ from typing import Any
 from flax import nnx
 
 from rag_jax.models.bert import Bert, BertConfig
-from rag_jax.models.config import Computing, ModelConfig
+from rag_jax.models.config import Computing, Kernel, ModelConfig
 from rag_jax.models.decoder import Cache, Decoder
 from rag_jax.models.gpt2 import Gpt2, Gpt2Config
 from rag_jax.models.llama import LayerKind, Llama, LlamaConfig, RopeScaling
@@ -18,6 +18,7 @@ __all__ = [
     "Decoder",
     "Gpt2",
     "Gpt2Config",
+    "Kernel",
     "LayerKind",
     "Llama",
     "LlamaConfig",

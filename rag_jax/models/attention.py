@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from rag_jax.models.config import Kernel
 from rag_jax.models.layers import Rope, dropout, linear, named_keys, numbered_keys, rms_norm, rotate
 
 # Of any number of tokens. The plain kernel's keys are transposed, as their product with queries reads them: XLA's CPU
@@ -138,7 +139,7 @@ def merged(one: Part, other: Part) -> Part:
 
 
 def attend_fused(
-    query: Float[Array, "B L H C"], parts: Sequence[tuple[FusedKeysValues, Seen]], kernel: str
+    query: Float[Array, "B L H C"], parts: Sequence[tuple[FusedKeysValues, Seen]], kernel: Kernel
 ) -> Float[Array, "B L H C"]:
     """`attend` by a kernel of `jax.nn.dot_product_attention`, which never writes scores to memory.
 
@@ -148,9 +149,9 @@ def attend_fused(
     (B, L, *_), Lk = query.shape, key.shape[1]
     masks = (jnp.broadcast_to(seen.mask(L), (B, L, len(seen.real[0]))) for _, seen in parts)
     mask = jnp.concatenate(list(masks), axis=-1)[:, None]
-    if L % 2 or Lk % 2:
-        kernel = "xla"  # cuDNN's takes even lengths alone
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=kernel)
+    fits_cudnn = L % 2 == 0 and Lk % 2 == 0  # it takes even lengths alone
+    implementation = "cudnn" if kernel == "cudnn" and fits_cudnn else "xla"
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
 
 
 class Attention(nnx.Module):
@@ -188,7 +189,7 @@ class Attention(nnx.Module):
         *,
         rope: Rope | None = None,
         context: tuple[KeysValues, Seen] | None = None,
-        kernel: str = "plain",
+        kernel: Kernel = "plain",
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B L D"], KeysValues]:
         """The attended values, and the rows' own keys and values; `own`: which of these are seen.

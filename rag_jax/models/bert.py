@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from rag_jax.models import layers
 from rag_jax.models.attention import Attention, Seen
-from rag_jax.models.config import Computing, ModelConfig
+from rag_jax.models.config import Computing, Kernel, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class BertLayer(nnx.Module):
         self.mlp = layers.Mlp(config.width, config.mlp_width, config.activation, rngs=rngs)
         self.mlp_norm = layers.layer_norm(config.width, config.norm_eps, config.computing.dtype, rngs)
         self.dropout = config.dropout
-        self.kernel = config.computing.attention
+        self.kernel: Kernel = config.computing.attention
 
     def __call__(
         self, x: Float[Array, "B L D"], seen: Seen, dropout_keys: Key[Array, " B"] | None

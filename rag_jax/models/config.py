@@ -1,9 +1,12 @@
 """What the config of every model family says, whatever it says besides."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from flax import nnx
+
+# Of attention: ours, cuDNN's, and one of jax's own for CPUs that takes the same arrays as cuDNN's.
+Kernel = Literal["plain", "cudnn", "xla"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,7 +15,7 @@ class Computing:
 
     dtype: str = "float32"  # of activations and of the kernels that they meet; all other parameters are float32
     remat: str = "none"  # a key of layers.REMAT
-    attention: str = "plain"  # the kernel where there is no cache: ours, or a fused one, see `attention.attend_fused`
+    attention: Kernel = "plain"  # where there is no cache
     unrolls: bool = False  # compiles each layer, so that what stays for the backward pass is not copied into stacks
 
 

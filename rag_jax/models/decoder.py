@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from rag_jax.models import layers
 from rag_jax.models.attention import Attention, KeysValues, Seen
+from rag_jax.models.config import Kernel
 from rag_jax.models.layers import View
 
 
@@ -43,7 +44,7 @@ class PreNormLayer(nnx.Module):
         *,
         rope: layers.Rope | None = None,
         context: tuple[KeysValues, Seen] | None = None,
-        kernel: str = "plain",
+        kernel: Kernel = "plain",
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B L D"], KeysValues]:
         attended, keys_values = self.attention(
