@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     config.dtype = "bfloat16"
     config.matmul_precision = "default"
     config.attention = "auto"
+    config.kernels = "deterministic"
     config.dropout = None
 
     config.data = data = ConfigDict()

@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config.dtype = "float32"
     config.matmul_precision = "highest"
     config.attention = "auto"
+    config.kernels = "deterministic"
     config.dropout = None
 
     config.data = data = ConfigDict()

@@ -112,6 +112,12 @@ KEYS: dict[str, Key] = {
         "what computes it in training: plain runs anywhere; cudnn, on GPUs, never writes scores to memory, but takes "
         "bfloat16 alone and no dropout; auto: cudnn where it can, else plain",
     ),
+    "kernels": Key(
+        str,
+        one_of("deterministic", "fastest"),
+        "on GPUs: deterministic ones add in the same order every time, so that a resumed run has the same bits; "
+        "fastest: as it comes",
+    ),
     "dropout": Key(float | None, fraction, "None: what each model's config says; a number: that, for both"),
     "data.train": Key(str | None, not_empty, "rows to train on: a file, a save_to_disk folder or a hub name"),
     "data.eval": Key(str | None, not_empty, "rows to evaluate on; None: no evaluation"),

@@ -8,7 +8,7 @@ from rag_jax.distributed import processes
 from rag_jax.errors import UserError
 
 # What a run writes into its workdir, beside config.json.
-RECORDS = ("checkpoints", "metrics.jsonl", "tensorboard", "eval", "models", "failed", "inputs.json")
+RECORDS = ("checkpoints", "metrics.jsonl", "tensorboard", "eval", "models", "failed", "inputs.json", "autotuned")
 
 
 def main() -> int:

@@ -80,11 +80,11 @@ def check_lengths(config: Any, sources: dict[str, hf.Source]) -> None:
 
 
 def this_device() -> fit.Device:
-    """What the devices here are."""
-    found = jax.devices()
-    stats = found[0].memory_stats() or {}
-    major, minor = map(int, getattr(found[0], "compute_capability", "0.0").split("."))
-    return fit.Device(found[0].platform, len(found), (major, minor), stats.get("bytes_limit", 0.0))
+    """What the devices of this run are."""
+    own = jax.local_devices()[0]  # of the other processes' nobody tells the memory
+    stats = own.memory_stats() or {}
+    major, minor = map(int, getattr(own, "compute_capability", "0.0").split("."))
+    return fit.Device(own.platform, jax.device_count(), (major, minor), stats.get("bytes_limit", 0.0))
 
 
 def composite(config: Any, sources: dict[str, hf.Source], device: fit.Device | None = None) -> rag.Rag:

@@ -137,7 +137,8 @@ def compile_step(loaded: Any, topology: chips.Topology) -> dict[str, Any]:
         "model_flops_per_device": needed,
     }
     try:
-        program = step.lower(state, batch, None).compile()
+        options = fit.compiler_options(device_of(topology), loaded.kernels)
+        program = step.lower(state, batch, None).compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         told = TOO_MUCH.search(str(error))
         if told is None:

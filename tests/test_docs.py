@@ -33,6 +33,7 @@ NOT_RUN = {
     "make lint": "a check of its own in .ci/run",
     "make soak": "hours",
     ".ci/run": "this suite and more",
+    "python -m venv": "makes what this runs in",
     "source .venv/bin/activate": "of the user's shell",
     "tensorboard": "another program, which does not end",
     "b2sum": "another program; tests/workdir/test_checkpoint.py reads what it reads",

@@ -49,6 +49,17 @@ def head_chunk(device: Device, vocab_size: int) -> int:
     return CPU_TOKENS if device.platform == "cpu" else max(LOGITS_BYTES // (4 * vocab_size), CPU_TOKENS // 2)
 
 
+def compiler_options(device: Device, kernels: str, chosen: str | None = None) -> dict[str, str | bool]:
+    """What XLA is told of a training step. `chosen`: a folder for the kernels that it finds to be the fastest.
+
+    A second process, or another host, then finds the same ones: measured anew they could be others, with other bits.
+    """
+    if device.platform != "gpu" or kernels != "deterministic":
+        return {}
+    kept: dict[str, str | bool] = {} if chosen is None else {"xla_gpu_per_fusion_autotune_cache_dir": chosen}
+    return kept | {"xla_gpu_exclude_nondeterministic_ops": True}
+
+
 def groups_at_a_time(device: Device, held_bytes: float, group_bytes: float) -> int:
     """Groups that the generator reads together: more than one costs no further forward pass in between.
 

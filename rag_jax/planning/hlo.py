@@ -24,6 +24,7 @@ _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _WINDOW = re.compile(r"window=\{(.*?)\}")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _SCORES = re.compile(r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([\d", ]+)\]')
+_CUBLAS = re.compile(r'"lhs_contracting_dimensions":\s*\[([\d", ]*)\]')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -234,6 +235,10 @@ def _product_flops(instruction: _Instruction, here: dict[str, _Instruction]) -> 
             taps *= _taps(*sizes, window)
             out //= sizes[1]
         return 2.0 * out * taps * shapes[1][kernel.index("i")]
+    if instruction.operation == "custom-call" and "__cublas$" in rest:
+        dims, contracted = _dims(here[instruction.operands[0]].result), _CUBLAS.search(rest)
+        assert contracted is not None
+        return 2.0 * out * math.prod(dims[int(i)] for i in re.findall(r"\d+", contracted[1]))
     if instruction.operation == "custom-call" and "__cudnn$fmha" in rest:
         scores = _SCORES.search(rest)
         assert scores is not None
@@ -300,5 +305,5 @@ def _size(shape: str, *, everywhere: bool = False) -> int:
 
 
 def _dims(shape: str) -> tuple[int, ...]:
-    found = _SHAPE.match(shape)
+    found = _SHAPE.search(shape)  # of a tuple, its first
     return tuple(int(n) for n in found[2].split(",") if n) if found else ()

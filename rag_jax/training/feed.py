@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from rag_jax import data
+from rag_jax import data, pair
 from rag_jax.distributed import compile_cache, sharding
+from rag_jax.planning import fit
 from rag_jax.training import announce, mining, optim
 from rag_jax.training.record import Facts, Record
 from rag_jax.training.setup import Training
@@ -87,12 +88,14 @@ class Programs:
 
     def __init__(self, training: Training, progress: Progress):
         self.step, self.progress = training.step, progress
+        chosen = str(training.workdir.absolute() / "autotuned")
+        self.options = fit.compiler_options(pair.this_device(), training.config.kernels, chosen)
         self.by_shape: dict[data.Lengths, Step] = {}
 
     def for_batch(self, state: TrainState, batch: data.Batch, asked: jax.Array | None, lengths: data.Lengths) -> Step:
         if lengths not in self.by_shape:
             began, found = time.perf_counter(), compile_cache.compiled_found()
-            self.by_shape[lengths] = compile_step(self.step, state, batch, asked)
+            self.by_shape[lengths] = compile_step(self.step, state, batch, asked, self.options)
             how = "compiled by an earlier run, read" if compile_cache.compiled_found() > found else "compiled"
             seconds = time.perf_counter() - began
             self.progress.print(f"the step for {announce.describe(lengths)}: {how} in {seconds:.0f} s")

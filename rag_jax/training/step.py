@@ -4,7 +4,7 @@ import ctypes
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -112,13 +112,15 @@ def make_train_step(
     return jax.jit(train_step, in_shardings=inputs, out_shardings=(shardings, whole), donate_argnums=0)
 
 
-def compile_step(step: Step, state: TrainState, batch: data.Batch, asked: jax.Array | None) -> Step:
-    """The step as a program for batches of this one's shapes.
+def compile_step(
+    step: Step, state: TrainState, batch: data.Batch, asked: jax.Array | None, options: Mapping[str, Any] | None = None
+) -> Step:
+    """The step as a program for batches of this one's shapes. `options`: of XLA.
 
     What the compiler took goes back to the system: glibc would keep it for the process, half a gigabyte that the
     program's own memory then stands beside.
     """
-    program = step.lower(state, batch, asked).compile()
+    program = step.lower(state, batch, asked).compile(compiler_options=dict(options or {}))
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:  # of glibc alone

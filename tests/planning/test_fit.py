@@ -53,6 +53,14 @@ def test_layers_are_unrolled_on_one_accelerator_alone():
     assert not fit.unrolls(fit.Device("gpu", 8, (9, 0), 73.6e9), 12)
 
 
+def test_deterministic_kernels_are_asked_for_on_gpus_alone():
+    wanted = {"xla_gpu_exclude_nondeterministic_ops": True}
+    assert fit.compiler_options(H100, "deterministic") == wanted
+    kept = {"xla_gpu_per_fusion_autotune_cache_dir": "run/autotuned"}
+    assert fit.compiler_options(H100, "deterministic", "run/autotuned") == wanted | kept
+    assert fit.compiler_options(H100, "fastest", "run/autotuned") == fit.compiler_options(CPU, "deterministic") == {}
+
+
 def test_how_much_is_computed_at_a_time():
     assert fit.head_chunk(CPU, 50257) == 512
     assert 4 * fit.head_chunk(H100, 50257) * 50257 <= fit.LOGITS_BYTES
