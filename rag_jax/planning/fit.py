@@ -25,6 +25,8 @@ def cudnn_problem(device: Device, dtype: str, channels: int, dropout: float) -> 
     most = 256 if device.capability >= (9, 0) else 128
     if device.platform != "gpu":
         return "it runs on GPUs alone"
+    if device.count > 1:
+        return "jax cannot split it over several devices inside a program that is split by hand"
     if device.capability < (8, 0):
         return f"it needs a GPU of compute capability 8.0, and this one has {'.'.join(map(str, device.capability))}"
     if dtype != "bfloat16":

@@ -23,6 +23,7 @@ TPU = fit.Device("tpu", 1, memory=16e9)
         (H100, "bfloat16", 60, 0.0, "it needs heads of at most 256 channels, a multiple of 8, and these have 60"),
         (H100, "bfloat16", 64, 0.1, "it knows no dropout, and attention has 0.1 here (dropout=0 turns it off)"),
         (fit.Device("gpu", 1, (8, 6)), "bfloat16", 256, 0.0, "it needs heads of at most 128 channels"),
+        (fit.Device("gpu", 8, (9, 0)), "bfloat16", 64, 0.0, "jax cannot split it over several devices"),
         (fit.Device("gpu", 1, (7, 5)), "bfloat16", 64, 0.0, "compute capability 8.0, and this one has 7.5"),
     ],
 )

@@ -19,6 +19,7 @@ ROWS = 30  # mined in the middle of the first epoch and of the second.
 VALUES = {
     "total_steps": STEPS, "mining__every_steps": 3, "eval__every_steps": 0, "checkpoint__every_steps": 2,
     "checkpoint__keep": 9, "objective__name": "none", "generator__path": None, "objective__negatives": 2,
+    "dropout": 0.0,  # whose noise is as large as what is compared
 }  # fmt: skip
 
 
@@ -174,6 +175,7 @@ def test_mined_batches_are_harder(cache, tmp_path):
     still = {
         "optimizer__learning_rate": 1e-12, "total_steps": 7, "group_size": 4, "batch_size": 4, "eval__every_steps": 0,
         "checkpoint__every_steps": 0, "objective__name": "none", "generator__path": None, "mining__margin": None,
+        "dropout": 0.0,
     }  # fmt: skip
     losses = {}
     for every in (0, 7):
