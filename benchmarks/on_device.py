@@ -464,15 +464,14 @@ def drawn_on_device(opened: Any, mesh: Any) -> Any:
 
 
 def predicted(program: Any, device: Any, needed: float) -> float:
-    """Seconds that `rag_jax.plan` would predict of this very program; 0 for a device that it does not know."""
+    """Seconds that `rag_jax.plan` would predict of this very program; 0 for a device that is none of its GPUs."""
     from rag_jax import plan
     from rag_jax.planning import chips, hlo
 
-    known = [name for name, chip in chips.CHIPS.items() if chip.kind.lower() in device.device_kind.lower()]
+    known = [name for name, chip in chips.CHIPS.items() if chip.card and chip.kind in device.device_kind]
     if not known:
         return 0.0
-    shape = "1" if chips.CHIPS[known[0]].card else "1x1"
-    topology = chips.topology(f"{known[0]}:{shape}")
+    topology = chips.topology(f"{known[0]}:1")
     return plan.timing(hlo.Program(program.as_text()), topology, needed, ("bfloat16", "default"))["predicted_step_s"]
 
 

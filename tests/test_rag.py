@@ -350,27 +350,19 @@ def test_groups_that_are_read_together_change_nothing(at_a_time):
 
 
 @pytest.mark.slow
-def test_unrolled_layers_change_nothing():
+@pytest.mark.parametrize(
+    "computing",
+    [models.Computing(remat="full"), models.Computing(remat="dots", unrolls=True)],
+    ids=["remat", "unrolled"],
+)
+def test_how_layers_are_computed_changes_nothing(computing):
     model, params = make("gpt2")
     rows = make_rows(8)
     loss, gradients = value_and_grad(model, params, rows)
-    computing = models.Computing(remat="dots", unrolls=True)
     configs = (dataclasses.replace(config, computing=computing) for config in (BERT, GENERATORS["gpt2"]))
     retriever, generator = (models.abstract(config)[0] for config in configs)
-    unrolled = dataclasses.replace(model, retriever=retriever, generator=generator)
-    again, again_gradients = value_and_grad(unrolled, params, rows)
-    np.testing.assert_allclose(again, loss, rtol=1e-6)
-    assert_trees_close(again_gradients, gradients, 1e-5)
-
-
-@pytest.mark.slow
-def test_rematerialisation_changes_nothing():
-    model, params = make("gpt2")
-    rows = make_rows(8)
-    loss, gradients = value_and_grad(model, params, rows)
-    config = dataclasses.replace(GENERATORS["gpt2"], computing=models.Computing(remat="full"))
-    remat = dataclasses.replace(model, generator=models.abstract(config)[0])
-    again, again_gradients = value_and_grad(remat, params, rows)
+    other = dataclasses.replace(model, retriever=retriever, generator=generator)
+    again, again_gradients = value_and_grad(other, params, rows)
     np.testing.assert_allclose(again, loss, rtol=1e-6)
     assert_trees_close(again_gradients, gradients, 1e-5)
 

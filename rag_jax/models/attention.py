@@ -1,7 +1,6 @@
 """Attention: over the tokens of a row, and over a context of earlier keys and values.
 
-Letters as in `layers`; **Lk** keys that are looked at. Keys and values lie as the kernel that computes wants them: a
-`layout` of the plain one, and one of the fused ones.
+Letters as in `layers`; **Lk** keys that are looked at. Keys and values lie as the kernel that computes wants them.
 """
 
 import functools
@@ -24,11 +23,7 @@ KeysValues = tuple[Float[Array, "B _ _ _"], Float[Array, "B _ _ _"]]  # either o
 
 
 class Seen(NamedTuple):
-    """Which of a part's keys a query may look at.
-
-    The (L, Lk) mask that this stands for is made in `attend` alone: a fused kernel, which never makes one, can take its
-    place.
-    """
+    """Which of a part's keys a query may look at; the (L, Lk) mask that this stands for is made by each kernel."""
 
     real: Bool[Array, "B Lk"]  # the keys that are tokens, not padding: left or right of them
     window: int | Int[Array, ""] | None = None  # only keys less than that far away; None: all

@@ -1,6 +1,6 @@
 """What the model families share: products, norms, dropout, positions and the scan over stacked layers.
 
-**B** rows, **L** their own tokens, **Lk** keys that are looked at, **D** width, **H** heads, **G** key-value heads,
+**B** rows, **L** their own tokens, **D** width, **H** heads, **G** key-value heads,
 **C** channels of a head, **N** layers.
 """
 

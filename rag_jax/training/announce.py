@@ -90,11 +90,12 @@ def model_line(training: Training, role: str, source: hf.Source) -> str:
 
 
 def attention_line(training: Training) -> str:
-    said = []
+    """The kernel of each model, or of both where they are alike."""
+    said: dict[str, list[str]] = {}
     for role, source in training.opened.sources.items():
         kernel, reason = pair.attention_kernel(training.config, role, source, pair.this_device())
-        said.append(f"{role} {kernel}" + (f" (not cudnn: {reason})" if reason else ""))
-    return "; ".join(said)
+        said.setdefault(kernel + (f" (not cudnn: {reason})" if reason else ""), []).append(role)
+    return next(iter(said)) if len(said) == 1 else "; ".join(f"{role} {text}" for text, (role,) in said.items())
 
 
 def describe(shape: data.Lengths) -> str:

@@ -16,7 +16,7 @@ from flax import nnx
 
 from rag_jax import hf, models
 from rag_jax.hf import config as configs
-from rag_jax.models import Computing, attention, layers
+from rag_jax.models import Computing, attention, decoder, layers
 
 VOCAB, WIDTH, LENGTH = 53, 32, 11
 LENGTHS = (11, 4, 8)
@@ -330,6 +330,18 @@ def test_gradients_of_rows_that_are_met_often_are_summed_in_float32():
     of_table, of_bias = jax.grad(total, (0, 1))(jnp.ones((3, 2)), jnp.ones(2))
     np.testing.assert_array_equal(of_table, [[4096, 4096], [0, 0], [0, 0]])
     np.testing.assert_array_equal(of_bias, [4096, 4096])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_rows_that_are_taken_are_sums_in_float32(dtype):
+    """Against sums in numpy; row 1 is never taken, row 2 so often that a bfloat16 sum would stand still."""
+    rng = np.random.default_rng(0)
+    rows, index = jnp.asarray(rng.normal(size=(3, 2, 4)), dtype), np.array([0, 2, 0, *[2] * 1000])
+    weights = np.asarray(jnp.asarray(rng.uniform(0.5, 1.5, (len(index), 2, 4)), dtype), np.float64)
+    got = jax.grad(lambda rows: jnp.sum(decoder.taken(rows, jnp.asarray(index)) * weights, dtype=jnp.float32))(rows)
+    expected = np.stack([weights[index == n].sum(axis=0) for n in range(3)])
+    np.testing.assert_array_equal(decoder.taken(rows, jnp.asarray(index)), np.asarray(rows)[index])
+    np.testing.assert_allclose(got.astype(jnp.float32), expected, rtol=2**-8 if dtype == "bfloat16" else 1e-6)
 
 
 def test_random_bits_are_uniform_and_tell_rows_and_places_apart():

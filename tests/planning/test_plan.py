@@ -190,13 +190,13 @@ def planned(cache, config_file, topology, *flags, **values):
 @pytest.mark.parametrize(("topology", "devices"), [("v5e:2x4", 8), pytest.param("b200:16", 16, marks=pytest.mark.soak)])
 def test_a_small_plan(cache, topology, devices):
     result = planned(cache, TINY, topology, batch_size=4 * devices, dropout=0.0)  # compiled in two thirds of the time
-    assert_plausible(result, devices, 1.3)
+    assert_plausible(result, devices)
     assert 0 < result["hbm_bytes_per_device"] < 1e9 < result["hbm_limit_bytes"]
 
 
-def assert_plausible(result, devices, most_work):
+def assert_plausible(result, devices):
     assert result["devices"] == devices and result["fits"] and result["mesh"]["data"] == devices
-    assert 1.0 <= result["flops_per_device"] / result["model_flops_per_device"] < most_work
+    assert 1.0 <= result["flops_per_device"] / result["model_flops_per_device"] < 1.3
     assert set(result["collective_bytes_per_device"]) <= set(hlo.COLLECTIVES)
     assert result["predicted_step_s"] > 0 and 0 < result["predicted_mfu"] < 1
 
@@ -221,7 +221,7 @@ def test_a_sweep_lists_what_fits_best_first(cache):
 
 def large(cache, topology, devices):
     """bge-large and Llama 2 7B with AdamW, K = 8, one group of 8 queries a device."""
-    return planned(cache, LARGE, topology, batch_size=8 * devices, kernels="fastest")  # compiled in less time
+    return planned(cache, LARGE, topology, batch_size=8 * devices)
 
 
 def weight_shares(devices):
@@ -277,5 +277,5 @@ def test_seven_billion_parameters_on_tpus(cache):
 @pytest.mark.parametrize("devices", [8, pytest.param(64, marks=pytest.mark.soak)])
 def test_seven_billion_parameters_on_gpus(cache, devices):
     result = large(cache, f"h100:{devices}", devices)
-    assert_plausible(result, devices, 1.5)
+    assert_plausible(result, devices)
     assert_only_weights_and_embeddings(result)
