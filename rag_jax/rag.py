@@ -24,7 +24,9 @@ from rag_jax.data.batches import Batch
 from rag_jax.losses import Term
 from rag_jax.models import layers
 from rag_jax.models.decoder import Decoder
+from rag_jax.models.head import gold_log_probs
 from rag_jax.models.layers import named_keys, several_keys
+from rag_jax.models.rows import taken
 from rag_jax.objectives import OBJECTIVES, Formula
 
 # Scores that exist at one time on a device in the contrastive loss, 16 MB for rows and for columns.
@@ -232,58 +234,6 @@ def choose_candidates(cosine_gp: Float[Array, "g p"], num_candidates: int) -> In
     return jax.lax.top_k(order_gp, num_candidates)[1].astype(jnp.int32)
 
 
-@jax.custom_vjp
-def head_logits(hidden_nD: Float[Array, "n D"], kernel_VD: Float[Array, "V D"]) -> Float[Array, "n V"]:
-    """Float32 logits, by products of the dtype of `hidden`. The kernel's gradient adds up in the kernel's own dtype."""
-    return _head_product("nD,VD->nV", hidden_nD, kernel_VD.astype(hidden_nD.dtype))
-
-
-def _head_product(axes: str, x: Array, y: Array) -> Array:
-    # Float32 stays float32 also where a device's products are rougher by default; bfloat16 has one way to multiply.
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(axes, x, y, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _head_logits_forward(hidden_nD: Array, kernel_VD: Array) -> tuple[Array, tuple[Array, Array]]:
-    return head_logits(hidden_nD, kernel_VD), (hidden_nD, kernel_VD)
-
-
-def _head_logits_backward(operands: tuple[Array, Array], cotangent_nV: Array) -> tuple[Array, Array]:
-    hidden_nD, kernel_VD = operands
-    cotangent_nV = cotangent_nV.astype(hidden_nD.dtype)
-    hidden_grad_nD = _head_product("nV,VD->nD", cotangent_nV, kernel_VD.astype(hidden_nD.dtype))
-    kernel_grad_VD = _head_product("nV,nD->VD", cotangent_nV, hidden_nD)
-    return hidden_grad_nD.astype(hidden_nD.dtype), kernel_grad_VD.astype(kernel_VD.dtype)
-
-
-head_logits.defvjp(_head_logits_forward, _head_logits_backward)
-
-
-def gold_log_probs(
-    hidden_nD: Float[Array, "n D"], kernel_VD: Float[Array, "V D"], ids_n: Int[Array, " n"], chunk: int = 512
-) -> Float[Array, " n"]:
-    """log softmax_V(hidden kernel)[ids], float32, of `chunk` tokens at a time: (n, V) never exists, nor its gradient.
-
-    Fused kernels (tokamax, Liger) give the loss summed over tokens, but a marginal needs each token's.
-    """
-    n, D = hidden_nD.shape
-    num_chunks = -(-n // chunk)
-    size = -(-n // num_chunks)
-    room = num_chunks * size - n
-    chunks = jnp.pad(hidden_nD, ((0, room), (0, 0))).reshape(num_chunks, size, D)
-    chunk_ids = jnp.pad(ids_n, (0, room)).reshape(num_chunks, size)
-
-    @jax.checkpoint
-    def one(rows: tuple[Array, Array]) -> Array:
-        hidden, ids = rows
-        logits = head_logits(hidden, kernel_VD)
-        # A sum over V, not a gather: of a vocabulary split over devices each has a part of it.
-        gold = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == ids[:, None], logits, 0.0), axis=-1)
-        return gold - jax.nn.logsumexp(logits, axis=-1)
-
-    return jax.lax.map(one, (chunks, chunk_ids)).reshape(-1)[:n]
-
-
 def answer_log_probs(
     generator: Decoder,
     hidden_BKLD: Float[Array, "B K Ls D"],
@@ -296,7 +246,8 @@ def answer_log_probs(
     B, K, Ls, D = hidden_BKLD.shape
     index_BT = jnp.minimum(answer_start_B[:, None] + jnp.arange(num_tokens), Ls - 1)
     ids_BT = jnp.take_along_axis(suffix_ids_BL, index_BT, axis=1)
-    before_BKTD = jnp.take_along_axis(hidden_BKLD, (index_BT - 1)[:, None, :, None], axis=2)
+    of_pair = jax.vmap(lambda hidden_LD, index_T: taken(hidden_LD, index_T, hidden_LD.dtype), (0, None))
+    before_BKTD = jax.vmap(of_pair)(hidden_BKLD, index_BT - 1)
     ids_BKT = jnp.broadcast_to(ids_BT[:, None], (B, K, num_tokens))
     log_probs = gold_log_probs(before_BKTD.reshape(-1, D), generator.head_kernel(), ids_BKT.reshape(-1), chunk)
     return log_probs.reshape(B, K, num_tokens)

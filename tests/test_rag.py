@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from rag_jax import data, losses, models, objectives, rag
-from rag_jax.models import BertConfig, Gpt2Config, LlamaConfig
+from rag_jax.models import BertConfig, Gpt2Config, LlamaConfig, head
 
 BERT = BertConfig(61, 2, 2, 16, 32, 64, 2, 1e-12, "gelu", 0.0, 0.0)
 GENERATORS = {
@@ -321,7 +321,7 @@ def test_gold_log_probs_against_numpy(chunk, scale):
     hidden, kernel, ids = rng.normal(size=(5, 8)), scale * rng.normal(size=(8, 7)), np.array([0, 6, 3, 3, 1])
 
     def total(hidden, kernel):
-        log_probs = rag.gold_log_probs(hidden, kernel.T, jnp.asarray(ids, jnp.int32), chunk)
+        log_probs = head.gold_log_probs(hidden, kernel.T, jnp.asarray(ids, jnp.int32), chunk)
         return jnp.sum(log_probs), log_probs
 
     inputs = (jnp.asarray(hidden, jnp.float32), jnp.asarray(kernel, jnp.float32))

@@ -21,6 +21,7 @@ from rag_jax import rag
 from rag_jax.distributed import sharding
 from rag_jax.inference import programs
 from rag_jax.models.decoder import Cache, Decoder
+from rag_jax.models.head import gold_log_probs
 
 Tokens = tuple[Any, Any]  # ids (n, L) int32 and mask (n, L) bool, right-padded
 
@@ -229,7 +230,7 @@ def score(
         ids, mask = (jnp.repeat(a, K, axis=0) for a in hypothesis)
         after, _ = generator.extend_cache(ids, mask, reading.cache)
         before = jnp.concatenate([reading.hidden.reshape(B * K, 1, D), after[:, :-1]], axis=1)
-        log_probs = rag.gold_log_probs(before.reshape(-1, D), generator.head_kernel(), ids.reshape(-1))
+        log_probs = gold_log_probs(before.reshape(-1, D), generator.head_kernel(), ids.reshape(-1))
         return log_probs.reshape(B, K, -1)
 
     return jnp.swapaxes(jax.lax.map(one, (jnp.swapaxes(ids, 0, 1), jnp.swapaxes(mask, 0, 1))), 0, 1)

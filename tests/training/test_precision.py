@@ -14,6 +14,7 @@ from test_rag import make, make_rows
 
 from rag_jax import config, data, models, pair, rag
 from rag_jax.distributed import sharding
+from rag_jax.models import head
 from rag_jax.training import optim
 from rag_jax.training import step as train_step
 
@@ -82,7 +83,7 @@ def test_a_bfloat16_run_asks_for_nothing_slower(precision):
 def test_logits_of_a_float32_run_alone_are_exact():
     def asked(dtype):
         hidden, kernel, ids = jnp.ones((3, 8), dtype), jnp.ones((5, 8), dtype), jnp.zeros(3, jnp.int32)
-        return set(products(jax.jit(rag.gold_log_probs).lower(hidden, kernel, ids).as_text()))
+        return set(products(jax.jit(head.gold_log_probs).lower(hidden, kernel, ids).as_text()))
 
     jax.config.update("jax_default_matmul_precision", "default")
     assert asked(jnp.float32) == {(FLOAT32, "HIGHEST")}

@@ -1,0 +1,98 @@
+"""Rows of an array taken by number, with a gradient that is summed in float32 and in the same order every time.
+
+GPUs add what is scattered as it comes. Told to keep an order, XLA sorts every number of it, not every row: a sort of
+12.6 million for 16,384 tokens of width 768. bfloat16 sums stand still from the 256th equal addend on, and some tokens
+are met thousands of times.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+# So many rows at most have their sums by one product with ones and zeros, whose work is the number of rows per addend.
+FEW = 2048
+# Addends that are summed at a time where rows are many.
+BLOCK = 128
+
+
+def taken(rows: Float[Array, "N ..."], index: Int[Array, " S"], dtype: Any) -> Float[Array, "S ..."]:
+    """`rows[index]` in `dtype`; the gradient is in the dtype of the rows."""
+    return _taken(rows, index, dtype)
+
+
+def _as_they_are(rows: Array, index: Array, dtype: Any) -> Array:
+    return rows[index].astype(dtype)
+
+
+def _forward(rows: Array, index: Array, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
+    return _as_they_are(rows, index, dtype), (index, jnp.zeros_like(rows, shape=(len(rows), 0)))
+
+
+def _backward(dtype: Any, residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, None]:
+    index, like = residuals
+    addends = cotangent.reshape(len(cotangent), -1)
+    ordered = summed_by_product if len(like) <= FEW else summed_in_blocks
+    total = jax.lax.platform_dependent(
+        addends,
+        index,
+        cpu=functools.partial(summed_one_by_one, num_rows=len(like)),
+        default=functools.partial(ordered, num_rows=len(like)),
+    )
+    return total.astype(like.dtype).reshape(-1, *cotangent.shape[1:]), None
+
+
+_taken = jax.custom_vjp(_as_they_are, nondiff_argnums=(2,))
+_taken.defvjp(_forward, _backward)
+
+
+def summed_one_by_one(addends: Float[Array, "S F"], index: Int[Array, " S"], num_rows: int) -> Float[Array, "N F"]:
+    """sum_s [index_s = n] addend_s in float32, as a CPU computes it best and always in the same order."""
+    return jnp.zeros((num_rows, addends.shape[1])).at[index].add(addends.astype(jnp.float32))
+
+
+def summed_by_product(addends: Float[Array, "S F"], index: Int[Array, " S"], num_rows: int) -> Float[Array, "N F"]:
+    """The same by a product with ones and zeros: nothing is scattered."""
+    return _product("ns,sf->nf", jnp.arange(num_rows)[:, None] == index, addends)
+
+
+def summed_in_blocks(addends: Float[Array, "S F"], index: Int[Array, " S"], num_rows: int) -> Float[Array, "N F"]:
+    """The same for many rows: addends are sorted by row, summed in blocks, and what is scattered goes to one row each.
+
+    Blocks of sorted addends share no row but where one ends and the next begins.
+    """
+    S, F = addends.shape
+    num_blocks = -(-S // BLOCK)
+    index = jnp.pad(index, (0, num_blocks * BLOCK - S), constant_values=num_rows)
+    order = jnp.argsort(index, stable=True)
+    index_nT = index[order].reshape(num_blocks, BLOCK)
+    addends_nTF = addends.at[order].get(mode="fill", fill_value=0).reshape(num_blocks, BLOCK, F)
+    # Of a block, the row of slot j is the j-th different one.
+    slot_nT = jnp.cumsum(jnp.pad(index_nT[:, 1:] != index_nT[:, :-1], ((0, 0), (1, 0))), axis=1)
+    is_slot_njT = jnp.arange(BLOCK)[:, None] == slot_nT[:, None]
+    sums_njF = _product("njt,ntf->njf", is_slot_njT, addends_nTF)
+    row_nj = jnp.max(jnp.where(is_slot_njT, index_nT[:, None], -1), axis=2)
+    # A block's first row that an earlier one began is added to the last row of the block that began it.
+    last_n = slot_nT[:, -1]
+    continues_n = jnp.pad(index_nT[1:, 0] == index_nT[:-1, -1], (1, 0))
+    block_n = jnp.arange(num_blocks)
+    begins_n = jax.lax.cummax(jnp.where(continues_n & (last_n == 0), 0, block_n))  # the block that began its last row
+    owner_n = jnp.where(continues_n, jnp.roll(begins_n, 1), -1)
+    carried_nF = _product("nm,mf->nf", block_n[:, None] == owner_n, sums_njF[:, 0])
+    is_last_nj = jnp.arange(BLOCK) == last_n[:, None]
+    sums_njF += is_last_nj[:, :, None] * carried_nF[:, None]
+    moved_nj = continues_n[:, None] & (jnp.arange(BLOCK) == 0)
+    # Slots without a row go to places past the end, which are dropped; one each, as promised to the compiler.
+    past_nj = num_rows + jnp.arange(num_blocks * BLOCK).reshape(num_blocks, BLOCK)
+    row_nj = jnp.where(moved_nj | (row_nj < 0) | (row_nj >= num_rows), past_nj, row_nj)
+    table_NF = jnp.zeros((num_rows, F))
+    return table_NF.at[row_nj.reshape(-1)].set(sums_njF.reshape(-1, F), mode="drop", unique_indices=True)
+
+
+def _product(axes: str, ones: Array, addends: Array) -> Array:
+    """A sum, so float32 addends keep all their digits also where products are rougher by default."""
+    precision = jax.lax.Precision.HIGHEST if addends.dtype == jnp.float32 else None
+    ones = ones.astype(addends.dtype)
+    return jnp.einsum(axes, ones, addends, precision=precision, preferred_element_type=jnp.float32)

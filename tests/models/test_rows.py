@@ -1,0 +1,49 @@
+"""Rows taken by number, and the sums that are their gradients, against numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rag_jax.models import rows
+
+SUMS = [rows.summed_one_by_one, rows.summed_by_product, rows.summed_in_blocks]
+
+
+def drawn(dtype, num_rows, num_addends):
+    """Some rows are met all the time, as words are, and some never."""
+    rng = np.random.default_rng(num_rows + num_addends)
+    shares = 1 / np.arange(1, num_rows + 1)
+    index = rng.choice(num_rows, num_addends, p=shares / shares.sum())
+    addends = jnp.asarray(rng.uniform(0.5, 1.5, (num_addends, 3)), dtype)
+    expected = np.zeros((num_rows, 3))
+    np.add.at(expected, index, np.asarray(addends, np.float64))
+    return addends, jnp.asarray(index), expected
+
+
+# Fewer addends than a block, whole blocks, rows that go on over several blocks, a single row, most rows without any.
+@pytest.mark.parametrize(("num_rows", "num_addends"), [(3, 5), (300, 128), (40, 3000), (1, 1000), (5000, 1001)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("summed", SUMS)
+def test_sums_are_those_of_numpy(summed, dtype, num_rows, num_addends):
+    addends, index, expected = drawn(dtype, num_rows, num_addends)
+    got = summed(addends, index, num_rows)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_that_are_taken_and_their_gradient(dtype):
+    weights, index, expected = drawn(dtype, 7, 2000)
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(7, 3)), jnp.float32)
+    taken, pullback = jax.vjp(lambda table: rows.taken(table, index, jnp.dtype(dtype)), table)
+    np.testing.assert_array_equal(taken, table[index].astype(dtype))
+    np.testing.assert_allclose(pullback(weights)[0], expected, rtol=1e-5)
+
+
+def test_an_accelerator_scatters_to_one_row_each():
+    """What promises an order of sums costs nothing there only if no two addends go to the same row."""
+    addends, index, _ = drawn("bfloat16", 3000, 500)
+    gradient = jax.grad(lambda table: jnp.vdot(rows.taken(table, index, addends.dtype), addends))
+    text = jax.jit(gradient).trace(jnp.zeros((3000, 3))).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count('"stablehlo.scatter"(') == text.count("unique_indices = true") == 1
