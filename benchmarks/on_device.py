@@ -213,7 +213,8 @@ def gradients_on(case: Any, batch: Any, device: Any, dtype: str, precision: str)
     found = fit.Device(device.platform, 1, (major, minor))
 
     def computed(config: Any) -> Any:
-        kernel = "plain" if fit.cudnn_problem(found, dtype, config.heads[2], 0.0) else "cudnn"
+        fused = fit.FUSED.get(found.platform)
+        kernel = "plain" if fused is None or fit.fused_problem(fused, found, dtype, config.heads, 1, 0.0) else fused
         return dataclasses.replace(config, computing=models.Computing(dtype, "dots", kernel))
 
     graphs, shapes = zip(*(models.abstract(computed(config)) for config in (retriever, generator)), strict=True)

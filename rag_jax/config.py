@@ -21,7 +21,7 @@ from rag_jax.evaluation import metrics
 from rag_jax.objectives import OBJECTIVES
 
 MOST = 2**31
-ATTENTION = ("plain", "cudnn")
+ATTENTION = ("plain", "cudnn", "pallas")
 REMAT = ("none", "dots", "full")
 REMAT_MEANING = "what layers recompute in the backward pass: nothing, all but products with weights, everything"
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -109,8 +109,8 @@ KEYS: dict[str, Key] = {
     "attention": Key(
         str,
         one_of("auto", *ATTENTION),
-        "what computes it in training: plain runs anywhere; cudnn, on GPUs, never writes scores to memory, but takes "
-        "bfloat16 alone and no dropout; auto: cudnn where it can, else plain",
+        "what computes it in training: plain runs anywhere; cudnn, on GPUs, and pallas, on TPUs, never write scores to "
+        "memory, but take bfloat16 alone and no dropout; auto: that of the device where it can, else plain",
     ),
     "kernels": Key(
         str,

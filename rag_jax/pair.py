@@ -84,7 +84,8 @@ def this_device() -> fit.Device:
     own = jax.local_devices()[0]  # of the other processes' nobody tells the memory
     stats = own.memory_stats() or {}
     major, minor = map(int, getattr(own, "compute_capability", "0.0").split("."))
-    return fit.Device(own.platform, jax.device_count(), (major, minor), stats.get("bytes_limit", 0.0))
+    memory = stats.get("bytes_limit", 0.0)
+    return fit.Device(own.platform, jax.device_count(), (major, minor), memory, own.device_kind)
 
 
 def composite(config: Any, sources: dict[str, hf.Source], device: fit.Device | None = None) -> rag.Rag:
@@ -140,18 +141,21 @@ def _with_dropout(config: Any, source: hf.Source) -> models.ModelConfig:
 
 
 def attention_kernel(config: Any, role: str, source: hf.Source, device: fit.Device) -> tuple[models.Kernel, str]:
-    """The kernel of a model's attention in training and, of the plain one, why it is not cuDNN's.
+    """The kernel of a model's attention in training and, of the plain one, why it is no fused one.
 
     UserError where the config asks for one that cannot compute this model.
     """
     own = _with_dropout(config, source)
     rate = getattr(own, "attention_dropout", 0.0)
-    problem = fit.cudnn_problem(device, config.dtype, own.heads[2], rate)
-    if config.attention == "cudnn" and problem:
-        raise UserError(f"attention=cudnn: cannot compute {role}.path={source.path!r}, as {problem}; say auto or plain")
-    if config.attention == "plain" or problem:
-        return "plain", problem
-    return "cudnn", ""
+    kernel = fit.FUSED.get(device.platform) if config.attention == "auto" else config.attention
+    if kernel is None or kernel == "plain":
+        return "plain", ""
+    problem = fit.fused_problem(kernel, device, config.dtype, own.heads, config.mesh.model, rate)
+    if problem and config.attention != "auto":
+        raise UserError(
+            f"attention={kernel}: cannot compute {role}.path={source.path!r}, as {problem}; say auto or plain"
+        )
+    return ("plain", f"not {kernel}: {problem}") if problem else (kernel, "")
 
 
 def dropouts(model_config: models.ModelConfig) -> dict[str, float]:

@@ -163,15 +163,15 @@ def compile_step(loaded: Any, topology: chips.Topology) -> dict[str, Any]:
 
 def device_of(topology: chips.Topology) -> fit.Device:
     """What a run would find there. jax is made to lower to cuDNN's attention for a card that is not here."""
-    card = topology.chip.card
+    chip, card = topology.chip, topology.chip.card
     if card is None:
-        return fit.Device("tpu", topology.devices, memory=topology.chip.hbm_bytes)
+        return fit.Device("tpu", topology.devices, memory=chip.hbm_bytes, kind=chip.kind)
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
     fused.check_cudnn_version = lambda: CUDNN
     fused.check_compute_capability = lambda least: card.capability >= tuple(map(int, least.split(".")))
     fused.is_cuda_compute_capability_equal = lambda other: card.capability == tuple(map(int, other.split(".")))
-    return fit.Device("gpu", topology.devices, card.capability, topology.chip.hbm_bytes)
+    return fit.Device("gpu", topology.devices, card.capability, chip.hbm_bytes, chip.kind)
 
 
 def timing(program: Any, topology: chips.Topology, needed: float, products: tuple[str, str]) -> dict[str, Any]:

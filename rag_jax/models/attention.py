@@ -10,10 +10,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from rag_jax.models import tpu_attention
 from rag_jax.models.config import Kernel
-from rag_jax.models.layers import Rope, dropout, linear, named_keys, numbered_keys, rms_norm, rotate
+from rag_jax.models.layers import ATTENDED, Rope, dropout, linear, named_keys, numbered_keys, rms_norm, rotate
+from rag_jax.models.rows import taken
 
 # Of any number of tokens. The plain kernel's keys are transposed, as their product with queries reads them: XLA's CPU
 # backend would turn all of them around again at every token that is decoded.
@@ -39,6 +43,22 @@ class Seen(NamedTuple):
         if self.causal:
             mask = mask & (distance >= 0)
         return mask if self.window is None else mask & (jnp.abs(distance) < self.window)
+
+
+class Context(NamedTuple):
+    """Earlier keys and values that rows see besides their own."""
+
+    keys_values: KeysValues  # of R contexts
+    seen: Seen  # of their keys; `offset` of rows
+    index: Int[Array, " B"] | None = None  # each row's context; None: the one that lies where the row does
+
+    def of_rows(self) -> tuple[KeysValues, Seen]:
+        """A copy for each row."""
+        index = self.index
+        if index is None:
+            return self.keys_values, self.seen
+        copies = jax.tree.map(lambda a: taken(a, index, a.dtype), self.keys_values)
+        return copies, self.seen._replace(real=self.seen.real[index])
 
 
 @jax.custom_vjp
@@ -134,19 +154,64 @@ def merged(one: Part, other: Part) -> Part:
 
 
 def attend_fused(
-    query: Float[Array, "B L H C"], parts: Sequence[tuple[FusedKeysValues, Seen]], kernel: Kernel
+    query: Float[Array, "B L H C"], keys_values: FusedKeysValues, own: Seen, context: Context | None, kernel: Kernel
 ) -> Float[Array, "B L H C"]:
-    """`attend` by a kernel of `jax.nn.dot_product_attention`, which never writes scores to memory.
+    """`attend` by a kernel that never writes scores to memory."""
+    attend_by = _attend_pallas if kernel.startswith("pallas") else _attend_jax
+    of_context = None if context is None else context.keys_values
+    masks, structure = jax.tree.flatten((own, context and (context.seen, context.index)))
+    arrays, others = zip(*((leaf, None) if isinstance(leaf, Array) else (None, leaf) for leaf in masks), strict=True)
+
+    def attended(query: Array, keys_values: FusedKeysValues, of_context: Any, arrays: Any) -> Array:
+        masks = [other if array is None else array for array, other in zip(arrays, others, strict=True)]
+        own, more = jax.tree.unflatten(structure, masks)
+        return attend_by(kernel, query, keys_values, own, more and Context(of_context, *more))
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.manual_axes and mesh.auto_axes:
+        # Where some axes are split by hand, the compiler cannot split such a kernel along the others.
+        by_head = PartitionSpec(None, None, mesh.auto_axes)
+        attended = jax.shard_map(
+            attended, in_specs=(by_head, by_head, by_head, PartitionSpec()), out_specs=by_head,
+            axis_names=set(mesh.auto_axes), check_vma=False,
+        )  # fmt: skip
+    return checkpoint_name(attended(query, keys_values, of_context, arrays), ATTENDED)
+
+
+def _attend_jax(
+    kernel: Kernel, query: Array, keys_values: FusedKeysValues, own: Seen, context: Context | None
+) -> Array:
+    """By `jax.nn.dot_product_attention`.
 
     Parts that are merged by their logarithms of sums would save a copy of the keys, but jax gives those no gradient.
     """
+    parts = [(keys_values, own)] if context is None else [context.of_rows(), (keys_values, own)]
     key, value = (jnp.concatenate(arrays, axis=1) for arrays in zip(*(part for part, _ in parts), strict=True))
     (B, L, *_), Lk = query.shape, key.shape[1]
-    masks = (jnp.broadcast_to(seen.mask(L), (B, L, len(seen.real[0]))) for _, seen in parts)
-    mask = jnp.concatenate(list(masks), axis=-1)[:, None]
+    seen = (jnp.broadcast_to(seen.mask(L), (B, L, len(seen.real[0]))) for _, seen in parts)
+    mask = jnp.concatenate(list(seen), axis=-1)[:, None]
     fits_cudnn = L % 2 == 0 and Lk % 2 == 0  # it takes even lengths alone
     implementation = "cudnn" if kernel == "cudnn" and fits_cudnn else "xla"
     return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
+
+
+def _attend_pallas(
+    kernel: Kernel, query: Array, keys_values: FusedKeysValues, own: Seen, context: Context | None
+) -> Array:
+    """By our own kernel for TPUs, as long as what a row sees fits into the chip."""
+    if query.shape[1] + (0 if context is None else context.keys_values[0].shape[1]) > tpu_attention.MOST_TOKENS:
+        return _attend_jax(kernel, query, keys_values, own, context)
+    shared: tuple[Any, ...] = ()
+    if context is not None:
+        shared = (*context.keys_values, context.seen.real), context.index, context.seen.offset
+    return tpu_attention.attend(
+        query,
+        (*keys_values, own.real),
+        *shared,
+        causal=own.causal,
+        window=own.window,
+        interpret=kernel == "pallas-interpreted",
+    )
 
 
 class Attention(nnx.Module):
@@ -183,7 +248,7 @@ class Attention(nnx.Module):
         own: Seen,
         *,
         rope: Rope | None = None,
-        context: tuple[KeysValues, Seen] | None = None,
+        context: Context | None = None,
         kernel: Kernel = "plain",
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B L D"], KeysValues]:
@@ -205,10 +270,10 @@ class Attention(nnx.Module):
             query, key = rotate(query, rope), rotate(key, rope)
         is_plain = kernel == "plain" or (dropout_keys is not None and self.dropout_rate > 0)
         keys_values = (jnp.transpose(key, (0, 2, 3, 1)), jnp.swapaxes(value, 1, 2)) if is_plain else (key, value)
-        parts = [(keys_values, own)] if context is None else [context, (keys_values, own)]
         if is_plain:
+            parts = [(keys_values, own)] if context is None else [context.of_rows(), (keys_values, own)]
             keys = named_keys(dropout_keys, "attention")
             attended = jnp.swapaxes(attend(jnp.swapaxes(query, 1, 2), parts, self.dropout_rate, keys), 1, 2)
         else:
-            attended = attend_fused(query, parts, kernel)
+            attended = attend_fused(query, keys_values, own, context, kernel)
         return self.out(attended.reshape(B, L, -1)), keys_values

@@ -5,8 +5,8 @@ from typing import Any, ClassVar, Literal
 
 from flax import nnx
 
-# Of attention: ours, cuDNN's, and one of jax's own for CPUs that takes the same arrays as cuDNN's.
-Kernel = Literal["plain", "cudnn", "xla"]
+# Of attention: ours for any device, cuDNN's for GPUs, ours for TPUs; and what takes the arrays of these on any device.
+Kernel = Literal["plain", "cudnn", "pallas", "xla", "pallas-interpreted"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from rag_jax.models import layers
-from rag_jax.models.attention import Attention, KeysValues, Seen
+from rag_jax.models.attention import Attention, Context, KeysValues, Seen
 from rag_jax.models.config import Kernel
 from rag_jax.models.layers import View
 
@@ -26,28 +26,6 @@ class Cache(NamedTuple):
     key: Float[Array, "N B G C Lk"]
     value: Float[Array, "N B G Lk C"]
     length: Int[Array, " B"]
-
-
-@jax.custom_vjp
-def taken(rows: Float[Array, "P ..."], index: Int[Array, " S"]) -> Float[Array, "S ..."]:
-    """`rows[index]`, whose gradient is a product with ones and zeros: a sum in float32, in the same order every time.
-
-    GPUs add what is scattered as it comes; told to keep an order, XLA sorts every number of it, twice a step's time.
-    """
-    return rows[index]
-
-
-def _taken_forward(rows: Array, index: Array) -> tuple[Array, Array]:
-    return rows[index], jnp.arange(len(rows))[:, None] == index
-
-
-def _taken_backward(is_taken_PS: Array, cotangent: Array) -> tuple[Array, None]:
-    flat, dtype = cotangent.reshape(len(cotangent), -1), cotangent.dtype
-    total = jnp.matmul(is_taken_PS.astype(dtype), flat, preferred_element_type=jnp.float32).astype(dtype)
-    return total.reshape(-1, *cotangent.shape[1:]), None
-
-
-taken.defvjp(_taken_forward, _taken_backward)
 
 
 class PreNormLayer(nnx.Module):
@@ -65,7 +43,7 @@ class PreNormLayer(nnx.Module):
         own: Seen,
         *,
         rope: layers.Rope | None = None,
-        context: tuple[KeysValues, Seen] | None = None,
+        context: Context | None = None,
         kernel: Kernel = "plain",
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B L D"], KeysValues]:
@@ -127,7 +105,7 @@ class Decoder(nnx.Module):
 
         prefix_positions, prefix_len = layers.positions_of(prefix_mask), prefix_mask.sum(axis=-1, dtype=jnp.int32)
         pairs_ids, pairs_mask = (jnp.repeat(a, K, axis=0) for a in (suffix_ids, suffix_mask))
-        pairs_prefix_mask, pairs_prefix_len = prefix_mask[flat], prefix_len[flat]
+        pairs_prefix_len = prefix_len[flat]
         pairs_positions = pairs_prefix_len[:, None] + layers.positions_of(pairs_mask)
 
         prefix_keys = layers.named_keys(dropout_keys, "prefix")
@@ -142,8 +120,8 @@ class Decoder(nnx.Module):
             (prefix_x, pairs_x), (prefix_view, pairs_view) = carry, views
             own = Seen(prefix_mask, prefix_view.window, causal=True)
             prefix_x, keys_values = layer(prefix_x, own, rope=prefix_view.rope, kernel=kernel, dropout_keys=keys[0])
-            before = Seen(pairs_prefix_mask, pairs_view.window, offset=pairs_prefix_len)
-            context = (jax.tree.map(lambda a: taken(a, flat), keys_values), before)
+            before = Seen(prefix_mask, pairs_view.window, offset=pairs_prefix_len)
+            context = Context(keys_values, before, flat)
             own = Seen(pairs_mask, pairs_view.window, causal=True)
             pairs_x, _ = layer(pairs_x, own, rope=pairs_view.rope, context=context, kernel=kernel, dropout_keys=keys[1])
             return (prefix_x, pairs_x), None
@@ -219,7 +197,7 @@ class Decoder(nnx.Module):
             (view,), context = views, None
             if layer_cache is not None:
                 keys_values = layer_cache if rows is None else jax.tree.map(lambda a: a[rows], layer_cache)
-                context = (keys_values, Seen(filled, view.window, offset=length))
+                context = Context(keys_values, Seen(filled, view.window, offset=length))
             own = Seen(attention_mask, view.window, causal=True)
             x, keys_values = layer(x, own, rope=view.rope, context=context, kernel=kernel, dropout_keys=keys)
             return x, keys_values if keep else None

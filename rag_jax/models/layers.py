@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
 
 from rag_jax.models.config import Computing
+from rag_jax.models.rows import taken
 
 Rope = tuple[Float[Array, "B L C2"], Float[Array, "B L C2"]]
 
@@ -30,10 +31,26 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 # What `Deferred.prepare` makes of a layer's parameters: whole ones in the compute dtype.
 PREPARED = "prepared"
+# What a fused kernel of attention has computed.
+ATTENDED = "attended"
+
+
+def _products_and_attention(primitive: Any, *args: Any, **params: Any) -> bool:
+    """Products with weights, not those of attention, but what its fused kernels return: no more than one of the former.
+
+    cuDNN's returns, besides, what its gradient needs and no name can be given to.
+    """
+    return (
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
+        or (primitive.name == "name" and params["name"] == ATTENDED)
+        or primitive.name == "dot_product_attention_fwd_wrapper"
+    )
+
+
 # What of a layer's forward pass stays in memory for its backward pass; the rest is computed again.
 REMAT: dict[str, Callable[..., bool]] = {
     "none": jax.checkpoint_policies.save_anything_except_these_names(PREPARED),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights, not attention
+    "dots": _products_and_attention,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -66,16 +83,13 @@ class Mlp(nnx.Module):
 
 
 class Embed(nnx.Embed):
-    """Rows of a float32 table in `dtype`: the table's gradient, a sum over all tokens, is then made in float32.
-
-    bfloat16 sums stand still from the 256th equal addend on, and some tokens are met thousands of times.
-    """
+    """Rows of a float32 table in `dtype`."""
 
     def __init__(self, num_rows: int, width: int, dtype: str, rngs: nnx.Rngs):
         super().__init__(num_rows, width, dtype=jnp.dtype(dtype), rngs=rngs)
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-        return jnp.take(self.embedding[...], ids, axis=0).astype(self.dtype)
+        return taken(self.embedding[...], ids.reshape(-1), self.dtype).reshape(*ids.shape, -1)
 
 
 def layer_norm(width: int, eps: float, dtype: str, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -209,17 +223,24 @@ def scan(
     layer_keys = jax.tree.map(lambda keys: named_keys(keys, "layers"), dropout_keys)
     deferred = [leaf for leaf in jax.tree.leaves(params, is_leaf=_is_deferred) if _is_deferred(leaf)]
 
+    def prepared(inputs: Any) -> Any:
+        layer_params, *others = inputs
+        return jax.tree.map(_prepared, layer_params, is_leaf=_is_deferred), *others
+
     def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
-        layer_params, x, n = inputs
+        layer_params, x, n = inputs if computing.unrolls else prepared(inputs)
         keys = jax.tree.map(lambda keys: numbered_keys(keys, n), layer_keys)
-        layer_params = jax.tree.map(_prepared, layer_params, is_leaf=_is_deferred)
         return body(nnx.merge(graphdef, layer_params), carry, x, keys)
 
-    if computing.remat != "none" or deferred:
+    if computing.remat != "none" or (deferred and not computing.unrolls):
         # Also without rematerialisation, where only what was deferred is made again: kept for the backward pass, all
         # layers would be whole at one time after all. A loop needs no barrier between the first and the second time.
         step = jax.checkpoint(step, policy=REMAT[computing.remat], prevent_cse=computing.unrolls)
-    return jax.lax.scan(step, carry, (params, xs, jnp.arange(num_layers)), unroll=computing.unrolls)
+    inputs = params, xs, jnp.arange(num_layers)
+    if not computing.unrolls:
+        return jax.lax.scan(step, carry, inputs)
+    # On one device whole layers are nothing but copies in another dtype: made once, they serve the backward pass too.
+    return jax.lax.scan(lambda carry, inputs: step(carry, prepared(inputs)), carry, inputs, unroll=True)
 
 
 def _is_deferred(leaf: Any) -> bool:

@@ -1,6 +1,7 @@
 """What a run chooses by the devices that it finds: the kernel of attention, and how much it computes at a time."""
 
 import dataclasses
+from typing import Literal
 
 # Layers that are compiled each for itself at most: one takes the compiler as long as all of them in one loop do.
 MOST_UNROLLED = 32
@@ -18,21 +19,37 @@ class Device:
     count: int = 1
     capability: tuple[int, int] = (0, 0)  # of a GPU
     memory: float = 0.0  # bytes of one that a run may use; 0: not known
+    kind: str = ""  # as jax calls it
 
 
-def cudnn_problem(device: Device, dtype: str, channels: int, dropout: float) -> str:
-    """Why cuDNN's kernel cannot compute attention with heads of so many channels; empty where it can."""
-    most = 256 if device.capability >= (9, 0) else 128
-    if device.platform != "gpu":
-        return "it runs on GPUs alone"
-    if device.count > 1:
-        return "jax cannot split it over several devices inside a program that is split by hand"
-    if device.capability < (8, 0):
+# By platform: the kernel of attention that never writes scores to memory.
+Fused = Literal["cudnn", "pallas"]
+FUSED: dict[str, Fused] = {"gpu": "cudnn", "tpu": "pallas"}
+
+
+def fused_problem(
+    kernel: Fused, device: Device, dtype: str, heads: tuple[int, int, int], split: int, dropout: float
+) -> str:
+    """Why a fused kernel cannot compute attention; empty where it can.
+
+    `heads`: those of queries, of keys and values, and the channels of each. `split`: devices that share them.
+    """
+    _, num_kv_heads, channels = heads
+    most, step = (256 if device.capability >= (9, 0) else 128, 8) if kernel == "cudnn" else (256, 16)
+    if FUSED.get(device.platform) != kernel:
+        return f"it runs on {'GPUs' if kernel == 'cudnn' else 'TPUs'} alone"
+    if kernel == "cudnn" and device.capability < (8, 0):
         return f"it needs a GPU of compute capability 8.0, and this one has {'.'.join(map(str, device.capability))}"
+    if kernel == "pallas" and device.kind.startswith(("TPU v2", "TPU v3", "TPU v4")):
+        return f"it needs more of the fastest memory than a {device.kind} has"
+    if kernel == "pallas" and device.count == split > 1:
+        return "the compiler cannot split it where nothing but mesh.model is split"
     if dtype != "bfloat16":
         return f"it needs dtype=bfloat16, and that is {dtype}"
-    if channels > most or channels % 8:
-        return f"it needs heads of at most {most} channels, a multiple of 8, and these have {channels}"
+    if channels > most or channels % step:
+        return f"it needs heads of at most {most} channels, a multiple of {step}, and these have {channels}"
+    if num_kv_heads % split:
+        return f"the {num_kv_heads} heads of keys and values cannot be split over mesh.model={split} devices"
     if dropout:
         return f"it knows no dropout, and attention has {dropout:g} here (dropout=0 turns it off)"
     return ""
@@ -51,15 +68,20 @@ def head_chunk(device: Device, vocab_size: int) -> int:
     return CPU_TOKENS if device.platform == "cpu" else max(LOGITS_BYTES // (4 * vocab_size), CPU_TOKENS // 2)
 
 
-def compiler_options(device: Device, kernels: str, chosen: str | None = None) -> dict[str, str | bool]:
+def compiler_options(device: Device, kernels: str, chosen: str | None = None) -> dict[str, str | bool | int]:
     """What XLA is told of a training step. `chosen`: a folder for the kernels that it finds to be the fastest.
 
     A second process, or another host, then finds the same ones: measured anew they could be others, with other bits.
     """
-    if device.platform != "gpu" or kernels != "deterministic":
+    if device.platform != "gpu":
         return {}
-    kept: dict[str, str | bool] = {} if chosen is None else {"xla_gpu_per_fusion_autotune_cache_dir": chosen}
-    return kept | {"xla_gpu_exclude_nondeterministic_ops": True}
+    # Products that share an operand stay apart: merged, what each of them gives is copied out of the others'.
+    options: dict[str, str | bool | int] = {"xla_gpu_dot_merger_threshold_mb": 0}
+    if kernels == "deterministic":
+        options["xla_gpu_exclude_nondeterministic_ops"] = True
+        if chosen is not None:
+            options["xla_gpu_per_fusion_autotune_cache_dir"] = chosen
+    return options
 
 
 def groups_at_a_time(device: Device, held_bytes: float, group_bytes: float) -> int:

@@ -23,6 +23,7 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _WINDOW = re.compile(r"window=\{(.*?)\}")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
+_OWN_KERNEL = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')  # what a Pallas kernel says of itself
 _SCORES = re.compile(r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([\d", ]+)\]')
 _CUBLAS = re.compile(r'"lhs_contracting_dimensions":\s*\[([\d", ]*)\]')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
@@ -245,6 +246,8 @@ def _product_flops(instruction: _Instruction, here: dict[str, _Instruction]) -> 
         channels = _dims(here[instruction.operands[0]].result)[-1]
         # Scores and values; backwards scores again, and the gradients of weights, values, queries and keys.
         return 2.0 * (5 if "Backward" in rest else 2) * math.prod(map(int, re.findall(r"\d+", scores[1]))) * channels
+    if instruction.operation == "custom-call" and (own := _OWN_KERNEL.search(rest)):
+        return float(own[1])
     return 0.0
 
 

@@ -94,7 +94,7 @@ def attention_line(training: Training) -> str:
     said: dict[str, list[str]] = {}
     for role, source in training.opened.sources.items():
         kernel, reason = pair.attention_kernel(training.config, role, source, pair.this_device())
-        said.setdefault(kernel + (f" (not cudnn: {reason})" if reason else ""), []).append(role)
+        said.setdefault(kernel + (f" ({reason})" if reason else ""), []).append(role)
     return next(iter(said)) if len(said) == 1 else "; ".join(f"{role} {text}" for text, (role,) in said.items())
 
 

@@ -94,9 +94,9 @@ def test_negatives_that_queries_bring(shape):
 
 
 @pytest.mark.parametrize("shape", cases([], [(2, 2, 2)], [(1, 2, 4), (1, 8, 1)]))
-def test_rematerialisation(shape):
+def test_rematerialisation_and_a_fused_kernel_of_attention(shape):
     model, params = make("gpt2")
-    config = dataclasses.replace(GENERATORS["gpt2"], computing=models.Computing(remat="full"))
+    config = dataclasses.replace(GENERATORS["gpt2"], computing=models.Computing(remat="full", attention="xla"))
     assert_same_on(shape, dataclasses.replace(model, generator=models.abstract(config)[0]), params, make_rows(32))
 
 

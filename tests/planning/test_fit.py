@@ -13,23 +13,40 @@ TPU = fit.Device("tpu", 1, memory=16e9)
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "channels", "dropout", "problem"),
+    ("kernel", "device", "dtype", "channels", "dropout", "problem"),
     [
-        (H100, "bfloat16", 64, 0.0, ""),
-        (H100, "bfloat16", 256, 0.0, ""),
-        (CPU, "bfloat16", 64, 0.0, "it runs on GPUs alone"),
-        (TPU, "bfloat16", 64, 0.0, "it runs on GPUs alone"),
-        (H100, "float32", 64, 0.0, "it needs dtype=bfloat16, and that is float32"),
-        (H100, "bfloat16", 60, 0.0, "it needs heads of at most 256 channels, a multiple of 8, and these have 60"),
-        (H100, "bfloat16", 64, 0.1, "it knows no dropout, and attention has 0.1 here (dropout=0 turns it off)"),
-        (fit.Device("gpu", 1, (8, 6)), "bfloat16", 256, 0.0, "it needs heads of at most 128 channels"),
-        (fit.Device("gpu", 8, (9, 0)), "bfloat16", 64, 0.0, "jax cannot split it over several devices"),
-        (fit.Device("gpu", 1, (7, 5)), "bfloat16", 64, 0.0, "compute capability 8.0, and this one has 7.5"),
+        ("cudnn", H100, "bfloat16", 64, 0.0, ""),
+        ("cudnn", H100, "bfloat16", 256, 0.0, ""),
+        ("cudnn", fit.Device("gpu", 8, (9, 0)), "bfloat16", 64, 0.0, ""),
+        ("cudnn", CPU, "bfloat16", 64, 0.0, "it runs on GPUs alone"),
+        ("cudnn", TPU, "bfloat16", 64, 0.0, "it runs on GPUs alone"),
+        ("cudnn", H100, "float32", 64, 0.0, "it needs dtype=bfloat16, and that is float32"),
+        ("cudnn", H100, "bfloat16", 60, 0.0, "heads of at most 256 channels, a multiple of 8, and these have 60"),
+        (
+            "cudnn",
+            H100,
+            "bfloat16",
+            64,
+            0.1,
+            "it knows no dropout, and attention has 0.1 here (dropout=0 turns it off)",
+        ),
+        ("cudnn", fit.Device("gpu", 1, (8, 6)), "bfloat16", 256, 0.0, "it needs heads of at most 128 channels"),
+        ("cudnn", fit.Device("gpu", 1, (7, 5)), "bfloat16", 64, 0.0, "compute capability 8.0, and this one has 7.5"),
+        ("pallas", TPU, "bfloat16", 64, 0.0, ""),
+        ("pallas", H100, "bfloat16", 64, 0.0, "it runs on TPUs alone"),
+        ("pallas", TPU, "bfloat16", 40, 0.0, "heads of at most 256 channels, a multiple of 16, and these have 40"),
+        ("pallas", fit.Device("tpu", 1, kind="TPU v4"), "bfloat16", 64, 0.0, "of the fastest memory than a TPU v4 has"),
+        ("pallas", fit.Device("tpu", 2), "bfloat16", 64, 0.0, "where nothing but mesh.model is split"),
     ],
 )
-def test_what_cudnn_can_compute(device, dtype, channels, dropout, problem):
-    found = fit.cudnn_problem(device, dtype, channels, dropout)
+def test_what_fused_kernels_can_compute(kernel, device, dtype, channels, dropout, problem):
+    found = fit.fused_problem(kernel, device, dtype, (8, 2, channels), 2, dropout)
     assert problem in found and bool(problem) == bool(found)
+
+
+def test_heads_that_cannot_be_split_over_the_devices_are_for_the_plain_kernel():
+    found = fit.fused_problem("cudnn", fit.Device("gpu", 8, (9, 0)), "bfloat16", (8, 2, 64), 4, 0.0)
+    assert "the 2 heads of keys and values cannot be split over mesh.model=4" in found
 
 
 def kernel_of(device, **overrides):
@@ -42,8 +59,9 @@ def test_the_kernel_is_what_the_config_asks_for_or_what_can_be():
     half = {"dtype": "bfloat16", "dropout": 0.0}
     assert kernel_of(H100, **half) == ("cudnn", "") == kernel_of(H100, **half, attention="cudnn")
     assert kernel_of(H100, **half, attention="plain") == ("plain", "")
-    assert kernel_of(CPU, **half) == ("plain", "it runs on GPUs alone")
-    assert kernel_of(H100, dtype="bfloat16")[0] == "plain"  # GPT-2's own dropout
+    assert kernel_of(CPU, **half) == ("plain", "") and kernel_of(TPU, **half) == ("pallas", "")
+    kernel, reason = kernel_of(H100, dtype="bfloat16")  # GPT-2's own dropout
+    assert kernel == "plain" and reason.startswith("not cudnn: it knows no dropout")
     with pytest.raises(UserError, match=r"attention=cudnn: cannot compute generator\.path='gpt2', as it runs on GPUs"):
         kernel_of(CPU, **half, attention="cudnn")
 
@@ -55,11 +73,13 @@ def test_layers_are_unrolled_on_one_accelerator_alone():
 
 
 def test_deterministic_kernels_are_asked_for_on_gpus_alone():
-    wanted = {"xla_gpu_exclude_nondeterministic_ops": True}
+    always = {"xla_gpu_dot_merger_threshold_mb": 0}
+    wanted = always | {"xla_gpu_exclude_nondeterministic_ops": True}
     assert fit.compiler_options(H100, "deterministic") == wanted
     kept = {"xla_gpu_per_fusion_autotune_cache_dir": "run/autotuned"}
     assert fit.compiler_options(H100, "deterministic", "run/autotuned") == wanted | kept
-    assert fit.compiler_options(H100, "fastest", "run/autotuned") == fit.compiler_options(CPU, "deterministic") == {}
+    assert fit.compiler_options(H100, "fastest", "run/autotuned") == always
+    assert fit.compiler_options(CPU, "deterministic") == {}
 
 
 def test_how_much_is_computed_at_a_time():

@@ -1,10 +1,13 @@
 """Plans: what is read from compiled programs against counts by hand, and real compilers on accelerators not here."""
 
+import collections
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -173,23 +176,73 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def planned(cache, config_file, topology, *flags, **values):
-    """The plan as JSON; skipped where the compiler is not installed."""
-    command = words("plan", f"--config={config_file}", f"--topology={topology}", "--json", *flags, **values)
+def output(cache, command):
+    """What it prints to both streams; skipped where the compiler is not installed."""
     there = environment(cache)
     there["PYTHONPATH"] += f"{os.pathsep}{ROOT / '.venv' / 'compilers'}"
     done = subprocess.run(command, cwd=ROOT, env=there, capture_output=True, text=True)
     if "its compiler is not installed" in done.stderr:
         pytest.skip(done.stderr)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "" or "--sweep" in flags  # what compilers say to themselves stays with them
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout, done.stderr
+
+
+def planned(cache, config_file, topology, *flags, **values):
+    """The plan as JSON."""
+    command = words("plan", f"--config={config_file}", f"--topology={topology}", "--json", *flags, **values)
+    stdout, stderr = output(cache, command)
+    assert stderr == "" or "--sweep" in flags  # what compilers say to themselves stays with them
+    return json.loads(stdout.splitlines()[-1])
+
+
+COMPILED = """
+import os
+os.environ["JAX_PLATFORMS"] = "cpu"
+from rag_jax import config, plan
+from rag_jax.planning import chips, hlo
+def printed(text, parsed=hlo.Program):
+    print(text)
+    return parsed(text)
+hlo.Program = printed
+topology = chips.topology("h100:1")
+plan.check_compiler(topology)
+plan.compile_step(config.load("configs/tiny.py", {"dtype": "bfloat16", "dropout": 0.0}), topology)
+"""
+LENGTHS = {(128, 192), (64, 64), (32, 32)}  # of queries and the keys that they see: suffixes, passages, queries
+
+
+@pytest.mark.slow
+def test_a_bfloat16_step_on_a_gpu_holds_what_is_long_in_float32_and_no_scores(cache):
+    """The compiled program: attention by cuDNN alone; float32 products of similarities; sums of many addends."""
+    text, _ = output(cache, [sys.executable, "-c", COMPILED])
+    shapes = dict(re.findall(r"^\s+(?:ROOT )?%([\w.-]+) = (\w+\[[\d,]*\])", text, re.MULTILINE))
+    assert text.count("__cudnn$fmhaScaleBiasSoftmaxBackward") >= 6  # a prefix, a suffix, a retriever: two layers each
+    scores = {tuple(map(int, pair)) for pair in re.findall(r"f32\[\d+,\d+,(\d+),(\d+)\]", text)}
+    assert not scores & LENGTHS
+    met = collections.Counter()
+    for result, operation, operands, rest in re.findall(
+        r"^\s+(?:ROOT )?%[\w.-]+ = (\w+\[[\d,]*\])\S* (dot|reduce|scatter)\((.*?)\)(.*)", text, re.MULTILINE
+    ):
+        first, *others = (shapes[name] for name in re.findall(r"%([\w.-]+)", operands))
+        met[operation, first[:3]] += 1
+        if operation == "dot" and first.startswith("f32"):
+            assert max(map(elements, (first, *others, result))) <= 64 * 64  # of 8 queries, 8 passages, 64 channels
+        if operation == "reduce" and first.startswith("bf16"):
+            assert elements(first) <= 256 * elements(result)
+        if operation == "scatter":
+            assert first.startswith("f32") and "unique_indices=true" in rest
+    assert met["dot", "bf1"] > 50 and 0 < met["dot", "f32"] < 20 and met["reduce", "f32"] > 20
+
+
+def elements(shape):
+    return math.prod(map(int, re.findall(r"\d+", shape.partition("[")[2])))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("topology", "devices"), [("v5e:2x4", 8), pytest.param("b200:16", 16, marks=pytest.mark.soak)])
 def test_a_small_plan(cache, topology, devices):
-    result = planned(cache, TINY, topology, batch_size=4 * devices, dropout=0.0)  # compiled in two thirds of the time
+    """With fused attention: our own kernel where it is a TPU."""
+    result = planned(cache, TINY, topology, batch_size=4 * devices, dtype="bfloat16", dropout=0.0)
     assert_plausible(result, devices)
     assert 0 < result["hbm_bytes_per_device"] < 1e9 < result["hbm_limit_bytes"]
 
