@@ -58,17 +58,15 @@ def both(heads, length, context_length, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("heads", "length", "context_length", "kwargs"),
+    ("heads", "length", "context_length", "in_blocks", "kwargs"),
     [
-        ((4, 4), 6, 10, {"causal": True}),
-        ((4, 2), 6, 10, {"causal": True, "window": 3}),  # some contexts are out of sight
-        ((4, 2), 10, 0, {"causal": True}),
-        ((4, 2), 10, 0, {"causal": False, "window": 4}),
-        ((2, 2), 7, 0, {"causal": False}),
+        ((4, 4), 6, 10, False, {"causal": True}),
+        ((4, 2), 10, 6, True, {"causal": True, "window": 3}),  # some contexts are out of sight
+        ((4, 2), 10, 0, True, {"causal": True}),
+        ((2, 2), 7, 0, False, {"causal": False, "window": 4}),
     ],
 )
-@pytest.mark.parametrize("in_blocks", [False, True])
-def test_it_equals_the_plain_way(monkeypatch, heads, length, context_length, kwargs, in_blocks):
+def test_it_equals_the_plain_way(monkeypatch, heads, length, context_length, in_blocks, kwargs):
     if in_blocks:  # of 4 queries and of one key-value head
         monkeypatch.setattr(tpu_attention, "QUERY_BLOCK", 4)
         monkeypatch.setattr(tpu_attention, "MOST_BYTES", 0)
