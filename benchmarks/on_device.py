@@ -210,7 +210,7 @@ def gradients_on(case: Any, batch: Any, device: Any, dtype: str, precision: str)
     _, retriever, pooling, generator = case
     mesh, K = sharding.make_mesh(1, 1, 1, devices=[device]), 4
     major, minor = map(int, getattr(device, "compute_capability", "0.0").split("."))
-    found = fit.Device(device.platform, 1, (major, minor))
+    found = fit.Device(device.platform, 1, (major, minor), kind=device.device_kind)
 
     def computed(config: Any) -> Any:
         fused = fit.FUSED.get(found.platform)

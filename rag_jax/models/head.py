@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from rag_jax.models.products import float32_einsum
+
 # Products of bfloat16 are as wide as a multiple of this: a GPU would copy other operands at every one.
 ALIGNED = 128
 
@@ -63,8 +65,8 @@ def _backward(residuals: Any, cotangent_cn: Array) -> tuple[Array, Array, None]:
         logits_nV, is_gold_nV = _logits(hidden_nD, kernel, len(kernel_VD), ids_n)
         grad_nV = cotangent_n[:, None] * (is_gold_nV - jnp.exp(logits_nV - log_sum_n[:, None]))
         grad_nV = grad_nV.astype(dtype)
-        total_VD = total_VD + _product("nV,nD->VD", grad_nV, hidden_nD).astype(total_VD.dtype)
-        return total_VD, _product("nV,VD->nD", grad_nV, kernel).astype(dtype)
+        total_VD = total_VD + float32_einsum("nV,nD->VD", grad_nV, hidden_nD).astype(total_VD.dtype)
+        return total_VD, float32_einsum("nV,VD->nD", grad_nV, kernel).astype(dtype)
 
     start = jnp.zeros(kernel.shape, kernel_VD.dtype)
     total_VD, hidden_grad_cnD = jax.lax.scan(one, start, (hidden_cnD, ids_cn, log_sum_cn, cotangent_cn))
@@ -81,13 +83,7 @@ def _for_products(kernel_VD: Array, dtype: Any) -> Array:
 
 def _logits(hidden_nD: Array, kernel: Array, vocab_size: int, ids_n: Array) -> tuple[Array, Array]:
     """Float32 logits, -inf where the kernel is padding, and which of them is the given token's."""
-    logits_nV, token_V = _product("nD,VD->nV", hidden_nD, kernel), jnp.arange(len(kernel))
+    logits_nV, token_V = float32_einsum("nD,VD->nV", hidden_nD, kernel), jnp.arange(len(kernel))
     if len(kernel) > vocab_size:
         logits_nV = jnp.where(token_V < vocab_size, logits_nV, -jnp.inf)
     return logits_nV, token_V == ids_n[:, None]
-
-
-def _product(axes: str, x: Array, y: Array) -> Float[Array, "_ _"]:
-    # Float32 stays float32 also where a device's products are rougher by default; bfloat16 has one way to multiply.
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(axes, x, y, precision=precision, preferred_element_type=jnp.float32)

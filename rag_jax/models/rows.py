@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from rag_jax.models.products import float32_einsum
+
 # So many rows at most have their sums by one product with ones and zeros, whose work is the number of rows per addend.
 FEW = 2048
 # Addends that are summed at a time where rows are many.
@@ -55,7 +57,7 @@ def summed_one_by_one(addends: Float[Array, "S F"], index: Int[Array, " S"], num
 
 def summed_by_product(addends: Float[Array, "S F"], index: Int[Array, " S"], num_rows: int) -> Float[Array, "N F"]:
     """The same by a product with ones and zeros: nothing is scattered."""
-    return _product("ns,sf->nf", jnp.arange(num_rows)[:, None] == index, addends)
+    return float32_einsum("ns,sf->nf", (jnp.arange(num_rows)[:, None] == index).astype(addends.dtype), addends)
 
 
 def summed_in_blocks(addends: Float[Array, "S F"], index: Int[Array, " S"], num_rows: int) -> Float[Array, "N F"]:
@@ -72,7 +74,7 @@ def summed_in_blocks(addends: Float[Array, "S F"], index: Int[Array, " S"], num_
     # Of a block, the row of slot j is the j-th different one.
     slot_nT = jnp.cumsum(jnp.pad(index_nT[:, 1:] != index_nT[:, :-1], ((0, 0), (1, 0))), axis=1)
     is_slot_njT = jnp.arange(BLOCK)[:, None] == slot_nT[:, None]
-    sums_njF = _product("njt,ntf->njf", is_slot_njT, addends_nTF)
+    sums_njF = float32_einsum("njt,ntf->njf", is_slot_njT.astype(addends_nTF.dtype), addends_nTF)
     row_nj = jnp.max(jnp.where(is_slot_njT, index_nT[:, None], -1), axis=2)
     # A block's first row that an earlier one began is added to the last row of the block that began it.
     last_n = slot_nT[:, -1]
@@ -80,7 +82,8 @@ def summed_in_blocks(addends: Float[Array, "S F"], index: Int[Array, " S"], num_
     block_n = jnp.arange(num_blocks)
     begins_n = jax.lax.cummax(jnp.where(continues_n & (last_n == 0), 0, block_n))  # the block that began its last row
     owner_n = jnp.where(continues_n, jnp.roll(begins_n, 1), -1)
-    carried_nF = _product("nm,mf->nf", block_n[:, None] == owner_n, sums_njF[:, 0])
+    is_owner_nm = block_n[:, None] == owner_n
+    carried_nF = float32_einsum("nm,mf->nf", is_owner_nm.astype(jnp.float32), sums_njF[:, 0])
     is_last_nj = jnp.arange(BLOCK) == last_n[:, None]
     sums_njF += is_last_nj[:, :, None] * carried_nF[:, None]
     moved_nj = continues_n[:, None] & (jnp.arange(BLOCK) == 0)
@@ -89,10 +92,3 @@ def summed_in_blocks(addends: Float[Array, "S F"], index: Int[Array, " S"], num_
     row_nj = jnp.where(moved_nj | (row_nj < 0) | (row_nj >= num_rows), past_nj, row_nj)
     table_NF = jnp.zeros((num_rows, F))
     return table_NF.at[row_nj.reshape(-1)].set(sums_njF.reshape(-1, F), mode="drop", unique_indices=True)
-
-
-def _product(axes: str, ones: Array, addends: Array) -> Array:
-    """A sum, so float32 addends keep all their digits also where products are rougher by default."""
-    precision = jax.lax.Precision.HIGHEST if addends.dtype == jnp.float32 else None
-    ones = ones.astype(addends.dtype)
-    return jnp.einsum(axes, ones, addends, precision=precision, preferred_element_type=jnp.float32)

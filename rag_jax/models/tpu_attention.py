@@ -146,16 +146,18 @@ def _call(
         arrays += shared[:3]
         specs += [of_context(Lc, keys), of_context(Lc, keys), of_context(1, Lc, 0)]
         gradients, gradient_specs = [*gradients, *shared[:2]], [*gradient_specs, *specs[-3:-1]]
-    scalars, scratch, body, products = [order, index, offset, window], [], _forward_kernel, 2
+    scalars, scratch, products = [order, index, offset, window], [], 2
+    body = functools.partial(_forward_kernel, shape)
     if cotangent is None:
         gradients, gradient_specs = gradients[:1], gradient_specs[:1]
     else:
-        arrays, specs, body, products = [*arrays, cotangent], [*specs, specs[0]], _backward_kernel, 5
+        arrays, specs, products = [*arrays, cotangent], [*specs, specs[0]], 5
+        body = functools.partial(_backward_kernel, shape, shared is not None)
         scratch = [pltpu.VMEM((length, keys), jnp.float32) for length in (L, L, Lc, Lc) if length]
     pairs = B * H * (L * Lc + (_causal_pairs(L) if shape.causal else L * L))
     moved = sum(math.prod(array.shape) * array.dtype.itemsize for array in [*arrays, *gradients])
     return pl.pallas_call(
-        functools.partial(body, shape, shared is not None),
+        body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars), grid=(G // num_heads, B), in_specs=specs, out_specs=gradient_specs,
             scratch_shapes=scratch,
@@ -187,7 +189,7 @@ def heads_at_a_time(heads: tuple[int, int, int], most_shared: int, most: int) ->
     return max((n for n in ways if n <= most_shared and n * H // G <= most), default=ways[0])
 
 
-def _forward_kernel(shape: Shape, has_context: bool, *refs: Any) -> None:
+def _forward_kernel(shape: Shape, *refs: Any) -> None:
     (_, _, offset, window), (query, *parts, out) = refs[:4], refs[4:]
     for head, shared, rows in _blocks(shape, query):
         weights, total, (_, *values) = _weights(shape, offset, window, query, parts, (head, shared, rows))

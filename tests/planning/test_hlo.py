@@ -82,6 +82,18 @@ ENTRY %main (q: bf16[4,12,64,32], k: bf16[4,12,320,32]) -> bf16[4,12,64,32] {
 """  # noqa: E501
 
 
+OWN_KERNEL_TEXT = """
+ENTRY %main (q: bf16[4,64,128]) -> bf16[4,64,128] {
+  %q = bf16[4,64,128]{2,1,0} parameter(0)
+  ROOT %attention.1 = bf16[4,64,128]{2,1,0} custom-call(%q), custom_call_target="tpu_custom_call", backend_config={"custom_call_config": {"cost_estimate":{"flops":"12345","transcendentals":"6","bytes_accessed":"7"}}}
+}
+"""  # noqa: E501
+
+
+def test_a_kernel_of_our_own_says_what_it_computes():
+    assert hlo.dot_flops(OWN_KERNEL_TEXT) == 12345
+
+
 def test_products_of_fused_attention():
     """Two on the way there; five on the way back, the scores' once more."""
     assert hlo.dot_flops(CUDNN_TEXT) == (2 + 5) * 2 * 4 * 12 * 64 * 320 * 32

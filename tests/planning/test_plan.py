@@ -242,14 +242,15 @@ def elements(shape):
 @pytest.mark.parametrize(("topology", "devices"), [("v5e:2x4", 8), pytest.param("b200:16", 16, marks=pytest.mark.soak)])
 def test_a_small_plan(cache, topology, devices):
     """With fused attention, our own kernel where it is a TPU: its backward pass computes scores once more."""
-    result = planned(cache, TINY, topology, batch_size=4 * devices, dtype="bfloat16", dropout=0.0)
-    assert_plausible(result, devices, 1.4)
+    short = {"data.prompt_query_len": 24, "data.answer_len": 24}  # of a tiny model attention is a third of the work
+    result = planned(cache, TINY, topology, batch_size=4 * devices, dtype="bfloat16", dropout=0.0, **short)
+    assert_plausible(result, devices)
     assert 0 < result["hbm_bytes_per_device"] < 1e9 < result["hbm_limit_bytes"]
 
 
-def assert_plausible(result, devices, most_work=1.3):
+def assert_plausible(result, devices):
     assert result["devices"] == devices and result["fits"] and result["mesh"]["data"] == devices
-    assert 1.0 <= result["flops_per_device"] / result["model_flops_per_device"] < most_work
+    assert 1.0 <= result["flops_per_device"] / result["model_flops_per_device"] < 1.3
     assert set(result["collective_bytes_per_device"]) <= set(hlo.COLLECTIVES)
     assert result["predicted_step_s"] > 0 and 0 < result["predicted_mfu"] < 1
 
