@@ -20,13 +20,15 @@ TINY_STEPS = 6
 TINY_VALUES = {
     "total_steps": TINY_STEPS, "eval__every_steps": 3, "retriever__query_prefix": "ask: ",
     "objective__marginal_temperature": 0.05,  # passages that differ in weight
+    "checkpoint__every_steps": 0, "checkpoint__every_minutes": 1e-6,  # by the clock, and so fast that after every step
 }  # fmt: skip
 
 
 def environment(cache):
-    """That of the tests, but one device, and a cache of its own."""
+    """That of the tests, but one device, a cache of its own, and no PyTorch, as `pip install rag_jax` leaves it."""
     here = {name: value for name, value in os.environ.items() if name != "NPROC"}
-    return here | {"XLA_FLAGS": FLAGS, "RAG_JAX_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "without_torch")))
+    return here | {"XLA_FLAGS": FLAGS, "RAG_JAX_CACHE": str(cache), "PYTHONPATH": path}
 
 
 def words(module, *flags, **values):

@@ -14,7 +14,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from rag_jax.models import tpu_attention
 from rag_jax.models.config import Kernel
 from rag_jax.models.layers import ATTENDED, Rope, dropout, linear, named_keys, numbered_keys, rms_norm, rotate
 from rag_jax.models.rows import taken
@@ -199,6 +198,8 @@ def _attend_pallas(
     kernel: Kernel, query: Array, keys_values: FusedKeysValues, own: Seen, context: Context | None
 ) -> Array:
     """By our own kernel for TPUs, as long as what a row sees fits into the chip."""
+    from rag_jax.models import tpu_attention  # half a second of Pallas, for nobody else
+
     if query.shape[1] + (0 if context is None else context.keys_values[0].shape[1]) > tpu_attention.MOST_TOKENS:
         return _attend_jax(kernel, query, keys_values, own, context)
     shared: tuple[Any, ...] = ()

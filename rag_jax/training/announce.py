@@ -71,6 +71,8 @@ def rate_change(section: Any, step: int, was: int, now: int) -> str | None:
 
     `section`: the config's `optimizer`. The schedules are functions of total_steps too.
     """
+    if was == now:
+        return None
     before, after = (float(optim.learning_rate(section, total_steps)(step)) for total_steps in (was, now))
     if math.isclose(before, after, rel_tol=1e-6):
         return None

@@ -17,7 +17,8 @@ from benchmarks import accelerator
 )
 def test_a_rehearsal(tmp_path, phases):
     command = [sys.executable, "-m", "benchmarks.accelerator", "--small", f"--phases={phases}", f"--out={tmp_path}"]
-    ended = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True)
+    with_torch = environment(tmp_path) | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=ROOT, env=with_torch, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     found = json.loads((tmp_path / "accelerator.json").read_text())
     assert {fact["phase"] for fact in found} == set(phases.split(",")) and all(fact.get("ok", True) for fact in found)

@@ -204,7 +204,7 @@ def printed(text, parsed=hlo.Program):
     print(text)
     return parsed(text)
 hlo.Program = printed
-topology = chips.topology("h100:1")
+topology = chips.topology("h100:2")
 plan.check_compiler(topology)
 plan.compile_step(config.load("configs/tiny.py", {"dtype": "bfloat16", "dropout": 0.0}), topology)
 """
@@ -327,8 +327,8 @@ def test_seven_billion_parameters_on_tpus(cache):
     assert_only_weights_and_embeddings(many)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", [8, pytest.param(64, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("devices", [8, 64])
 def test_seven_billion_parameters_on_gpus(cache, devices):
     result = large(cache, f"h100:{devices}", devices)
     assert_plausible(result, devices)
