@@ -84,8 +84,9 @@ while true; do
   kill -0 $! 2>/dev/null || break
 done
 if [[ $again && $code != 0 ]]; then
+  # Said first: a job that is queued again ends at once.
+  echo "$SELF: saved before the time limit; queuing job $SLURM_JOB_ID again"
   scontrol requeue "$SLURM_JOB_ID"
-  echo "$SELF: saved before the time limit; job $SLURM_JOB_ID is queued again"
   exit 0
 fi
 exit "$code"

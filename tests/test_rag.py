@@ -337,7 +337,7 @@ def test_gold_log_probs_against_numpy(chunk, scale):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at_a_time", [2, 3])
+@pytest.mark.parametrize("at_a_time", [2, pytest.param(3, marks=pytest.mark.soak)])
 def test_groups_that_are_read_together_change_nothing(at_a_time):
     """Two of three groups, so that the last block is filled up, and all; with negatives, dropout and a tied head."""
     model, params = make("gpt2", candidates=6, negatives=2)

@@ -225,7 +225,7 @@ BAD = {
     "passages of another column": (["--passages=README.md", "q"], ["--passages='README.md' is of an unknown kind"]),
     "missing questions": (["--questions=none.txt"], ["--questions=none.txt: no such file"]),
     "two kinds of questions": (["--questions=none.txt", "q"], ["either a question or --questions=FILE, not both"]),
-    "a step that is not there": (["--step=7", "q"], ["--step=7: not in", f"which holds {TINY_STEPS}"]),
+    "a step that is not there": (["--step=7", "q"], ["--step=7: not in", f"which holds 5, {TINY_STEPS}"]),
     "no candidates": (["--candidates=0", "q"], ["--candidates=0: must be at least 1"]),
     "half a candidate": (["--candidates=1.5", "q"], ["argument --candidates: invalid int value: '1.5'"]),
     "no beam": (["--beams=0", "q"], ["--beams=0: must be at least 1"]),

@@ -521,7 +521,7 @@ def test_slurm_gives_a_process_its_nodes_gpus_and_queues_again_what_saved(cluste
     slurm("scancel", twice)
     slurm("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the time limit
     wait_for(lambda: "Restarts=1" in slurm("scontrol", "show", "job", job))
-    assert log.read_text().count("saved\n") == 2 and f"job {job} is queued again" in log.read_text()
+    assert log.read_text().count("saved\n") == 2 and f"queuing job {job} again" in log.read_text()
     slurm("scancel", job)
     # One process a GPU, if asked for: then jax's own choice is right. And scancel ends for good.
     job = submit(cluster, tmp_path, "--ntasks-per-node=2", *words, environ=more)
