@@ -236,7 +236,7 @@ NEGATIVES = [[-1, -1], [3, 9], [10, 11], [11, 12], [-1, -1], [13, -1], [14, 0], 
 @pytest.mark.parametrize(
     ("generator", "name", "candidates", "group_size", "passages"),
     [
-        ("gpt2", "token", 6, 4, [0, 1, 0, 3, 4, 4, 4, 5]),
+        pytest.param("gpt2", "token", 6, 4, [0, 1, 0, 3, 4, 4, 4, 5], marks=pytest.mark.slow),
         pytest.param("llama", "sequence", 3, 4, range(8), marks=pytest.mark.soak),
         pytest.param("llama", "token", 9, 8, range(8), marks=pytest.mark.slow),
     ],
@@ -251,6 +251,7 @@ def test_negatives_that_queries_bring(generator, name, candidates, group_size, p
     assert_trees_close(gradients, expected_gradients, 1e-5)
 
 
+@pytest.mark.slow
 def test_each_negative_counts_in_both_losses_and_none_that_is_not_there():
     """The controls: other passages change either loss; where nothing is brought, all is as if nothing could be."""
     (model, params), (wide, _) = make(candidates=4), make(candidates=12, negatives=2)

@@ -387,6 +387,7 @@ def test_a_real_run_with_weights_that_are_cut(cache, tmp_path):
     assert answer[1] == "" and contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_real_run_with_too_few_rows(cache, tmp_path):
     file = tmp_path / "rows.csv"
     file.write_text(HEADER + "q,p,a\n")

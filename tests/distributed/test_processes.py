@@ -175,6 +175,7 @@ with checkpoint.Checkpoints(pathlib.Path(sys.argv[1]), keep=1) as checkpoints:
 """
 
 
+@pytest.mark.slow
 def test_what_two_processes_save_one_restores_bit_for_bit(cache, tmp_path):
     command = [sys.executable, "-c", SAVES_KNOWN_NUMBERS, str(tmp_path)]
     with started(2, 2, cache, [command] * 2) as running:
@@ -255,6 +256,7 @@ def test_the_code_that_processes_compare_is_all_of_the_package():
     assert processes._code() == hashlib.blake2b(content, digest_size=processes.DIGEST_BYTES).hexdigest()
 
 
+@pytest.mark.slow
 def test_where_one_cannot_start_none_does(cache, tmp_path):
     flags = (f"--config={TINY}", f"--workdir={tmp_path / 'run'}")
     commands = [

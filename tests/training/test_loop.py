@@ -94,6 +94,7 @@ def test_evaluation_in_the_loop_and_by_command_are_the_same(whole, cache):
     assert in_loop["eval/answer_nll"] < untrained["eval/answer_nll"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.soak)])
 def test_a_stopped_run_goes_on_to_the_same_bits_and_compiles_nothing(whole, cache, tmp_path, number):
     programs = {path.name for path in (cache / "compiled").glob("*-cache")}

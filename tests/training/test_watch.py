@@ -74,6 +74,7 @@ def test_leaps_are_those_above_the_median_of_the_lines_written_lately():
     assert watch.Spikes(3.0, written[: watch.FEWEST - 1]).ratio(1e9) is None
 
 
+@pytest.mark.slow
 def test_a_skipped_update_changes_nothing_but_the_step():
     """A row that touches an embedding of infinity, between two that do not, against optax by hand."""
     model, params = make("gpt2")
