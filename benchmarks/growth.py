@@ -45,6 +45,8 @@ class Point:
     width: int = 768
     remat: str = "dots"
     chunk: int = 0
+    objective: str = "token"
+    frozen: bool = False  # the generator
 
 
 SWEEPS = {
@@ -52,6 +54,7 @@ SWEEPS = {
     "batch": [Point(batch=b, candidates=4, chunk=8) for b in (8, 16, 32)],
     "passage": [Point(passage=n, candidates=4) for n in (64, 128, 256, 512)],
     "remat": [Point(remat=policy) for policy in ("none", "dots", "full")],
+    "objective": [Point(), Point(objective="pdist"), Point(objective="pdist", frozen=True)],
     "depth": [Point(layers=n, width=192, candidates=4, passage=32) for n in (12, 24, 48)],
 }
 
@@ -61,9 +64,10 @@ def main() -> None:
     parser.add_argument("--of", choices=SWEEPS, required=True)
     parser.add_argument("--steps", type=int, default=3, help="timed steps a point, after one that is not")
     args = parser.parse_args()
-    shown = {"candidates": "candidates", "batch": "batch", "passage": "passage", "remat": "remat", "depth": "layers"}
+    shown = {name: name for name in SWEEPS} | {"depth": "layers"}
     print(
         f"{args.of:<12}{'compile s':>10}{'step s':>10}{'to first':>10}{'temp GB':>10}{'to first':>10}{'FLOPs/min':>10}"
+        f"{'to first':>10}"
     )
     first: dict[str, Any] = {}
     for point in SWEEPS[args.of]:
@@ -72,7 +76,7 @@ def main() -> None:
         print(
             f"{getattr(point, shown[args.of])!s:<12}{found['compile']:>10.1f}{found['step']:>10.2f}"
             f"{found['step'] / first['step']:>10.2f}{found['bytes'] / 1e9:>10.2f}"
-            f"{found['bytes'] / first['bytes']:>10.2f}{found['flops']:>10.2f}",
+            f"{found['bytes'] / first['bytes']:>10.2f}{found['flops']:>10.2f}{found['work'] / first['work']:>10.2f}",
             flush=True,
         )
 
@@ -83,7 +87,7 @@ def measure(point: Point, steps: int) -> dict[str, float]:
     heads, mlp = point.width // 64, 4 * point.width
     sizes = {"num_layers": point.layers, "num_heads": heads, "width": point.width, "mlp_width": mlp}
     generator = dataclasses.replace(GENERATOR, computing=computing, **sizes)
-    objective = dataclasses.replace(OBJECTIVE, candidates=point.candidates)
+    objective = dataclasses.replace(OBJECTIVE, candidates=point.candidates, name=point.objective)
     graphs, shapes = zip(*(models.abstract(config) for config in (retriever, generator)), strict=True)
     composite = rag.Rag(objective, *graphs, "mean", point.group, chunk_size=point.chunk)
     case = step_benchmark.CASES["gpt2"]
@@ -92,7 +96,8 @@ def measure(point: Point, steps: int) -> dict[str, float]:
 
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
     optimizer, rate = optax.adamw(1e-4, weight_decay=0.01), optax.constant_schedule(1e-4)
-    abstract, frozen = optim.split_frozen(dict(zip(("retriever", "generator"), shapes, strict=True)), ((".*", 1.0),))
+    rules = ((("^generator/", 0.0),) if point.frozen else ()) + ((".*", 1.0),)
+    abstract, frozen = optim.split_frozen(dict(zip(("retriever", "generator"), shapes, strict=True)), rules)
     state = train_step.abstract_state(abstract, frozen, optimizer, mesh)
     places = jax.tree.map(lambda a: a.sharding, state)
     step = train_step.make_train_step(composite, optimizer, rate, places, dropout_seed=None)
@@ -100,11 +105,12 @@ def measure(point: Point, steps: int) -> dict[str, float]:
     compiled = step.lower(state, batch, None).compile()
     compile_s = time.perf_counter() - began
     configs: dict[str, models.ModelConfig] = {"retriever": retriever, "generator": generator}
-    minimum = flops.training_step(configs, point.batch, point.candidates, data.lengths(batch))
+    reading = ("answer" if objective.formula.divergence else None, not point.frozen)
+    minimum = flops.training_step(configs, point.batch, point.candidates, data.lengths(batch), 0, *reading)
     seconds = [float("nan")]
     if steps:
         rng = np.random.default_rng(0)
-        params = jax.tree.map(lambda a: rng.normal(0, 0.02, a.shape).astype(np.float32), abstract)
+        params, frozen = jax.tree.map(lambda a: rng.normal(0, 0.02, a.shape).astype(np.float32), (abstract, frozen))
         state = train_step.init_state(params, frozen, optimizer, mesh)
         placed = sharding.put_batch(mesh, batch, len(batch.row))
         seconds = []
@@ -119,6 +125,7 @@ def measure(point: Point, steps: int) -> dict[str, float]:
         "step": statistics.median(seconds),
         "bytes": compiled.memory_analysis().temp_size_in_bytes,
         "flops": hlo.dot_flops(compiled.as_text()) / minimum,
+        "work": hlo.dot_flops(compiled.as_text()),
     }
 
 

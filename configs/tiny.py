@@ -58,6 +58,10 @@ def get_config() -> ConfigDict:
     objective.marginal_temperature = 0.2
     objective.contrastive_weight = 1.0
     objective.marginal_weight = 1.0
+    objective.evidence = "answer"
+    objective.evidence_temperature = 0.1
+    objective.evidence_weight = 1.0
+    objective.label_share = 0.0
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.learning_rate = 3e-3

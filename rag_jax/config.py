@@ -160,6 +160,18 @@ KEYS: dict[str, Key] = {
     "objective.marginal_temperature": Key(float, positive, "divides the cosine in the marginal"),
     "objective.contrastive_weight": Key(float, at_least(0), "of the contrastive loss in the total"),
     "objective.marginal_weight": Key(float, at_least(0), "of the marginal loss in the total"),
+    "objective.evidence": Key(
+        str,
+        one_of("answer", "question", "both"),
+        "the tokens whose likelihood behind a passage is its evidence, of pdist, replug and emdr2",
+    ),
+    "objective.evidence_temperature": Key(
+        float, positive, "divides the evidence, a mean log-likelihood, of pdist and replug"
+    ),
+    "objective.evidence_weight": Key(float, at_least(0), "of the loss by evidence in the total"),
+    "objective.label_share": Key(
+        float, fraction, "share of the label in what pdist, replug and emdr2 draw p(k | q) to, in rows that have one"
+    ),
     "optimizer.learning_rate": Key(float, positive, "highest learning rate"),
     "optimizer.schedule": Key(str, one_of(*SCHEDULES), "schedule of the learning rate"),
     "optimizer.warmup_steps": Key(int, at_least(0), "steps until the highest learning rate"),
@@ -455,16 +467,20 @@ def _group_holds_the_candidates(objective_candidates: int, group_size: int, obje
 
 @together("nothing to train; raise a weight")
 def _something_is_trained(
-    objective_name: str, objective_contrastive_weight: float, objective_marginal_weight: float
-) -> bool:
-    return objective_contrastive_weight > 0 or OBJECTIVES[objective_name].uses_generator(objective_marginal_weight)
+    objective_name: str, objective_contrastive_weight: float, objective_marginal_weight: float,
+    objective_evidence_weight: float,
+) -> bool:  # fmt: skip
+    weights = objective_marginal_weight, objective_evidence_weight
+    return objective_contrastive_weight > 0 or OBJECTIVES[objective_name].uses_generator(*weights)
 
 
 @together("a batch of one has no negatives to learn from; raise batch_size")
 def _the_retriever_has_negatives(
-    objective_negatives: int, batch_size: int, objective_name: str, objective_marginal_weight: float
-) -> bool:
-    uses_generator = OBJECTIVES[objective_name].uses_generator(objective_marginal_weight)
+    objective_negatives: int, batch_size: int, objective_name: str, objective_marginal_weight: float,
+    objective_evidence_weight: float,
+) -> bool:  # fmt: skip
+    weights = objective_marginal_weight, objective_evidence_weight
+    uses_generator = OBJECTIVES[objective_name].uses_generator(*weights)
     return batch_size > 1 or objective_negatives > 0 or uses_generator
 
 
@@ -503,17 +519,37 @@ def _negatives_are_read(
 
 
 @together("this objective needs a generator; give its path")
-def _there_is_a_generator(generator_path: str | None, objective_name: str, objective_marginal_weight: float) -> bool:
-    return generator_path is not None or not OBJECTIVES[objective_name].uses_generator(objective_marginal_weight)
+def _there_is_a_generator(
+    generator_path: str | None, objective_name: str, objective_marginal_weight: float, objective_evidence_weight: float
+) -> bool:
+    weights = objective_marginal_weight, objective_evidence_weight
+    return generator_path is not None or not OBJECTIVES[objective_name].uses_generator(*weights)
 
 
 @together("this objective needs a retriever; give its path")
 def _there_is_a_retriever(
     retriever_path: str | None, objective_name: str, objective_candidates: int, objective_contrastive_weight: float,
-    objective_marginal_weight: float,
+    objective_marginal_weight: float, objective_evidence_weight: float,
 ) -> bool:  # fmt: skip
-    weights = objective_contrastive_weight, objective_marginal_weight
+    weights = objective_contrastive_weight, objective_marginal_weight, objective_evidence_weight
     return retriever_path is not None or not OBJECTIVES[objective_name].uses_retriever(objective_candidates, *weights)
+
+
+@together("this objective compares candidates by their evidence; raise the second to 2 or more, and the third above 0")
+def _evidence_compares_candidates(
+    objective_name: str, objective_candidates: int, objective_evidence_weight: float
+) -> bool:
+    return not OBJECTIVES[objective_name].divergence or (objective_candidates > 1 and objective_evidence_weight > 0)
+
+
+@together("this objective reads the answer's likelihood alone; set the first to answer, or name pdist, replug or emdr2")
+def _evidence_of_questions_is_read(objective_evidence: str, objective_name: str) -> bool:
+    return objective_evidence == "answer" or bool(OBJECTIVES[objective_name].divergence)
+
+
+@together("this objective has no such target; set the first to 0, or name pdist, replug or emdr2")
+def _labels_have_a_target_to_share(objective_label_share: float, objective_name: str) -> bool:
+    return objective_label_share == 0 or bool(OBJECTIVES[objective_name].divergence)
 
 
 @together("there is no retriever to measure; give its path or another metric")

@@ -146,6 +146,69 @@ def marginal_terms(
     return {"marginal": Term(-log_marginal_B, jnp.sum(answer_mask_BT, axis=-1))}
 
 
+def label_log_probs(right_BK: Bool[Array, "B K"]) -> Float[Array, "B K"]:
+    """The logarithm of the label as a distribution: all right candidates alike; -inf in a row without one."""
+    num_right_B1 = jnp.sum(right_BK, axis=-1, keepdims=True)
+    return jnp.where(right_BK, -jnp.log(jnp.maximum(num_right_B1, 1).astype(jnp.float32)), -jnp.inf)
+
+
+def evidence_nats(
+    divergence: str,
+    doc_log_probs_BK: Float[Array, "B K"],
+    evidence_BK: Float[Array, "B K"],
+    right_BK: Bool[Array, "B K"],
+    label_share: float = 0.0,
+) -> Float[Array, " B"]:
+    """How far p = exp(doc_log_probs) is from what the generator says of the candidates, which is not differentiated.
+
+    With q = softmax_k(evidence_k), over the candidates that may be read (doc_log_probs > -inf):
+
+    pdist      KL(q || p)                                 Izacard et al. (Atlas), 2023
+    replug     KL(p || q)                                 Shi et al. (REPLUG), 2024
+    emdr2      -log sum_k p_k exp(evidence_k)             Sachan et al. (EMDR2), 2021
+
+    In a row with a label, `label_share` of q is the label: of emdr2, which has no q, of the posterior that its gradient
+    draws p to.
+    """
+    readable_BK = doc_log_probs_BK > -jnp.inf
+    log_p_BK = jnp.where(readable_BK, doc_log_probs_BK, 0.0)
+    evidence_BK = jnp.where(readable_BK, jax.lax.stop_gradient(evidence_BK).astype(jnp.float32), -jnp.inf)
+    labelled_B1 = jnp.any(right_BK, axis=-1, keepdims=True)
+    log_label_BK = label_log_probs(right_BK)
+    if divergence == "emdr2":
+        nats_B = -jax.nn.logsumexp(log_p_BK + evidence_BK, axis=-1)
+        label_nats_B = -jnp.sum(jnp.exp(log_label_BK) * log_p_BK, axis=-1)
+        return jnp.where(labelled_B1[:, 0], label_share * label_nats_B + (1 - label_share) * nats_B, nats_B)
+    log_q_BK = jax.nn.log_softmax(evidence_BK, axis=-1)
+    if label_share:
+        mixed_BK = jnp.logaddexp(jnp.log(label_share) + log_label_BK, jnp.log1p(-label_share) + log_q_BK)
+        log_q_BK = jnp.where(labelled_B1, mixed_BK, log_q_BK)
+    match divergence:
+        case "pdist":  # 0 log 0 is 0
+            q_BK, said_BK = jnp.exp(log_q_BK), log_q_BK > -jnp.inf
+            return jnp.sum(q_BK * (jnp.where(said_BK, log_q_BK, 0.0) - log_p_BK), axis=-1)
+        case "replug":
+            log_q_BK = jnp.where(readable_BK, log_q_BK, 0.0)
+            return jnp.sum(jnp.where(readable_BK, jnp.exp(log_p_BK), 0.0) * (log_p_BK - log_q_BK), axis=-1)
+    raise ValueError(f"divergence={divergence!r}: must be pdist, replug or emdr2")
+
+
+def generator_nats(
+    likelihood: str,
+    doc_log_probs_BK: Float[Array, "B K"],
+    token_log_probs_BKT: Float[Array, "B K T"],
+    answer_mask_BT: Bool[Array, "B T"],
+    right_BK: Bool[Array, "B K"],
+) -> Float[Array, " B"]:
+    """The generator's own loss beside a listwise one: -log p(y | q) behind the right passages where they are known.
+
+    Elsewhere the marginal under the retriever's p, which learns nothing from it.
+    """
+    labelled_B1 = jnp.any(right_BK, axis=-1, keepdims=True)
+    prior_BK = jnp.where(labelled_B1, label_log_probs(right_BK), jax.lax.stop_gradient(doc_log_probs_BK))
+    return -log_marginal(likelihood, prior_BK, token_log_probs_BKT, answer_mask_BT)
+
+
 def dalm_terms(
     cosine_BP: Float[Array, "B P"],
     positive_B: Int[Array, " B"],

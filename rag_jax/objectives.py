@@ -16,22 +16,35 @@ class Formula:
     meaning: str  # one line, for --help and the docs
     likelihood: str  # "token" | "sequence": the p(y | q) by which answers are scored and decoded
     terms: str = ""  # the function of `losses` that gives its terms; "": no generator is trained
-    reads: str = "pairs"  # what of a batch its generator reads: "pairs" of query and candidate | "strings"
+    reads: str = "pairs"  # what its generator reads: "pairs" of query and candidate | "evidence" of them | "strings"
+    divergence: str = ""  # of `losses.evidence_nats`, where it compares p(k | q) with evidence; "": it does not
     needs_scores: bool = False  # even of a single candidate
     prefixes: tuple[str, str] | None = None  # of query and passage where the config has none; None: the folder's
 
-    def uses_generator(self, marginal_weight: float) -> bool:
+    def uses_generator(self, marginal_weight: float, evidence_weight: float) -> bool:
+        if self.divergence:
+            return marginal_weight > 0 or evidence_weight > 0
         return self.terms != "" and marginal_weight > 0
 
-    def uses_retriever(self, candidates: int, contrastive_weight: float, marginal_weight: float) -> bool:
+    def uses_retriever(
+        self, candidates: int, contrastive_weight: float, marginal_weight: float, evidence_weight: float
+    ) -> bool:
         """With one candidate, the positive, the marginal is plain answer likelihood and asks for no scores."""
-        reads_scores = self.uses_generator(marginal_weight) and (candidates > 1 or self.needs_scores)
+        reads_scores = self.uses_generator(marginal_weight, evidence_weight) and (candidates > 1 or self.needs_scores)
         return contrastive_weight > 0 or reads_scores
 
 
 OBJECTIVES = {
     "token": Formula("RAG-Token: every token may come from another passage", "token", "marginal_terms"),
     "sequence": Formula("RAG-Sequence: one passage explains the whole answer", "sequence", "marginal_terms"),
+    "pdist": Formula("KL(q || p), q the softmax of the evidence", "token", reads="evidence", divergence="pdist"),
+    "replug": Formula("KL(p || q), q the softmax of the evidence", "token", reads="evidence", divergence="replug"),
+    "emdr2": Formula(
+        "the marginal of the evidence, which teaches the retriever alone",
+        "sequence",
+        reads="evidence",
+        divergence="emdr2",
+    ),
     "dalm": Formula(
         "DALM's loss for comparison: not a marginal, and nothing flows from generator to retriever",
         "token",

@@ -103,6 +103,7 @@ def compile_step(loaded: Any, topology: chips.Topology) -> dict[str, Any]:
     from rag_jax.models import flops
     from rag_jax.planning import hlo
     from rag_jax.training import setup
+    from rag_jax.training.record import evidence_read
 
     sources = {
         role: hf.open_config(loaded[role].path, f"{role}.path", role)
@@ -123,7 +124,8 @@ def compile_step(loaded: Any, topology: chips.Topology) -> dict[str, Any]:
     )
     used = {role: sources[role].model_config for role in setup.used_roles(opened)}
     K, J = loaded.objective.candidates, loaded.objective.negatives
-    needed = flops.training_step(used, loaded.batch_size, K, lengths, J) / topology.devices
+    reading = (evidence_read(loaded), setup.generator_learns(loaded, state.params))
+    needed = flops.training_step(used, loaded.batch_size, K, lengths, J, *reading) / topology.devices
     facts = {
         "topology": topology.text,
         "devices": topology.devices,

@@ -12,7 +12,7 @@ and with them the generator's keys and values, are of a group, and a group lies 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,22 @@ BlockEmbs = tuple[Float[Array, "m g E"], Float[Array, "m g E"], Float[Array, "m 
 Keys = Key[Array, " b"] | None  # dropout's, one a row; None: no dropout
 
 
+class Suffixes(NamedTuple):
+    """log p of tokens of each row's suffix behind its candidates, and which they are.
+
+    Of the question the first token is missing: the passage alone predicts it.
+    """
+
+    log_probs_bKT: Float[Array, "b K T"]
+    answer_bT: Bool[Array, "b T"]
+    question_bT: Bool[Array, "b T"]
+
+    def evidence_masks(self, evidence: str) -> list[Bool[Array, "b T"]]:
+        """The tokens of every part of what `Objective.evidence` names."""
+        masks = {"answer": [self.answer_bT], "question": [self.question_bT]}
+        return masks.get(evidence) or [self.question_bT, self.answer_bT]
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """The loss as the config states it."""
@@ -51,6 +67,10 @@ class Objective:
     contrastive_weight: float
     marginal_weight: float
     negatives: int = 0  # J
+    evidence: str = "answer"  # "answer" | "question" | "both": the tokens whose likelihood a listwise objective reads
+    evidence_temperature: float = 1.0
+    evidence_weight: float = 1.0
+    label_share: float = 0.0  # of the target of a listwise objective, where a row has a label
 
     @property
     def formula(self) -> Formula:
@@ -58,11 +78,26 @@ class Objective:
 
     @property
     def uses_generator(self) -> bool:
-        return self.formula.uses_generator(self.marginal_weight)
+        return self.formula.uses_generator(self.marginal_weight, self.evidence_weight)
 
     @property
     def uses_retriever(self) -> bool:
-        return self.formula.uses_retriever(self.candidates, self.contrastive_weight, self.marginal_weight)
+        weights = self.contrastive_weight, self.marginal_weight, self.evidence_weight
+        return self.formula.uses_retriever(self.candidates, *weights)
+
+    def summed(self, read: "Suffixes") -> Float[Array, "B K"]:
+        """Evidence of the candidates that were read.
+
+        Of a distribution over candidates the mean of the answer's tokens, of the question's or the sum of both means,
+        by `evidence_temperature`; of a marginal, which is a probability of them all, the sum of the tokens.
+        """
+        masks = read.evidence_masks(self.evidence)
+        sums = [jnp.sum(jnp.where(mask_BT[:, None], read.log_probs_bKT, 0.0), axis=-1) for mask_BT in masks]
+        if self.formula.divergence == "emdr2":
+            return sum(sums[1:], sums[0])
+        counts = [jnp.maximum(jnp.sum(mask_BT, axis=-1, keepdims=True), 1) for mask_BT in masks]
+        means = [of_part / count for of_part, count in zip(sums, counts, strict=True)]
+        return sum(means[1:], means[0]) / self.evidence_temperature
 
     def doc_log_probs(self, cosine_BK: Float[Any, "B K"]) -> Float[Array, "B K"]:
         """log p(k | query) over the candidates that are read, from their cosines."""
@@ -105,6 +140,7 @@ class Rag:
     chunk_size: int = 0  # rows that the retriever encodes at a time on a device; 0: all
     groups_at_a_time: int = 1  # that the generator reads
     head_chunk: int = 512  # tokens whose logits exist at a time
+    trains_generator: bool = True  # some of its parameters; else nothing is computed for their gradients
     shard: Shard = Shard()
     gather: Gather | None = None  # brings shared parameters together; None: they are whole
 
@@ -120,6 +156,10 @@ class Rag:
         if self.gather is not None or self.dtype != jnp.float32:
             stacked = layers.deferred(stacked, lambda path, leaf: self._ready((name, "layers", *path), leaf))
         return nnx.merge(getattr(self, name), rest | {"layers": stacked})
+
+    def in_groups(self, rows: Any) -> Any:
+        """Arrays of rows with a leading axis of groups."""
+        return jax.tree.map(lambda a: a.reshape(-1, self.group_size, *a.shape[1:]), rows)
 
     def cast(self, params: dict) -> dict:
         """Parameters that are only read, in the compute dtype: once, not at every token that is decoded."""
@@ -138,7 +178,7 @@ class Rag:
 def loss(
     rag: Rag, params: dict, batch: Batch, key: Key[Array, ""] | None
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Total = contrastive_weight * contrastive + marginal_weight * the generator's terms; and each by its metric name.
+    """The sum of the terms, each times its weight (`contrastive_weight` and so on); and each by its metric name.
 
     Of a batch split over devices each computes its rows' share; the loss is their sum, and so is its gradient.
     """
@@ -148,9 +188,8 @@ def loss(
     total = jnp.zeros(())
     for name, (nats_b, count_b) in terms(rag, params, batch, embs, keys).items():
         share = jnp.sum(nats_b) / jnp.maximum(rag.shard.total(jnp.sum(count_b)), 1)
-        weight = rag.objective.contrastive_weight if name == "contrastive" else rag.objective.marginal_weight
         shares[f"loss/{name}"] = share
-        total += weight * share
+        total += getattr(rag.objective, f"{name}_weight") * share
     return total, shares | {"loss/total": total}
 
 
@@ -279,25 +318,39 @@ def block_log_probs(
     `block`: with a leading axis of groups, as are the others. Where a row may read fewer than K passages, the others
     have a doc_log_prob of -inf.
     """
-    m, g = block.passage_key.shape
-    rows, row_keys = jax.tree.map(lambda a: a.reshape(m * g, *a.shape[2:]), (block, keys))
-    prefix, negatives = (rows.prefix_ids, rows.prefix_mask), rows.negatives
     if block_embs is None:
-        candidates_bK, cosine_bK = jnp.arange(m * g, dtype=jnp.int32)[:, None], jnp.zeros((m * g, 1))
+        candidates_mgK, cosine_mgK = None, jnp.zeros((*block.passage_key.shape, 1))
     else:
-        if negatives is not None:
-            prefix = (joined(prefix[0], negatives.prefix_ids), joined(prefix[1], negatives.prefix_mask))
-        choose = functools.partial(group_candidates, rag.objective.candidates)
-        candidates_mgK, cosine_mgK = jax.vmap(choose)(block, block_embs)
-        candidates_mgK = in_block(candidates_mgK, rag.objective.negatives)
-        candidates_bK, cosine_bK = (a.reshape(m * g, -1) for a in (candidates_mgK, cosine_mgK))
-    suffix = (rows.suffix_ids, rows.suffix_mask)
-    hidden_bKLD = generator.forward_shared_prefix(prefix, suffix, candidates_bK, row_keys)
+        candidates_mgK, cosine_mgK = jax.vmap(functools.partial(group_candidates, rag.objective.candidates))(
+            block, block_embs
+        )
+    rows, hidden_bKLD = read_block(generator, block, candidates_mgK, keys)
     num_tokens = rows.answer_mask.shape[1]
     token_log_probs_bKT = answer_log_probs(
         generator, hidden_bKLD, rows.suffix_ids, rows.answer_start, num_tokens, rag.head_chunk
     )
-    return rag.objective.doc_log_probs(cosine_bK), token_log_probs_bKT
+    return rag.objective.doc_log_probs(cosine_mgK.reshape(len(rows.row), -1)), token_log_probs_bKT
+
+
+def read_block(
+    generator: Decoder, block: Batch, candidates_mgK: Int[Array, "m g K"] | None, keys: Any
+) -> tuple[Batch, Float[Array, "b K Ls D"]]:
+    """The b = m g rows of m groups, and the hidden states of their suffixes behind K of their group's passages each.
+
+    `candidates_mgK`: places in the group, see `joined`; None: each row reads its own passage, and no other is read.
+    """
+    m, g = block.passage_key.shape
+    rows, row_keys = jax.tree.map(lambda a: a.reshape(m * g, *a.shape[2:]), (block, keys))
+    prefix, negatives = (rows.prefix_ids, rows.prefix_mask), rows.negatives
+    if candidates_mgK is None:
+        candidates_bK = jnp.arange(m * g, dtype=jnp.int32)[:, None]
+    elif negatives is None:
+        candidates_bK = in_block(candidates_mgK, 0).reshape(m * g, -1)
+    else:
+        prefix = (joined(prefix[0], negatives.prefix_ids), joined(prefix[1], negatives.prefix_mask))
+        candidates_bK = in_block(candidates_mgK, negatives.passage_key.shape[1]).reshape(m * g, -1)
+    suffix = (rows.suffix_ids, rows.suffix_mask)
+    return rows, generator.forward_shared_prefix(prefix, suffix, candidates_bK, row_keys)
 
 
 def map_rows(fn: Callable[[Any], Any], rows: Any, at_most: int) -> Any:
@@ -400,8 +453,71 @@ def pair_terms(rag: Rag, params: dict, batch: Batch, embs: Embs | None, keys: Ke
         terms = getattr(losses, formula.terms)(formula.likelihood, *log_probs, answer_mask)
         return jax.tree.map(lambda a: a.reshape(block.answer_mask.shape[:2]), terms)
 
-    groups = jax.tree.map(lambda a: a.reshape(-1, rag.group_size, *a.shape[1:]), (batch, embs, keys))
-    return jax.tree.map(jnp.ravel, map_rows(block_terms, groups, rag.groups_at_a_time))
+    return jax.tree.map(jnp.ravel, map_rows(block_terms, rag.in_groups((batch, embs, keys)), rag.groups_at_a_time))
+
+
+def evidence_terms(rag: Rag, params: dict, batch: Batch, embs: Embs | None, keys: Keys) -> dict[str, Term]:
+    """How far p(k | query) is from the evidence of every row's candidates, and the generator's own term.
+
+    Evidence has no gradient, so nothing of the passages that are read for it alone stays for a backward pass. The
+    generator learns from the passage that is known to be right, which is read once for both unless there is dropout.
+    """
+    assert embs is not None  # such an objective needs scores
+    objective, formula = rag.objective, rag.objective.formula
+    groups, group_embs, group_keys = rag.in_groups((batch, embs, keys))
+    candidates_mgK, cosine_mgK = jax.vmap(functools.partial(group_candidates, objective.candidates))(groups, group_embs)
+    doc_log_probs_bK = objective.doc_log_probs(cosine_mgK.reshape(len(batch.row), -1))
+    right_bK = jnp.broadcast_to(
+        jnp.arange(objective.candidates) == 0, doc_log_probs_bK.shape
+    )  # the own one comes first
+
+    own, learns = None, rag.trains_generator and objective.marginal_weight > 0
+    if learns:
+        own = read_suffixes(rag, params, groups, None, group_keys)
+    shared = own is not None and keys is None
+    frozen = jax.lax.stop_gradient(params)
+    read = read_suffixes(rag, frozen, groups, candidates_mgK[..., 1:] if shared else candidates_mgK, None)
+    evidence_bK = objective.summed(read)
+    if own is not None and shared:
+        evidence_bK = jnp.concatenate([objective.summed(own), evidence_bK], axis=1)
+
+    nats_b = losses.evidence_nats(formula.divergence, doc_log_probs_bK, evidence_bK, right_bK, objective.label_share)
+    has_evidence_b = jnp.any(jnp.stack(read.evidence_masks(objective.evidence)), axis=(0, 2))
+    named = {"evidence": Term(jnp.where(has_evidence_b, nats_b, 0.0), has_evidence_b)}
+    if objective.marginal_weight == 0:
+        return named
+    if own is not None:
+        read, doc_log_probs_bK, right_bK = own, jnp.zeros_like(doc_log_probs_bK[:, :1]), right_bK[:, :1]
+    words = (doc_log_probs_bK, read.log_probs_bKT, read.answer_bT, right_bK)
+    marginal_b = losses.generator_nats(formula.likelihood, *words)
+    return named | {"marginal": Term(marginal_b, jnp.sum(read.answer_bT, axis=-1))}
+
+
+def read_suffixes(
+    rag: Rag, params: dict, groups: Batch, candidates_mgK: Int[Array, "m g K"] | None, keys: Any
+) -> Suffixes:
+    """The tokens of every row's suffix that the objective asks for, behind its candidates, by blocks of groups.
+
+    `candidates_mgK`: as in `read_block`.
+    """
+    generator, whole = rag.model("generator", params), rag.objective.evidence != "answer"
+
+    def block_suffixes(blocks: Any) -> Suffixes:
+        block, candidates, block_keys = blocks
+        rows, hidden_bKLD = read_block(generator, block, candidates, block_keys)
+        b, Ls = rows.suffix_ids.shape
+        start_b, num_tokens = rows.answer_start, rows.answer_mask.shape[1]
+        answer_bT, question_bT = rows.answer_mask, jnp.zeros_like(rows.answer_mask)
+        if whole:
+            start_b, num_tokens = jnp.ones(b, jnp.int32), Ls - 1
+            question_bT = jnp.arange(1, Ls) < rows.answer_start[:, None]
+            answer_bT = rows.suffix_mask[:, 1:] & ~question_bT
+        log_probs_bKT = answer_log_probs(generator, hidden_bKLD, rows.suffix_ids, start_b, num_tokens, rag.head_chunk)
+        found = Suffixes(log_probs_bKT, answer_bT, question_bT)
+        return jax.tree.map(lambda a: a.reshape(*block.row.shape, *a.shape[1:]), found)
+
+    found = map_rows(block_suffixes, (groups, candidates_mgK, keys), rag.groups_at_a_time)
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), found)
 
 
 def string_terms(rag: Rag, params: dict, batch: Batch, embs: Embs | None, keys: Keys) -> dict[str, Term]:
@@ -425,4 +541,4 @@ def string_terms(rag: Rag, params: dict, batch: Batch, embs: Embs | None, keys: 
     return getattr(losses, rag.objective.formula.terms)(cosine_bP, positions_b, log_probs_bL, scored_bL, answer_bL)
 
 
-READS = {"pairs": pair_terms, "strings": string_terms}
+READS = {"pairs": pair_terms, "evidence": evidence_terms, "strings": string_terms}

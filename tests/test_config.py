@@ -103,7 +103,10 @@ def test_overrides_take_the_kind_of_their_key():
         ({"objective.temperature": "0"}, "objective.temperature=0.0: must be greater than 0"),
         ({"generator.remat": "dot"}, "generator.remat='dot': must be one of none, dots, full; did you mean dots?"),
         ({"dtype": "float16"}, "dtype='float16': must be one of float32, bfloat16"),
-        ({"objective.name": "tokn"}, "must be one of token, sequence, dalm, none; did you mean token?"),
+        (
+            {"objective.name": "tokn"},
+            "must be one of token, sequence, pdist, replug, emdr2, dalm, none; did you mean token?",
+        ),
         ({"retriever.pooling": "avg"}, "retriever.pooling='avg': must be one of auto, cls, mean, last"),
         ({"optimizer.schedule": "cosin"}, "did you mean cosine?"),
         ({"prompt.passage": "text"}, "prompt.passage='text': must contain {passage} once"),
@@ -141,6 +144,10 @@ def test_overrides_take_the_kind_of_their_key():
             "objective.negatives=2, objective.candidates=1, objective.contrastive_weight=0.0: nothing reads what",
         ),
         (GIVEN | ALONE | {"mining.every_steps": "5"}, "mining fills groups with what a retriever considers near"),
+        ({"objective.evidence": "question"}, "this objective reads the answer's likelihood alone"),
+        ({"objective.label_share": "0.5"}, "this objective has no such target"),
+        ({"objective.name": "pdist", "objective.candidates": "1"}, "this objective compares candidates by"),
+        ({"objective.name": "emdr2", "objective.evidence_weight": "0"}, "this objective compares candidates by"),
     ],
 )
 def test_a_bad_override_is_named_with_its_fix(overrides, message):

@@ -168,3 +168,107 @@ def test_dalm_generator_gradient_does_not_depend_on_the_retriever(rng):
     one = to_generator(normal(rng, 3, 3), jnp.arange(3), log_probs, scored, jnp.broadcast_to(answer, (3, 6)))
     other = to_generator(normal(rng, 3, 3), jnp.arange(3), log_probs, scored, jnp.broadcast_to(answer, (3, 6)))
     np.testing.assert_array_equal(one, other)
+
+
+def distribution(a):
+    a = np.exp(a - a.max(axis=-1, keepdims=True))
+    return a / a.sum(axis=-1, keepdims=True)
+
+
+def evidence_by_hand(divergence, p, evidence, right, share):
+    """A loop over the candidates of each row that may be read, in float64."""
+    found = []
+    for b in range(len(p)):
+        read = [k for k in range(p.shape[1]) if p[b, k] > 0]
+        q = dict(zip(read, distribution(evidence[b, read]), strict=True))
+        label = {k: right[b, k] / max(right[b].sum(), 1) for k in read}
+        mixed = share if right[b].any() else 0.0
+        if divergence == "emdr2":
+            marginal = -np.log(sum(p[b, k] * np.exp(evidence[b, k]) for k in read))
+            found.append((1 - mixed) * marginal - mixed * sum(label[k] * np.log(p[b, k]) for k in read))
+            continue
+        target = {k: mixed * label[k] + (1 - mixed) * q[k] for k in read}
+        first, second = (target, p[b]) if divergence == "pdist" else (p[b], target)
+        found.append(sum(first[k] * np.log(first[k] / second[k]) for k in read))
+    return np.array(found)
+
+
+@pytest.fixture
+def listwise(rng):
+    """Scores, of which one may not be read, evidence, and labels: one, two and none."""
+    scores = normal(rng, 4, 5, scale=2).at[1, 4].set(-jnp.inf)
+    right = np.zeros((4, 5), bool)
+    right[0, 1] = right[1, 0] = right[1, 2] = True
+    return scores, normal(rng, 4, 5, scale=2), jnp.asarray(right)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+@pytest.mark.parametrize("divergence", ["pdist", "replug", "emdr2"])
+def test_listwise_losses_against_loops(listwise, divergence, share):
+    scores, evidence, right = listwise
+    p = distribution(np.asarray(scores, np.float64))
+    expected = evidence_by_hand(divergence, p, np.asarray(evidence, np.float64), np.asarray(right), share)
+    got = losses.evidence_nats(divergence, losses.doc_log_probs(scores), evidence, right, share)
+    np.testing.assert_allclose(got, expected, rtol=2e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="must be pdist, replug or emdr2"):
+        losses.evidence_nats("kl", losses.doc_log_probs(scores), evidence, right)
+
+
+def evidence_total(scores, divergence, *more):
+    return losses.evidence_nats(divergence, losses.doc_log_probs(scores), *more).sum()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_listwise_gradients_are_what_p_lacks(listwise, share):
+    """pdist draws p to the target, emdr2 to the posterior, both mixed with the label; replug by its own ratio."""
+    scores, evidence, right = listwise
+    p = distribution(np.asarray(scores, np.float64))
+    label = np.asarray(right) / np.maximum(np.asarray(right).sum(1, keepdims=True), 1)
+    mixed = share * np.asarray(right).any(1, keepdims=True)
+    readable = np.isfinite(np.asarray(scores))
+    said = np.where(readable, np.asarray(evidence, np.float64), -np.inf)
+    q, posterior = distribution(said), distribution(np.log(np.where(readable, p, 1.0)) + said)
+    gradient = jax.grad(evidence_total)
+    for divergence, target in (("pdist", q), ("emdr2", posterior)):
+        expected = p - (mixed * label + (1 - mixed) * target)
+        np.testing.assert_allclose(gradient(scores, divergence, evidence, right, share), expected, atol=1e-6)
+    log_ratio = np.where(readable, np.log(np.where(readable, p / (mixed * label + (1 - mixed) * q + ~readable), 1)), 0)
+    expected = p * (log_ratio - (p * log_ratio).sum(1, keepdims=True))
+    np.testing.assert_allclose(gradient(scores, "replug", evidence, right, share), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("divergence", ["pdist", "replug", "emdr2"])
+def test_evidence_is_not_differentiated_and_equal_evidence_draws_to_no_passage(listwise, divergence):
+    scores, evidence, right = listwise
+
+    def of_evidence(evidence):
+        return evidence_total(scores, divergence, evidence, right)
+
+    np.testing.assert_array_equal(jax.grad(of_evidence)(evidence), 0)
+    flat = jnp.zeros((2, 5))
+    np.testing.assert_allclose(
+        jax.grad(evidence_total)(flat, divergence, flat + 3.0, jnp.zeros((2, 5), bool)), 0, atol=1e-7
+    )
+
+
+def test_emdr2_teaches_the_retriever_what_the_sequence_marginal_does(rng):
+    scores, log_probs, mask = normal(rng, 3, 4), token_log_probs(rng, 3, 4, 5), jnp.ones((3, 5), bool)
+    ours = jax.grad(evidence_total)(scores, "emdr2", log_probs.sum(-1), jnp.zeros((3, 4), bool))
+    np.testing.assert_allclose(ours, jax.grad(nll, argnums=1)("sequence", scores, log_probs, mask), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["token", "sequence"])
+def test_the_generator_learns_from_right_passages_or_from_the_marginal(rng, name):
+    """Of one right passage its likelihood alone; of two their mean; of none the marginal, and p learns nothing."""
+    scores, log_probs, mask = normal(rng, 3, 4), token_log_probs(rng, 3, 4, 5), jnp.ones((3, 5), bool)
+    right = jnp.asarray([[0, 1, 0, 0], [1, 0, 0, 1], [0, 0, 0, 0]], bool)
+    doc = losses.doc_log_probs(scores)
+    got = losses.generator_nats(name, doc, log_probs, mask, right)
+    np.testing.assert_allclose(got[0], -log_probs[0, 1].sum(), rtol=1e-6)
+    halves = jnp.log(jnp.asarray([[0.5, 0.5]]))
+    two = losses.log_marginal(name, halves, log_probs[1:2, jnp.asarray([0, 3])], mask[:1])
+    np.testing.assert_allclose(got[1], -two[0], rtol=1e-6)
+    np.testing.assert_allclose(got[2], -losses.log_marginal(name, doc, log_probs, mask)[2], rtol=1e-6)
+    to_scores = jax.grad(lambda s: losses.generator_nats(name, losses.doc_log_probs(s), log_probs, mask, right).sum())
+    np.testing.assert_array_equal(to_scores(scores), 0)
+    assert np.isfinite(jax.grad(lambda a: losses.generator_nats(name, doc, a, mask, right).sum())(log_probs)).all()

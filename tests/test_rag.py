@@ -269,6 +269,101 @@ def test_each_negative_counts_in_both_losses_and_none_that_is_not_there():
     assert_trees_close(gradients, expected_gradients, 1e-5)
 
 
+def listwise_reference(model, params, rows):
+    """Loss and gradients of a listwise objective: every pair is one full sequence, and all logits are there."""
+    objective, B, Ls = model.objective, len(rows.row), rows.suffix_ids.shape[1]
+    sizes = np.asarray(rows.prefix_mask.sum(1))
+    after = np.asarray(rows.suffix_mask.sum(1))
+    cosine = np.asarray(jax.jit(functools.partial(cosines_by_hand, model))(params, rows))
+    chosen = np.array(candidates_by_hand(cosine, np.asarray(rows.passage_key), np.arange(B), 4, objective.candidates))
+    K = chosen.shape[1]
+    ids = np.zeros((B * K, sizes.max() + Ls), np.int32)
+    lengths = np.zeros(B * K, int)
+    for n, (i, j) in enumerate((i, j) for i, row in enumerate(chosen) for j in row):
+        whole = [*np.asarray(rows.prefix_ids[j])[: sizes[j]], *np.asarray(rows.suffix_ids[i])[: after[i]]]
+        ids[n, : len(whole)], lengths[n] = whole, len(whole)
+    starts, targets = sizes[chosen].reshape(-1), np.arange(1, Ls)
+    at = np.minimum(starts[:, None] + targets, ids.shape[1] - 1)
+
+    def suffix_log_probs(params):  # (B, K, Ls - 1) of its tokens but the first
+        generator = nnx.merge(model.generator, params["generator"])
+        mask = jnp.asarray(np.arange(ids.shape[1]) < lengths[:, None])
+        log_probs = jax.nn.log_softmax(generator.logits(generator(jnp.asarray(ids), mask)))
+        pair = np.arange(B * K)[:, None]
+        return log_probs[pair, at - 1, ids[pair, at]].reshape(B, K, Ls - 1)
+
+    is_question = np.asarray(targets < np.asarray(rows.answer_start)[:, None])
+    is_answer = ~is_question & (targets < after[:, None])
+    masks = {"answer": [is_answer], "question": [is_question], "both": [is_answer, is_question]}[objective.evidence]
+    said = np.asarray(jax.jit(suffix_log_probs)(params), np.float64)
+    sums = [np.where(m[:, None], said, 0.0).sum(-1) for m in masks]
+    if objective.name == "emdr2":
+        evidence = sum(sums)
+    else:
+        evidence = sum(s / m.sum(1)[:, None] for s, m in zip(sums, masks, strict=True)) / objective.evidence_temperature
+    target = np.exp(evidence) / np.exp(evidence).sum(1, keepdims=True)
+    label = np.eye(K)[[0] * B]
+    target = objective.label_share * label + (1 - objective.label_share) * target
+
+    def loss(params):
+        cosine = cosines_by_hand(model, params, rows)
+        p = jax.nn.softmax(jnp.take_along_axis(cosine, chosen, axis=1) / objective.marginal_temperature, axis=1)
+        match objective.name:
+            case "pdist":
+                nats = (target * (np.log(target) - jnp.log(p))).sum(1)
+            case "replug":
+                nats = (p * (jnp.log(p) - np.log(target))).sum(1)
+            case "emdr2":
+                share = objective.label_share
+                nats = -(1 - share) * jnp.log((p * np.exp(evidence)).sum(1)) - share * jnp.log(p[:, 0])
+        own = jnp.where(is_answer, suffix_log_probs(params)[:, 0], 0.0).sum() / is_answer.sum()
+        contrastive = contrastive_by_hand(cosine / objective.temperature, np.asarray(rows.passage_key))
+        return (
+            objective.contrastive_weight * contrastive
+            + objective.evidence_weight * nats.mean()
+            - objective.marginal_weight * own
+        )
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+def cosines_by_hand(model, params, rows):
+    retriever = nnx.merge(model.retriever, params["retriever"])
+
+    def embed(ids, mask):
+        sums = (retriever(ids, mask) * mask[:, :, None]).sum(axis=1)
+        return sums / jnp.sqrt((sums**2).sum(axis=1, keepdims=True))
+
+    return embed(rows.query_ids, rows.query_mask) @ embed(rows.passage_ids, rows.passage_mask).T
+
+
+LISTWISE = [
+    pytest.param("gpt2", {"name": "pdist", "evidence": "both", "label_share": 0.3}, id="pdist"),
+    pytest.param("llama", {"name": "replug", "evidence": "answer"}, id="replug", marks=pytest.mark.slow),
+    pytest.param("mistral", {"name": "emdr2", "evidence": "question"}, id="emdr2", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("generator", "objective"), LISTWISE)
+def test_listwise_objectives_equal_full_sequences(generator, objective):
+    model, params = make(generator, candidates=3, evidence_temperature=0.5, evidence_weight=1.7, **objective)
+    rows = make_rows(8)
+    loss, gradients = value_and_grad(model, params, rows)
+    expected, expected_gradients = listwise_reference(model, params, rows)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert_trees_close(gradients, expected_gradients, 1e-5)
+
+
+@pytest.mark.slow
+def test_of_a_frozen_generator_the_retriever_learns_the_same():
+    model, params = make(name="pdist", candidates=3)
+    loss, gradients = value_and_grad(model, params, make_rows(8))
+    again, again_gradients = value_and_grad(dataclasses.replace(model, trains_generator=False), params, make_rows(8))
+    np.testing.assert_allclose(again, loss, rtol=1e-6)
+    assert_trees_close({"retriever": again_gradients["retriever"]}, {"retriever": gradients["retriever"]}, 1e-6)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(again_gradients["generator"]))
+
+
 def test_the_marginal_alone_trains_the_retriever():
     model, params = make(contrastive_weight=0.0)
     _, gradients = value_and_grad(model, params, make_rows(8))

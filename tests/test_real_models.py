@@ -108,13 +108,20 @@ def embed(model, folder, texts):
 
 def token_log_probs(model, folder, query, passage, answer):
     """(T,) of the answer's tokens and the end of sequence, one full sequence, all logits."""
+    return suffix_log_probs(model, folder, query, passage, answer)[1]
+
+
+def suffix_log_probs(model, folder, query, passage, answer):
+    """Of the question's tokens but the first, and of the answer's."""
     tokenizer = tokenizer_of(folder)
     plain = functools.partial(tokenizer.encode, add_special_tokens=False)
     target = plain(f" {answer}") + [tokenizer.eos_token_id]
-    ids = [tokenizer.bos_token_id] + plain(passage) + plain(f"\n\nQuestion: {query}\nAnswer:") + target
+    before, question = [tokenizer.bos_token_id] + plain(passage), plain(f"\n\nQuestion: {query}\nAnswer:")
+    ids = before + question + target
     log_probs = torch.log_softmax(model(torch.tensor([ids])).logits[0], dim=-1)
-    positions = torch.arange(len(ids) - len(target), len(ids))
-    return log_probs[positions - 1, torch.tensor(target)]
+    positions = torch.arange(len(before) + 1, len(ids))
+    each = log_probs[positions - 1, torch.tensor(ids)[positions]]
+    return each[: len(question) - 1], each[len(question) - 1 :]
 
 
 def brute_force(torch_models, real_models, rows):
@@ -170,14 +177,76 @@ def test_marginals_and_gradients_equal_brute_force(real_models, torch_models, pa
         np.testing.assert_allclose(metrics[name]["loss/marginal"], by_hand[name].item(), rtol=1e-4)
     np.testing.assert_allclose(metrics["token"]["loss/contrastive"], by_hand["contrastive"].item(), rtol=1e-4)
     np.testing.assert_allclose(total, whole.item(), rtol=1e-4)
-    expected = gradients_of(torch_models, real_models, tmp_path)
+    assert_gradients_close(grads, gradients_of(torch_models, real_models, tmp_path), 5e-5)  # half: two marginals
+
+
+def assert_gradients_close(grads, expected, tolerance):
     for role in pair.ROLES:
         whole = float(np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(expected[role]))))
         for (where, ours), theirs in zip(
             jax.tree_util.tree_leaves_with_path(grads[role]), jax.tree.leaves(expected[role]), strict=True
         ):
             error = np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), 1e-2 * whole)
-            assert error < 5e-5, (role, jax.tree_util.keystr(where), error)  # half: there are two marginals in it
+            assert error < tolerance, (role, jax.tree_util.keystr(where), error)
+
+
+LISTWISE = {"pdist": "both", "replug": "answer", "emdr2": "question"}
+EVIDENCE_TEMPERATURE, LABEL_SHARE = 0.5, 0.3
+
+
+def listwise_by_hand(torch_models, real_models, rows):
+    """The three losses of evidence, and the generator's own on the right passages, all by full sequences."""
+    retriever, generator = torch_models
+    queries, passages, _ = zip(*rows, strict=True)
+    folder = real_models / "minilm"
+    cosine = embed(retriever, folder, list(queries)) @ embed(retriever, folder, list(passages)).T
+    p = torch.softmax(cosine / MARGINAL_TEMPERATURE, dim=-1)
+    found, own, count = dict.fromkeys(LISTWISE, 0.0), 0.0, 0
+    for i, (query, _, answer) in enumerate(rows):
+        read = [suffix_log_probs(generator, real_models / "smollm2-135m", query, p, answer) for p in passages]
+        question, answers = (torch.stack(each) for each in zip(*read, strict=True))
+        own, count = own - answers[i].sum(), count + answers.shape[1]
+        label = torch.nn.functional.one_hot(torch.tensor(i), len(rows)).to(p.dtype)
+        for name in LISTWISE:
+            parts = {"both": [question, answers], "answer": [answers], "question": [question]}[LISTWISE[name]]
+            said = sum(part.detach().mean(1) for part in parts) / EVIDENCE_TEMPERATURE
+            target = LABEL_SHARE * label + (1 - LABEL_SHARE) * torch.softmax(said, 0)
+            nats = {
+                "pdist": (target * (target.log() - p[i].log())).sum(),
+                "replug": (p[i] * (p[i].log() - target.log())).sum(),
+                "emdr2": -(1 - LABEL_SHARE)
+                * (p[i] * torch.exp(sum(part.detach().sum(1) for part in parts))).sum().log()
+                - LABEL_SHARE * p[i, i].log(),
+            }
+            found[name] = found[name] + nats[name] / len(rows)
+    return found, own / count
+
+
+@pytest.mark.soak
+def test_listwise_objectives_and_gradients_equal_brute_force(real_models, torch_models, params, few_rows, tmp_path):
+    opened = {
+        name: opened_run(
+            real_models, few_rows[0], name=name, contrastive_weight=0.0, evidence=evidence, label_share=LABEL_SHARE,
+            evidence_temperature=EVIDENCE_TEMPERATURE,
+        )
+        for name, evidence in LISTWISE.items()
+    }  # fmt: skip
+    batch = batch_of(opened["pdist"])
+
+    def all_three(params):
+        totals = {name: rag.loss(one.model, params, batch, None) for name, one in opened.items()}
+        return sum(total for total, _ in totals.values()), {name: metrics for name, (_, metrics) in totals.items()}
+
+    for model in torch_models:
+        model.zero_grad()
+    (total, metrics), grads = jax.jit(jax.value_and_grad(all_three, has_aux=True))(params)
+    by_hand, own = listwise_by_hand(torch_models, real_models, few_rows[1])
+    (sum(by_hand.values()) + len(by_hand) * own).backward()
+    for name in opened:
+        np.testing.assert_allclose(metrics[name]["loss/evidence"], by_hand[name].item(), rtol=1e-4)
+        np.testing.assert_allclose(metrics[name]["loss/marginal"], own.item(), rtol=1e-4)
+    np.testing.assert_allclose(total, (sum(by_hand.values()) + len(by_hand) * own).item(), rtol=1e-4)
+    assert_gradients_close(grads, gradients_of(torch_models, real_models, tmp_path), 1e-4)
 
 
 def dalm_by_hand(torch_models, real_models, rows, max_len):

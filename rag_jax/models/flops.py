@@ -57,10 +57,20 @@ def shared_prefix(config: ModelConfig, prefixes: tuple[int, int], suffixes: tupl
 
 
 def training_step(
-    configs: dict[str, ModelConfig], batch_size: int, candidates: int, lengths: Any, negatives: int = 0
+    configs: dict[str, ModelConfig],
+    batch_size: int,
+    candidates: int,
+    lengths: Any,
+    negatives: int = 0,
+    evidence: str | None = None,
+    generator_learns: bool = True,
 ) -> float:
-    """FLOPs of one update of the models that are used; `lengths` as in `data.Lengths`, 0 for what is not read."""
-    forward, passages = 0.0, batch_size * (1 + negatives)
+    """FLOPs of one update of the models that are used; `lengths` as in `data.Lengths`, 0 for what is not read.
+
+    `evidence`: what a listwise objective reads of every candidate, with no backward pass but of the row's own passage,
+    from which the generator learns if it does. None: it learns from all candidates.
+    """
+    forward, read, passages = 0.0, 0.0, batch_size * (1 + negatives)
     if "retriever" in configs:
         texts = ((batch_size, lengths.query), (passages, lengths.passage))
         forward += sum(encoding(configs["retriever"], rows, length) for rows, length in texts)
@@ -68,7 +78,13 @@ def training_step(
         tokens, config = batch_size * lengths.string, configs["generator"]
         forward += layer_stack(config, tokens, lengths.string / 2) + 2.0 * tokens * config.width * config.vocab_size
     elif "generator" in configs:
-        pairs = batch_size * candidates
-        prefixes, suffixes = (passages, lengths.prefix), (pairs, lengths.suffix)
-        forward += shared_prefix(configs["generator"], prefixes, suffixes, pairs * lengths.answer)
-    return 3 * forward
+        config, prefixes, tokens = configs["generator"], (passages, lengths.prefix), lengths.answer
+        if evidence is None:
+            pairs = batch_size * candidates
+            forward += shared_prefix(config, prefixes, (pairs, lengths.suffix), pairs * tokens)
+        else:
+            each = tokens if evidence == "answer" else lengths.suffix - 1
+            own, pairs = batch_size * generator_learns, batch_size * (candidates - generator_learns)
+            forward += shared_prefix(config, (own, lengths.prefix), (own, lengths.suffix), own * each)
+            read = shared_prefix(config, prefixes, (pairs, lengths.suffix), pairs * each)
+    return 3 * forward + read

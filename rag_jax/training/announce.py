@@ -29,10 +29,11 @@ def summary(training: Training, start_step: int) -> str:
             f"answers, every {config.eval.every_steps} steps"
             + ("" if config.data.eval == config.data.train else f"; {training.eval_report}")
         )
-    lines["objective"] = (
-        f"{objective.name}: contrastive weight {objective.contrastive_weight:g}, marginal weight "
-        f"{objective.marginal_weight:g}, K = {objective.candidates} candidates a query"
-    )
+    weights = [f"contrastive weight {objective.contrastive_weight:g}", f"marginal weight {objective.marginal_weight:g}"]
+    if objective.formula.divergence:
+        tokens = {"both": "question and answer"}.get(objective.evidence, objective.evidence)
+        weights.insert(1, f"weight of the {tokens}'s evidence {objective.evidence_weight:g}")
+    lines["objective"] = f"{objective.name}: {', '.join(weights)}, K = {objective.candidates} candidates a query"
     groups = config.batch_size // config.group_size
     lines["batch"] = (
         f"{config.batch_size} queries in {groups} group{'s' if groups > 1 else ''} of {config.group_size}, "

@@ -137,7 +137,7 @@ def opened_record(training: Training, state: TrainState, start_step: int) -> Ite
     with open_writer(training.workdir, start_step, active=is_main) as writer:
         progress = Progress(config.total_steps, start_step, active=is_main)
         try:
-            yield Record(config, models, writer, progress, nonfinite)
+            yield Record(config, models, writer, progress, nonfinite, setup.generator_learns(config, state.params))
         finally:
             progress.close()
 

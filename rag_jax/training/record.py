@@ -11,6 +11,7 @@ from rag_jax import data, models
 from rag_jax.config import Config
 from rag_jax.evaluation.metrics import METRICS
 from rag_jax.models import flops
+from rag_jax.objectives import OBJECTIVES
 from rag_jax.training import watch
 from rag_jax.training.peak import peak
 from rag_jax.training.step import Metrics
@@ -39,10 +40,12 @@ class Record:
         writer: Writer,
         progress: Progress,
         nonfinite: watch.NonFinite,
+        generator_learns: bool = True,
     ):
         self.nonfinite = nonfinite
         self.spikes = watch.Spikes(config.guard.spike_factor, writer.written("loss/total"))
         self.config, self.used, self.writer, self.progress = config, used, writer, progress
+        self.reading = (evidence_read(config), generator_learns)
         self.peak = peak()
         self.steps, self.flops, self.padding = 0, 0.0, 0.0  # sums over this process's steps
         self.seconds: dict[str, float] = dict.fromkeys(("step", "data_wait", *PAUSES), 0.0)
@@ -70,7 +73,7 @@ class Record:
             self.progress.print(note)
         objective = config.objective
         model_flops = flops.training_step(
-            self.used, config.batch_size, objective.candidates, facts.lengths, objective.negatives
+            self.used, config.batch_size, objective.candidates, facts.lengths, objective.negatives, *self.reading
         )
         self.steps += 1
         self.flops += model_flops
@@ -125,6 +128,11 @@ class Record:
             f"MFU {self.flops / steps_s / self.peak.flops:.0%} of {self.peak}, "
             f"{self.padding / self.steps:.0%} of the tokens padding"
         )
+
+
+def evidence_read(config: Config) -> str | None:
+    """What of a candidate a listwise objective reads; None: the objective is none."""
+    return config.objective.evidence if OBJECTIVES[config.objective.name].divergence else None
 
 
 def due(step: int, every: int) -> bool:

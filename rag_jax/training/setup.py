@@ -140,6 +140,11 @@ def used_roles(opened: pair.Pair) -> set[str]:
     return {role for role in opened.sources if getattr(objective, f"uses_{role}")}
 
 
+def generator_learns(config: Config, trainable: Tree) -> bool:
+    """Whether anything of the generator is trained, and on a loss that has a weight."""
+    return config.objective.marginal_weight > 0 and bool(jax.tree.leaves(trainable.get("generator")))
+
+
 def rate_rules(config: Config, used: set[str]) -> optim.Rules:
     """The config's rules; a model that the objective does not use stays as it is."""
     unused = tuple((f"^{role}/", 0.0) for role in ROLES if role not in used)

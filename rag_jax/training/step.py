@@ -138,6 +138,7 @@ def make_gradients(model: rag.Rag, trainable: Tree, frozen: Tree, dropout_seed: 
     if axes := sharding.batch_axes(mesh):
         gather = functools.partial(sharding.gather_params, optim.join(trainable, frozen))
         model = dataclasses.replace(model, shard=rag.Shard(axes), gather=gather)
+    model = dataclasses.replace(model, trains_generator=bool(jax.tree.leaves(trainable.get("generator"))))
 
     def own(params: Tree, others: Tree, batch: data.Batch, step: jax.Array) -> tuple[Tree, Metrics]:
         key = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), step)

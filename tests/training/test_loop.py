@@ -167,6 +167,7 @@ OTHERS = {
 OBJECTIVES = [
     pytest.param(OTHERS, id="sequence, other models, bfloat16", marks=pytest.mark.slow),
     pytest.param({"objective__name": "dalm", "objective__contrastive_weight": 0.5}, id="dalm", marks=pytest.mark.slow),
+    pytest.param({"objective__name": "pdist", "objective__evidence": "both"}, id="pdist", marks=pytest.mark.slow),
     pytest.param({"objective__name": "none", "generator__path": None}, id="retriever only", marks=pytest.mark.slow),
     pytest.param({"objective__name": "none"}, id="generator unused", marks=pytest.mark.slow),
 ]
@@ -192,6 +193,8 @@ def test_every_objective_trains(cache, tmp_path, changes):
     losses = records(workdir)
     assert len(losses) == 2 and all(np.isfinite(line["loss/total"]) for line in losses)
     assert ("loss/marginal" in losses[0]) == (changes.get("objective__name") != "none")
+    assert ("loss/evidence" in losses[0]) == ("weight of the question and answer's evidence" in printed)
+    assert ("loss/evidence" in losses[0]) == (changes.get("objective__name") == "pdist")
     assert (" 0% trained" in printed) == (changes == {"objective__name": "none"})
     assert ("\ngenerator " in printed) == ("generator__path" not in changes or changes["generator__path"] is not None)
     used = {"retriever"} if changes.get("objective__name") == "none" else {"retriever", "generator"}
@@ -361,3 +364,8 @@ def test_flops_of_a_step_by_hand():
     assert got == 3 * (retriever + prefixes + suffixes + head)
     further = 2 * 7 * (6 * encoder + 2 * 4 * 8 * 6 * 6) + 2 * prefixes  # two more passages a row for both models
     assert flops.training_step({"retriever": bert, "generator": gpt2}, 7, 2, lengths, 2) == got + 3 * further
+    # Evidence of both: one pass over prefixes and the other candidate; the own passage's has a backward pass too.
+    listwise = flops.training_step({"retriever": bert, "generator": gpt2}, 7, 2, lengths, 0, "answer")
+    assert listwise == 3 * (retriever + prefixes + suffixes / 2 + head / 2) + prefixes + suffixes / 2 + head / 2
+    frozen = flops.training_step({"retriever": bert, "generator": gpt2}, 7, 2, lengths, 0, "question", False)
+    assert frozen == 3 * retriever + prefixes + suffixes + head / 3 * 4
