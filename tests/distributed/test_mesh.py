@@ -93,6 +93,12 @@ def test_negatives_that_queries_bring(shape):
     assert_same_on(shape, model, params, rows, dropout_seed=3)
 
 
+@pytest.mark.parametrize("shape", cases([], [(2, 2, 2)], [(1, 8, 1)]))
+def test_evidence(shape):
+    model, params = make("llama", name="pdist", evidence="both", label_share=0.2, evidence_temperature=0.5)
+    assert_same_on(shape, model, params, make_rows(32, passages=[0, 1, 0, *range(2, 31)]))
+
+
 @pytest.mark.parametrize("shape", cases([], [(2, 2, 2)], [(1, 2, 4), (1, 8, 1)]))
 def test_rematerialisation_and_a_fused_kernel_of_attention(shape):
     model, params = make("gpt2")
