@@ -70,7 +70,10 @@ VALUES = {
     "key without its section": ({"learning_rate": 1}, ["unknown key learning_rate; did you mean optimizer.learning_r"]),
     "misspelt objective": (
         {"objective__name": "sequnce"},
-        ["objective.name='sequnce': must be one of token, sequence, dalm, none; did you mean sequence?"],
+        [
+            "objective.name='sequnce': must be one of token, sequence, pdist, replug, emdr2, dalm, none; did you mean",
+            "did you mean sequence?",
+        ],
     ),
     "more candidates than the group has": (
         {"objective__candidates": 5},

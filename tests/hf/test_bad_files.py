@@ -515,7 +515,8 @@ CONFIGS = {
     ),
     "no negatives": (
         {"batch_size": 1, "group_size": 1, "objective.candidates": 1, "objective.name": "none"},
-        "batch_size=1, objective.name='none', objective.marginal_weight=1.0: a batch of one has no negatives",
+        "batch_size=1, objective.name='none', objective.marginal_weight=1.0, objective.evidence_weight=1.0: a batch of "
+        "one has no negatives",
     ),
     "half a character": (
         {"prompt.query": "{query}\udcff"},
