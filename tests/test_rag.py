@@ -339,8 +339,8 @@ def cosines_by_hand(model, params, rows):
 
 LISTWISE = [
     pytest.param("gpt2", {"name": "pdist", "evidence": "both", "label_share": 0.3}, id="pdist"),
-    pytest.param("llama", {"name": "replug", "evidence": "answer"}, id="replug", marks=pytest.mark.slow),
-    pytest.param("mistral", {"name": "emdr2", "evidence": "question"}, id="emdr2", marks=pytest.mark.slow),
+    pytest.param("llama", {"name": "replug", "evidence": "answer"}, id="replug", marks=pytest.mark.soak),
+    pytest.param("mistral", {"name": "emdr2", "evidence": "question"}, id="emdr2", marks=pytest.mark.soak),
 ]
 
 

@@ -161,13 +161,13 @@ def test_patience_ends_a_run_that_gets_no_better_and_more_of_it_goes_on(cache, t
 
 
 OTHERS = {
-    "objective__name": "sequence", "generator__path": "random:llama", "retriever__path": "random:qwen3",
+    "objective__name": "pdist", "objective__evidence": "both",
+    "generator__path": "random:llama", "retriever__path": "random:qwen3",
     "dtype": "bfloat16", "retriever__remat": "dots", "generator__remat": "full",
 }  # fmt: skip
 OBJECTIVES = [
-    pytest.param(OTHERS, id="sequence, other models, bfloat16", marks=pytest.mark.slow),
+    pytest.param(OTHERS, id="pdist, other models, bfloat16", marks=pytest.mark.slow),
     pytest.param({"objective__name": "dalm", "objective__contrastive_weight": 0.5}, id="dalm", marks=pytest.mark.slow),
-    pytest.param({"objective__name": "pdist", "objective__evidence": "both"}, id="pdist", marks=pytest.mark.slow),
     pytest.param({"objective__name": "none", "generator__path": None}, id="retriever only", marks=pytest.mark.slow),
     pytest.param({"objective__name": "none"}, id="generator unused", marks=pytest.mark.slow),
 ]
