@@ -93,6 +93,7 @@ def measure(opened: pair.Pair, params: dict, examples: data.Examples, num_batche
         total_steps=num_batches,
         shapes=shapes,
         planned=planned,
+        group_size=settings.group_size,
     )
     of_batch = jax.jit(functools.partial(evidence, opened.model))
     found = np.mean([jax.device_get(of_batch(params, batch)) for batch in batches], axis=0)
@@ -136,12 +137,8 @@ def evidence(model: rag.Rag, params: dict, batch: data.Batch) -> jax.Array:
 
 def along_sphere(grads: rag.Embs, embs: rag.Embs) -> jax.Array:
     """All gradients as one vector, without what normalisation takes away again."""
-    parts = [
-        (grad - jnp.sum(grad * emb, axis=-1, keepdims=True) * emb).ravel()
-        for grad, emb in zip(grads, embs, strict=True)
-        if emb is not None
-    ]
-    return jnp.concatenate(parts)
+    pairs = zip(grads, embs, strict=True)
+    return jnp.concatenate([(grad - jnp.sum(grad * emb, axis=-1, keepdims=True) * emb).ravel() for grad, emb in pairs])
 
 
 if __name__ == "__main__":

@@ -91,15 +91,15 @@ def random_batch(rng: np.random.Generator, B: int, lengths: tuple[int, ...], voc
         mask = np.arange(length) < real
         return np.where(mask, rng.integers(5, vocab_size, (B, length)), 0).astype(np.int32), mask
 
-    texts = [array for length in (Lq, Lr, Lp) for array in tokens(length)]
+    query, passages = tokens(Lq), [array[:, None] for length in (Lr, Lp) for array in tokens(length)]
     answer = np.full(B, T) if filled else rng.integers(1, T + 1, B)
     start = np.full(B, Ls - T) if filled else rng.integers(1, Ls - T + 1, B)
     suffix_mask = np.arange(Ls) < (start + answer)[:, None]
     suffix = np.where(suffix_mask, rng.integers(5, vocab_size, (B, Ls)), 0).astype(np.int32)
     index, answer_mask = np.arange(B, dtype=np.int32), np.arange(T) < answer[:, None]
-    return data.Batch(
-        index, index, index, *texts, suffix, suffix_mask, start.astype(np.int32), answer_mask, None, None, None
-    )
+    suffix_and_answer = (suffix, suffix_mask, start.astype(np.int32), answer_mask)
+    pool = data.Pool(index[:, None], *passages)
+    return data.Batch(index, index, index[:, None], *query, *suffix_and_answer, None, None, None, pool)
 
 
 def relative(tree: Any, reference: Any, least: float = 1e-15) -> float:

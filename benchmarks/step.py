@@ -190,7 +190,12 @@ def open_case(args: argparse.Namespace):
         whole_string=opened.whole_string,
     )
     rows = data.order(len(examples), case.batch_size, SEED)[0]
-    return opened, data.collate(examples, rows, data.buckets(examples, case.batch_size, case.candidates))
+    return opened, data.collate(
+        examples,
+        rows,
+        data.buckets(examples, case.batch_size, case.candidates),
+        group_size=opened.config.group_size,
+    )
 
 
 def model_flops(opened, batch) -> float:
@@ -218,7 +223,8 @@ def full_batch(case: Case):
     start = np.full(B, n["prompt_query_len"], np.int32)
     index = np.arange(B, dtype=np.int32)
     answer_mask = np.ones((B, n["answer_len"]), bool)
-    return data.Batch(index, index, index, *query, *passage, *prefix, *suffix, start, answer_mask, None, None, None)
+    pool = data.Pool(index[:, None], *(array[:, None] for array in (*passage, *prefix)))
+    return data.Batch(index, index, index[:, None], *query, *suffix, start, answer_mask, None, None, None, pool)
 
 
 def ours(args: argparse.Namespace) -> dict:

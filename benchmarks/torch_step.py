@@ -79,10 +79,12 @@ LOSSES = {"token": token_loss, "dalm": dalm_loss}
 
 
 def tensors(batch):
-    """Torch tensors of one of our batches."""
+    """Torch tensors of one of our batches, whose rows have a passage each that no other row of a group has."""
     kinds = {np.dtype(np.int32): torch.int64, np.dtype(bool): torch.bool}
+    assert (batch.pool.key >= 0).all() and batch.pool.key.shape[1] == 1
+    arrays = batch._asdict() | {name: array[:, 0] for name, array in batch.pool._asdict().items() if array is not None}
     return {
         name: torch.as_tensor(value).to(kinds[value.dtype])
-        for name, value in batch._asdict().items()
-        if value is not None
+        for name, value in arrays.items()
+        if value is not None and name != "pool"
     }

@@ -37,24 +37,24 @@ def contrastive_loss(
         Where either is true off the diagonal, p is no negative of b, nor b of p.
     """
     B, P = scores_BP.shape
-    excluded_BP = jnp.zeros((B, P), dtype=bool)
+    positive_BP, excluded_BP = jnp.eye(B, P, dtype=bool), jnp.zeros((B, P), dtype=bool)
     for same_BP in (same_passage_BP, same_query_BP):
         excluded_BP = excluded_BP if same_BP is None else excluded_BP | same_BP
-    both = ((scores_BP, excluded_BP), (scores_BP[:, :B].T, excluded_BP[:, :B].T))
-    return jnp.mean(contrastive_nll(jnp.arange(B), *both))
+    by_row = right_nll(scores_BP, positive_BP, ~excluded_BP)
+    by_column = right_nll(scores_BP[:, :B].T, positive_BP[:, :B], ~excluded_BP[:, :B].T)
+    return 0.5 * (jnp.mean(by_row) + jnp.mean(by_column))
 
 
-def contrastive_nll(
-    positive_b: Int[Array, " b"],
-    by_row: tuple[Float[Array, "b P"], Bool[Array, "b P"]],
-    by_column: tuple[Float[Array, "b B"], Bool[Array, "b B"]],
-) -> Float[Array, " b"]:
-    """What some rows of the batch bring to `contrastive_loss`: half of each one's row and column, nats.
-
-    `by_row`: the scores of their queries with all passages, and which passages are excluded; `by_column`: of their
-    passages with all queries. `positive_b`: where in the batch they stand.
-    """
-    return 0.5 * (positive_nll(by_row[0], positive_b, by_row[1]) + positive_nll(by_column[0], positive_b, by_column[1]))
+def right_nll(
+    scores_nm: Float[Array, "n m"], right_nm: Bool[Array, "n m"], negative_nm: Bool[Array, "n m"]
+) -> Float[Array, " n"]:
+    """-log( sum_right e^s / sum_{right or negative} e^s ) of each row; 0 in a row without a right column."""
+    scores_nm = scores_nm.astype(jnp.float32)
+    has_n1 = jnp.any(right_nm, axis=1, keepdims=True)
+    right_nm = right_nm | ~has_n1  # a sum over nothing has no gradient
+    right_n = jax.nn.logsumexp(jnp.where(right_nm, scores_nm, -jnp.inf), axis=1)
+    all_n = jax.nn.logsumexp(jnp.where(right_nm | negative_nm, scores_nm, -jnp.inf), axis=1)
+    return jnp.where(has_n1[:, 0], all_n - right_n, 0.0)
 
 
 def positive_nll(

@@ -1,9 +1,9 @@
 """The composite of both models: encode, choose candidates, answer log-probabilities, marginal, total loss.
 
-**B** queries of the global batch, **P** its passages, **b** rows of one device, **g** rows of a group and **p** its
-passages, **m** groups that are read together, **K** candidates, **T** answer tokens, **L** sequence (**Lp** prefix,
-**Ls** suffix), **E** embedding width, **D** model width, **V** vocabulary, **n** rows of any kind, **J** negatives that
-each query brings besides its own passage: p = g (1 + J), see `joined`.
+**B** queries of the global batch, **P** its passages, **b** rows of one device, **g** rows of a group and **p** slots
+for its passages, **S** of them beside each row (p = g S), **m** groups that are read together, **K** candidates, **R**
+passages that are known to answer a query, **T** answer tokens, **L** sequence (**Lp** prefix, **Ls** suffix), **E**
+embedding width, **D** model width, **V** vocabulary, **n** rows of any kind.
 
 `loss` runs on each device's own rows. Embeddings are all that it fetches of the others' (`Shard.from_all`): candidates,
 and with them the generator's keys and values, are of a group, and a group lies on one device.
@@ -34,10 +34,18 @@ CONTRASTIVE_SCORES = 2**22
 
 # (path of the parameters, the parameters or one layer of them, dtype of what is sent, dtype) -> whole ones.
 Gather = Callable[[tuple[str, ...], Any, Any, Any], Any]
-# Of the same rows' queries, passages and negatives; no negatives: None.
-Embs = tuple[Float[Array, "b E"], Float[Array, "b E"], Float[Array, "b J E"] | None]
-BlockEmbs = tuple[Float[Array, "m g E"], Float[Array, "m g E"], Float[Array, "m g J E"] | None]  # of m groups
+# Of the same rows' queries, and of the passages in the slots beside them.
+Embs = tuple[Float[Array, "b E"], Float[Array, "b S E"]]
+BlockEmbs = tuple[Float[Array, "m g E"], Float[Array, "m g S E"]]  # of m groups
 Keys = Key[Array, " b"] | None  # dropout's, one a row; None: no dropout
+
+
+class Candidates(NamedTuple):
+    """What each row of m groups reads."""
+
+    slot: Int[Array, "m g K"]  # of the group's p
+    cosine: Float[Array, "m g K"]  # -inf: it may read no more
+    right: Bool[Array, "m g K"]  # known to answer its query
 
 
 class Suffixes(NamedTuple):
@@ -141,6 +149,7 @@ class Rag:
     groups_at_a_time: int = 1  # that the generator reads
     head_chunk: int = 512  # tokens whose logits exist at a time
     trains_generator: bool = True  # some of its parameters; else nothing is computed for their gradients
+    labelled: bool = True  # of every row a passage is known that answers its query
     shard: Shard = Shard()
     gather: Gather | None = None  # brings shared parameters together; None: they are whole
 
@@ -240,13 +249,6 @@ def normalised(emb_nE: Float[Array, "n E"]) -> Float[Array, "n E"]:
     return jnp.where(is_zero_n1, 0.0, emb_nE / jnp.maximum(norm_n1, 1e-12))
 
 
-def joined(own_g: Shaped[Array, "g ..."], negatives_gJ: Shaped[Array, "g J ..."] | None) -> Shaped[Array, "p ..."]:
-    """What the passages of some rows have: their own ones', then that of each row's negatives in turn."""
-    if negatives_gJ is None:
-        return own_g
-    return jnp.concatenate([own_g, negatives_gJ.reshape(-1, *own_g.shape[1:])])
-
-
 def first_copies(keys_n: Int[Array, " n"]) -> Bool[Array, " n"]:
     """Which keys no earlier one equals."""
     order = jnp.argsort(keys_n, stable=True)
@@ -255,21 +257,17 @@ def first_copies(keys_n: Int[Array, " n"]) -> Bool[Array, " n"]:
     return is_first[jnp.argsort(order)]
 
 
-def may_read(passage_key_p: Int[Array, " p"], num_rows: int) -> Bool[Array, "g p"]:
-    """Which passages of the group may be whose candidates: the own one, of all others one copy each.
-
-    A second copy would be read again and take probability twice. -1: there is no passage.
-    """
-    own_gp = jnp.eye(num_rows, len(passage_key_p), dtype=bool)
-    same_as_own_gp = passage_key_p[:num_rows, None] == passage_key_p
-    return own_gp | (~same_as_own_gp & first_copies(passage_key_p) & (passage_key_p >= 0))
+def known_right(right_key_nR: Int[Array, "n R"], passage_key_p: Int[Array, " p"]) -> Bool[Array, "n p"]:
+    """Which passages are known to answer the queries of which rows; -1 is no passage."""
+    return jnp.any(right_key_nR[:, None] == passage_key_p[:, None], axis=-1) & (passage_key_p >= 0)
 
 
-def choose_candidates(cosine_gp: Float[Array, "g p"], num_candidates: int) -> Int[Array, "g K"]:
-    """Each row's positive, on the diagonal, then the highest-scoring others; -inf comes last."""
-    g, p = cosine_gp.shape
-    # Cosines lie within [-1, 1]: 4 puts the positive first without touching the order of the others.
-    order_gp = jax.lax.stop_gradient(cosine_gp) + 4.0 * jnp.eye(g, p)
+def choose_candidates(
+    cosine_gp: Float[Array, "g p"], right_gp: Bool[Array, "g p"], num_candidates: int
+) -> Int[Array, "g K"]:
+    """Each row's right passages, then the others, by falling score; -inf comes last."""
+    # Cosines lie within [-1, 1]: 4 puts what is right first without touching the order of the others.
+    order_gp = jax.lax.stop_gradient(cosine_gp) + 4.0 * right_gp
     return jax.lax.top_k(order_gp, num_candidates)[1].astype(jnp.int32)
 
 
@@ -292,22 +290,27 @@ def answer_log_probs(
     return log_probs.reshape(B, K, num_tokens)
 
 
-def group_candidates(num_candidates: int, group: Batch, embs: Embs) -> tuple[Int[Array, "g K"], Float[Array, "g K"]]:
-    """K of the group's passages for each row, the own one first, and their cosines; -inf: it may read no more."""
-    query_emb, passage_emb, negative_emb = embs
-    key_p = joined(group.passage_key, None if group.negatives is None else group.negatives.passage_key)
-    cosine_gp = cosines(query_emb, joined(passage_emb, negative_emb))
-    cosine_gp = jnp.where(may_read(key_p, len(query_emb)), cosine_gp, -jnp.inf)
-    candidates_gK = choose_candidates(cosine_gp, num_candidates)
-    return candidates_gK, jnp.take_along_axis(cosine_gp, candidates_gK, axis=1)
+def candidates_of(rag: Rag, groups: Batch, embs: BlockEmbs | None) -> Candidates:
+    """K of its group's passages for each row, the right ones first; without scores the first right one alone."""
+    choose = functools.partial(group_candidates, rag.objective.candidates if embs is not None else 1)
+    return jax.vmap(choose, (0, None if embs is None else 0))(groups, embs)
 
 
-def in_block(candidates_mgK: Int[Array, "m g K"], negatives: int) -> Int[Array, "m g K"]:
-    """Places of a group's passages, see `joined`, among those of all m groups of a block, whose own ones all lead."""
-    m, g, _ = candidates_mgK.shape
-    group = jnp.arange(m)[:, None, None]
-    own = candidates_mgK + group * g
-    return jnp.where(candidates_mgK < g, own, candidates_mgK + (m - 1) * g + group * g * negatives)
+def group_candidates(num_candidates: int, group: Batch, embs: Embs | None) -> Candidates:
+    """As `candidates_of`, of one group."""
+    key_p = group.pool.key.ravel()
+    right_gp = known_right(group.right_key, key_p)
+    readable_gp = jnp.broadcast_to(key_p >= 0, right_gp.shape)
+    if group.readable is not None:
+        readable_gp &= group.readable | right_gp
+    cosine_gp = jnp.zeros(right_gp.shape)
+    if embs is not None:
+        query_emb_gE, pool_emb_gSE = embs
+        cosine_gp = cosines(query_emb_gE, pool_emb_gSE.reshape(len(key_p), -1))
+    cosine_gp = jnp.where(readable_gp, cosine_gp, -jnp.inf)
+    slot_gK = choose_candidates(cosine_gp, right_gp, num_candidates)
+    cosine_gK, right_gK = (jnp.take_along_axis(a, slot_gK, axis=1) for a in (cosine_gp, right_gp))
+    return Candidates(slot_gK, cosine_gK, right_gK)
 
 
 def block_log_probs(
@@ -318,39 +321,29 @@ def block_log_probs(
     `block`: with a leading axis of groups, as are the others. Where a row may read fewer than K passages, the others
     have a doc_log_prob of -inf.
     """
-    if block_embs is None:
-        candidates_mgK, cosine_mgK = None, jnp.zeros((*block.passage_key.shape, 1))
-    else:
-        candidates_mgK, cosine_mgK = jax.vmap(functools.partial(group_candidates, rag.objective.candidates))(
-            block, block_embs
-        )
-    rows, hidden_bKLD = read_block(generator, block, candidates_mgK, keys)
+    candidates = candidates_of(rag, block, block_embs)
+    rows, hidden_bKLD = read_block(generator, block, candidates.slot, keys)
     num_tokens = rows.answer_mask.shape[1]
     token_log_probs_bKT = answer_log_probs(
         generator, hidden_bKLD, rows.suffix_ids, rows.answer_start, num_tokens, rag.head_chunk
     )
-    return rag.objective.doc_log_probs(cosine_mgK.reshape(len(rows.row), -1)), token_log_probs_bKT
+    return rag.objective.doc_log_probs(candidates.cosine.reshape(len(rows.row), -1)), token_log_probs_bKT
 
 
 def read_block(
-    generator: Decoder, block: Batch, candidates_mgK: Int[Array, "m g K"] | None, keys: Any
+    generator: Decoder, block: Batch, slot_mgK: Int[Array, "m g K"], keys: Any
 ) -> tuple[Batch, Float[Array, "b K Ls D"]]:
-    """The b = m g rows of m groups, and the hidden states of their suffixes behind K of their group's passages each.
+    """The b = m g rows of m groups, and the hidden states of their suffixes behind K passages of their groups each.
 
-    `candidates_mgK`: places in the group, see `joined`; None: each row reads its own passage, and no other is read.
+    Of one passage a row those alone are run, of several all that the groups hold.
     """
-    m, g = block.passage_key.shape
+    m, g, K = slot_mgK.shape
     rows, row_keys = jax.tree.map(lambda a: a.reshape(m * g, *a.shape[2:]), (block, keys))
-    prefix, negatives = (rows.prefix_ids, rows.prefix_mask), rows.negatives
-    if candidates_mgK is None:
-        candidates_bK = jnp.arange(m * g, dtype=jnp.int32)[:, None]
-    elif negatives is None:
-        candidates_bK = in_block(candidates_mgK, 0).reshape(m * g, -1)
-    else:
-        prefix = (joined(prefix[0], negatives.prefix_ids), joined(prefix[1], negatives.prefix_mask))
-        candidates_bK = in_block(candidates_mgK, negatives.passage_key.shape[1]).reshape(m * g, -1)
-    suffix = (rows.suffix_ids, rows.suffix_mask)
-    return rows, generator.forward_shared_prefix(prefix, suffix, candidates_bK, row_keys)
+    prefix = tuple(a.reshape(-1, a.shape[-1]) for a in (rows.pool.prefix_ids, rows.pool.prefix_mask))
+    place_bK = (slot_mgK + jnp.arange(m, dtype=jnp.int32)[:, None, None] * (len(prefix[0]) // m)).reshape(m * g, K)
+    if K == 1:
+        prefix, place_bK = tuple(a[place_bK[:, 0]] for a in prefix), jnp.arange(m * g, dtype=jnp.int32)[:, None]
+    return rows, generator.forward_shared_prefix(prefix, (rows.suffix_ids, rows.suffix_mask), place_bK, row_keys)
 
 
 def map_rows(fn: Callable[[Any], Any], rows: Any, at_most: int) -> Any:
@@ -393,53 +386,48 @@ def cosines(query_emb_BE: Float[Array, "B E"], passage_emb_PE: Float[Array, "P E
 
 
 def embed(rag: Rag, params: dict, batch: Batch, keys: Keys) -> Embs:
-    """What the retriever makes of the rows' texts."""
-    retriever, negatives = rag.model("retriever", params), batch.negatives
-    encode = functools.partial(encode_in_chunks, rag, retriever)
+    """What the retriever makes of the rows' queries and of the passages beside them."""
+    encode = functools.partial(encode_in_chunks, rag, rag.model("retriever", params))
     query_emb_bE = encode(batch.query_ids, batch.query_mask, named_keys(keys, "query"))
-    passage_emb_bE = encode(batch.passage_ids, batch.passage_mask, named_keys(keys, "passage"))
-    if negatives is None:
-        return query_emb_bE, passage_emb_bE, None
-    b, J, L = negatives.passage_ids.shape
-    ids, mask = (a.reshape(b * J, L) for a in (negatives.passage_ids, negatives.passage_mask))
-    negative_emb = encode(ids, mask, several_keys(named_keys(keys, "negative"), J))
-    return query_emb_bE, passage_emb_bE, negative_emb.reshape(b, J, -1)
+    b, S, L = batch.pool.passage_ids.shape
+    ids, mask = (a.reshape(b * S, L) for a in (batch.pool.passage_ids, batch.pool.passage_mask))
+    return query_emb_bE, encode(ids, mask, several_keys(named_keys(keys, "passage"), S)).reshape(b, S, -1)
 
 
 def contrastive_term(rag: Rag, batch: Batch, embs: Embs) -> Term:
-    """Symmetric InfoNCE of this device's rows over the global batch: rows, and columns as rows of their own.
+    """Symmetric InfoNCE of this device's rows over the global batch: a query over passages, its passages over queries.
 
-    Every query's negatives are further columns of all rows, P = B (1 + J) in all. Scores are (b, P) of a device, in
-    blocks of rows where they are many; (P, P) never exists.
+    Every passage of the batch is one column, however many groups hold it, and none of a query that it is known to
+    answer; a row counts if such a passage is known. Scores are (b, P) of a device, in blocks of rows where they are
+    many; (P, P) never exists.
     """
-    (query_emb_bE, passage_emb_bE, negative_emb_bJE), b = embs, len(batch.query_key)
-    from_all, temperature = rag.shard.from_all, rag.objective.temperature
-    all_queries_BE, all_passages_PE = from_all(query_emb_bE), from_all(passage_emb_bE)
-    all_query_keys, all_passage_keys = from_all(batch.query_key), from_all(batch.passage_key)
-    never = jnp.zeros(0, bool)
-    if negative_emb_bJE is not None and batch.negatives is not None:
-        all_passages_PE = joined(all_passages_PE, from_all(negative_emb_bJE))
-        never = ~are_columns(from_all(batch.negatives.passage_key).ravel(), all_passage_keys)
+    (query_emb_bE, pool_emb_bSE), b = embs, len(batch.row)
+    from_all, temperature, g, S = rag.shard.from_all, rag.objective.temperature, rag.group_size, pool_emb_bSE.shape[1]
+    all_queries_BE, all_passages_PE = from_all(query_emb_bE), from_all(pool_emb_bSE).reshape(-1, query_emb_bE.shape[1])
+    all_right_BR, all_keys_P = from_all(batch.right_key), from_all(batch.pool.key).ravel()
+    B, P, R = len(all_queries_BE), len(all_keys_P), min(all_right_BR.shape[1], g * S)
+    is_column_P = (all_keys_P >= 0) & first_copies(all_keys_P)
+    group_P, has_label_B = jnp.arange(P) // (g * S), jnp.any(all_right_BR >= 0, axis=1)
 
-    def nll(rows: Any) -> Float[Array, " n"]:
-        query_emb, passage_emb, query_key, passage_key, position = rows
-        excluded = (query_key[:, None] == all_query_keys) | (passage_key[:, None] == all_passage_keys)
-        further = jnp.broadcast_to(never, (len(excluded), len(never)))
-        by_row = (cosines(query_emb, all_passages_PE) / temperature, jnp.concatenate([excluded, further], axis=1))
-        by_column = (cosines(passage_emb, all_queries_BE) / temperature, excluded)
-        return losses.contrastive_nll(position, by_row, by_column)
+    def nll(rows: Any) -> Term:
+        query_emb_nE, right_key_nR, position_n = rows
+        known_nP = known_right(right_key_nR, all_keys_P)
+        right_nP = known_nP & (position_n[:, None] // g == group_P)  # of copies that of its own group
+        by_query_n = losses.right_nll(
+            cosines(query_emb_nE, all_passages_PE) / temperature, right_nP, is_column_P & ~known_nP
+        )
+        is_there_nR, place_nR = jax.lax.top_k(right_nP.astype(jnp.int32), R)
+        place = place_nR.ravel()
+        itself = jnp.repeat(position_n, R)[:, None] == jnp.arange(B)
+        asked = known_right(all_right_BR, all_keys_P[place]).T
+        scores = cosines(all_passages_PE[place], all_queries_BE) / temperature
+        by_passage_nR = losses.right_nll(scores, itself, has_label_B & ~asked).reshape(-1, R)
+        count_n = jnp.sum(is_there_nR, axis=1)
+        by_passage_n = jnp.sum(by_passage_nR * is_there_nR, axis=1) / jnp.maximum(count_n, 1)
+        return Term(0.5 * (by_query_n + by_passage_n), count_n > 0)
 
-    rows = (query_emb_bE, passage_emb_bE, batch.query_key, batch.passage_key, rag.shard.positions(b))
-    return Term(map_rows(nll, rows, CONTRASTIVE_SCORES // len(all_passages_PE)), jnp.ones(b))
-
-
-def are_columns(negative_keys_n: Int[Array, " n"], all_passage_keys: Int[Array, " B"]) -> Bool[Array, " n"]:
-    """Which of all negatives are columns of the contrastive loss: each passage once, and only if no row has it.
-
-    A row's own passage is a column already, and the keys of its rows say whose negative it is and whose not.
-    """
-    there = (negative_keys_n >= 0) & ~jnp.isin(negative_keys_n, all_passage_keys)
-    return there & first_copies(negative_keys_n)
+    rows = (query_emb_bE, batch.right_key, rag.shard.positions(b))
+    return map_rows(nll, rows, CONTRASTIVE_SCORES // P)
 
 
 def pair_terms(rag: Rag, params: dict, batch: Batch, embs: Embs | None, keys: Keys) -> dict[str, Term]:
@@ -460,51 +448,49 @@ def evidence_terms(rag: Rag, params: dict, batch: Batch, embs: Embs | None, keys
     """How far p(k | query) is from the evidence of every row's candidates, and the generator's own term.
 
     Evidence has no gradient, so nothing of the passages that are read for it alone stays for a backward pass. The
-    generator learns from the passage that is known to be right, which is read once for both unless there is dropout.
+    generator learns from the right passage of each row, or from all candidates where some row has none. Unless there is
+    dropout, what it learns from is read once for both.
     """
     assert embs is not None  # such an objective needs scores
     objective, formula = rag.objective, rag.objective.formula
     groups, group_embs, group_keys = rag.in_groups((batch, embs, keys))
-    candidates_mgK, cosine_mgK = jax.vmap(functools.partial(group_candidates, objective.candidates))(groups, group_embs)
-    doc_log_probs_bK = objective.doc_log_probs(cosine_mgK.reshape(len(batch.row), -1))
-    right_bK = jnp.broadcast_to(
-        jnp.arange(objective.candidates) == 0, doc_log_probs_bK.shape
-    )  # the own one comes first
+    slot_mgK, cosine_mgK, right_mgK = candidates_of(rag, groups, group_embs)
+    right_bK = right_mgK.reshape(len(batch.row), -1)
+    doc_log_probs_bK = objective.doc_log_probs(cosine_mgK.reshape(right_bK.shape))
 
-    own, learns = None, rag.trains_generator and objective.marginal_weight > 0
+    learnt, learns = None, rag.trains_generator and objective.marginal_weight > 0
     if learns:
-        own = read_suffixes(rag, params, groups, None, group_keys)
-    shared = own is not None and keys is None
-    frozen = jax.lax.stop_gradient(params)
-    read = read_suffixes(rag, frozen, groups, candidates_mgK[..., 1:] if shared else candidates_mgK, None)
-    evidence_bK = objective.summed(read)
-    if own is not None and shared:
-        evidence_bK = jnp.concatenate([objective.summed(own), evidence_bK], axis=1)
+        learnt = read_suffixes(rag, params, groups, slot_mgK[..., :1] if rag.labelled else slot_mgK, group_keys)
+    known = [] if learnt is None or keys is not None else [objective.summed(learnt)]
+    left_mgK = slot_mgK[..., sum(a.shape[1] for a in known) :]
+    read = learnt
+    if left_mgK.shape[-1]:
+        read = read_suffixes(rag, jax.lax.stop_gradient(params), groups, left_mgK, None)
+        known.append(objective.summed(read))
+    assert read is not None
+    evidence_bK = jnp.concatenate(known, axis=1)
 
     nats_b = losses.evidence_nats(formula.divergence, doc_log_probs_bK, evidence_bK, right_bK, objective.label_share)
     has_evidence_b = jnp.any(jnp.stack(read.evidence_masks(objective.evidence)), axis=(0, 2))
     named = {"evidence": Term(jnp.where(has_evidence_b, nats_b, 0.0), has_evidence_b)}
     if objective.marginal_weight == 0:
         return named
-    if own is not None:
-        read, doc_log_probs_bK, right_bK = own, jnp.zeros_like(doc_log_probs_bK[:, :1]), right_bK[:, :1]
+    if learnt is not None:
+        read = learnt
+    if learnt is not None and rag.labelled:
+        doc_log_probs_bK, right_bK = jnp.zeros_like(doc_log_probs_bK[:, :1]), right_bK[:, :1]
     words = (doc_log_probs_bK, read.log_probs_bKT, read.answer_bT, right_bK)
     marginal_b = losses.generator_nats(formula.likelihood, *words)
     return named | {"marginal": Term(marginal_b, jnp.sum(read.answer_bT, axis=-1))}
 
 
-def read_suffixes(
-    rag: Rag, params: dict, groups: Batch, candidates_mgK: Int[Array, "m g K"] | None, keys: Any
-) -> Suffixes:
-    """The tokens of every row's suffix that the objective asks for, behind its candidates, by blocks of groups.
-
-    `candidates_mgK`: as in `read_block`.
-    """
+def read_suffixes(rag: Rag, params: dict, groups: Batch, slot_mgK: Int[Array, "m g K"], keys: Any) -> Suffixes:
+    """The tokens of every row's suffix that the objective asks for, behind these candidates, by blocks of groups."""
     generator, whole = rag.model("generator", params), rag.objective.evidence != "answer"
 
     def block_suffixes(blocks: Any) -> Suffixes:
-        block, candidates, block_keys = blocks
-        rows, hidden_bKLD = read_block(generator, block, candidates, block_keys)
+        block, slots, block_keys = blocks
+        rows, hidden_bKLD = read_block(generator, block, slots, block_keys)
         b, Ls = rows.suffix_ids.shape
         start_b, num_tokens = rows.answer_start, rows.answer_mask.shape[1]
         answer_bT, question_bT = rows.answer_mask, jnp.zeros_like(rows.answer_mask)
@@ -516,7 +502,7 @@ def read_suffixes(
         found = Suffixes(log_probs_bKT, answer_bT, question_bT)
         return jax.tree.map(lambda a: a.reshape(*block.row.shape, *a.shape[1:]), found)
 
-    found = map_rows(block_suffixes, (groups, candidates_mgK, keys), rag.groups_at_a_time)
+    found = map_rows(block_suffixes, (groups, slot_mgK, keys), rag.groups_at_a_time)
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), found)
 
 
@@ -524,8 +510,11 @@ def string_terms(rag: Rag, params: dict, batch: Batch, embs: Embs | None, keys: 
     """The objective's terms from the log-probabilities of whole strings, and the scores of the whole batch."""
     assert embs is not None  # such an objective needs scores
     generator = rag.model("generator", params)
-    query_emb_bE, passage_emb_bE, _ = embs
-    cosine_bP = cosines(query_emb_bE, rag.shard.from_all(passage_emb_bE))
+    query_emb_bE, pool_emb_bSE = embs
+    slot_mg1 = candidates_of(rag, rag.in_groups(batch), None).slot
+    pool_emb_mpE = rag.in_groups(pool_emb_bSE).reshape(*slot_mg1.shape[:1], -1, query_emb_bE.shape[1])
+    own_emb_bE = jnp.take_along_axis(pool_emb_mpE, slot_mg1, axis=1).reshape(query_emb_bE.shape)
+    cosine_bP = cosines(query_emb_bE, rag.shard.from_all(own_emb_bE))
 
     def string_log_probs(rows: Any) -> Float[Array, "g L"]:
         ids, mask, group_keys = rows

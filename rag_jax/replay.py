@@ -14,7 +14,7 @@ from rag_jax import cli, config
 from rag_jax.errors import UserError
 
 # Of the embeddings of a row's texts.
-NORMS = ("|query|", "|passage|", "|negatives|")
+NORMS = ("|query|", "|passages|")
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def replay(loaded: Any, workdir: pathlib.Path, step: int) -> None:
     for line in taken_apart(training, state, batch, dropout_seed):
         print(line)
     rows, mined = feed.rows_of(training, step)
-    host = data.collate(training.examples, rows, training.shapes, mined=mined)
+    host = data.collate(training.examples, rows, training.shapes, mined=mined, group_size=loaded.group_size)
     for line in row_lines(training, params, host, dropout_seed, step - 1):
         print(line)
 
@@ -115,9 +115,9 @@ def row_lines(training: Any, params: Any, batch: Any, dropout_seed: int | None, 
 def row_terms(model: Any, params: Any, batch: Any, key: Any) -> dict[str, Any]:
     """What each row brings to the loss, (B,) each, the batch on one device.
 
-    |query|, |passage| and |negatives| (their mean) are norms of embeddings, 1 where all is well; the others are the
-    terms of the loss in nats. One row that is not finite makes the contrastive term of all others so, and the marginal
-    of its group.
+    |query| and |passages| (of the slots beside it, their mean) are norms of embeddings, 1 where all is well; the others
+    are the terms of the loss in nats. One row that is not finite makes the contrastive term of all others so, and the
+    marginal of its group.
     """
     import jax.numpy as jnp
 
@@ -127,8 +127,7 @@ def row_terms(model: Any, params: Any, batch: Any, key: Any) -> dict[str, Any]:
     if model.objective.uses_retriever:
         embs = rag.embed(model, params, batch, keys)
         for name, emb in zip(NORMS, embs, strict=True):
-            if emb is not None:
-                norms[name] = jnp.linalg.norm(emb, axis=-1).reshape(len(emb), -1).mean(axis=1)
+            norms[name] = jnp.linalg.norm(emb, axis=-1).reshape(len(emb), -1).mean(axis=1)
     return norms | {name: term.nats_B for name, term in rag.terms(model, params, batch, embs, keys).items()}
 
 

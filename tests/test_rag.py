@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from rag_jax import data, losses, models, objectives, rag
+from rag_jax.data.batches import fill_slots
 from rag_jax.models import BertConfig, Gpt2Config, LlamaConfig, head
 
 BERT = BertConfig(61, 2, 2, 16, 32, 64, 2, 1e-12, "gelu", 0.0, 0.0)
@@ -26,7 +27,7 @@ GENERATORS = {
 LP, LQ, T = 9, 5, 4
 
 
-def make_rows(num_rows, seed=0, passages=None, prefix_room=0, suffix_room=0, negatives=None):
+def make_rows(num_rows, seed=0, passages=None, prefix_room=0, suffix_room=0, negatives=None, group_size=4):
     """Ragged rows; `passages` says which passage each row carries (rows may share one), `negatives` which it brings."""
     rng = np.random.default_rng(seed)
     passages = np.arange(num_rows) if passages is None else np.asarray(passages)
@@ -44,24 +45,26 @@ def make_rows(num_rows, seed=0, passages=None, prefix_room=0, suffix_room=0, neg
     suffix = padded(query_lengths + answer_lengths, rng.integers(1, 67, (num_rows, LQ + T)), suffix_room)
     query = padded(rng.integers(2, 7, num_rows), rng.integers(1, 61, (num_rows, 6)))
     if negatives is not None:
-        key = np.asarray(negatives, np.int32)
-        there = key[:, :, None] >= 0
-        further = (jnp.where(there, a[key], (jnp.arange(a.shape[1]) == 0).astype(a.dtype)) for a in (*passage, *prefix))
-        negatives = data.Negatives(jnp.asarray(key), *further)
+        negatives = np.asarray(negatives).reshape(-1, group_size, np.shape(negatives)[1])
+    right = passages.reshape(-1, group_size, 1)
+    slots = 1 if negatives is None else 1 + negatives.shape[2]
+    key = np.concatenate(
+        [fill_slots(own, None if negatives is None else negatives[i], slots) for i, own in enumerate(right)]
+    )
+    there = key[:, :, None] >= 0
+    texts = (jnp.where(there, a[key], (jnp.arange(a.shape[1]) == 0).astype(a.dtype)) for a in (*passage, *prefix))
     return data.Batch(
         jnp.arange(num_rows),
         jnp.arange(num_rows),
-        jnp.asarray(passages),
+        jnp.asarray(passages)[:, None],
         *query,
-        *(a[passages] for a in passage),
-        *(a[passages] for a in prefix),
         *suffix,
         jnp.asarray(query_lengths, jnp.int32),
         jnp.asarray(np.arange(T) < answer_lengths[:, None]),
         string_ids=None,
         string_mask=None,
         string_answer_start=None,
-        negatives=negatives,
+        pool=data.Pool(jnp.asarray(key), *texts),
     )
 
 
@@ -91,54 +94,52 @@ def make(generator="llama", dtype="float32", **objective):
     return model, {"retriever": retriever_params, "generator": params}
 
 
-def candidates_by_hand(cosine, keys, owners, group_size, num_candidates):
-    """The positive first, then other passages that rows of the group hold by falling score, none twice."""
-    chosen = []
-    for i in range(len(cosine)):
-        group = [j for j, owner in enumerate(owners) if owner // group_size == i // group_size and keys[j] >= 0]
-        seen, row = {keys[i]}, [i]
-        for j in sorted(group, key=lambda j: -float(cosine[i, j])):
-            if keys[j] not in seen:
-                seen.add(keys[j])
-                row.append(j)
-        chosen.append(row[:num_candidates])
+def right_slots(rows, group_size):
+    """Of each row, the slots of its group that hold a passage which is known to answer its query."""
+    keys, slots = np.asarray(rows.pool.key).ravel(), rows.pool.key.shape[1]
+    return [
+        [j for j, key in enumerate(keys) if key in right and key >= 0 and j // (slots * group_size) == i // group_size]
+        for i, right in enumerate(np.asarray(rows.right_key).tolist())
+    ]
+
+
+def candidates_by_hand(cosine, rows, group_size, num_candidates):
+    """What is right first, then the other passages of the group by falling score; as many as there are."""
+    keys, slots, chosen = np.asarray(rows.pool.key).ravel(), rows.pool.key.shape[1], []
+    for i, right in enumerate(right_slots(rows, group_size)):
+        group = range(i // group_size * group_size * slots, (i // group_size + 1) * group_size * slots)
+        may = [True] * len(keys) if rows.readable is None else np.tile(np.asarray(rows.readable[i]), len(keys))
+        others = [j for j in group if keys[j] >= 0 and j not in right and may[j - group[0]]]
+        by_score = functools.partial(sorted, key=lambda j: -float(cosine[i, j]))
+        chosen.append((by_score(right) + by_score(others))[:num_candidates])
     return chosen
 
 
-def contrastive_by_hand(scores, keys):
-    """Sums of exponentials: no negative of its passage's rows; what rows bring counts once, and if no row has it."""
-    B, P = scores.shape
-    allowed = np.ones((B, P), bool)
-    for i in range(B):
-        for j in range(P):
-            allowed[i, j] = i == j or (keys[i] != keys[j] if j < B else keys[j] >= 0 and keys[j] not in keys[:j])
-    weights, positive = jnp.exp(scores) * allowed, jnp.exp(jnp.diagonal(scores))
-    by_row, by_column = (positive / weights[:, :n].sum(axis) for n, axis in ((P, 1), (B, 0)))
-    return -0.5 * (jnp.log(by_row).mean() + jnp.log(by_column).mean())
+def contrastive_by_hand(scores, rows, group_size=4):
+    """Sums of exponentials: each passage of the batch once, none that is known to answer the query."""
+    keys, total = np.asarray(rows.pool.key).ravel(), 0.0
+    known = [set(right) - {-1} for right in np.asarray(rows.right_key).tolist()]
+    first = [j for j, key in enumerate(keys) if key >= 0 and key not in keys[:j]]
+    labelled = [i for i, right in enumerate(right_slots(rows, group_size)) if right]
+    for i in labelled:
+        own = right_slots(rows, group_size)[i]
+        wrong = [j for j in first if keys[j] not in known[i]]
+        weights = jnp.exp(scores)
+        total -= jnp.log(weights[i, np.array(own)].sum() / weights[i, np.array(own + wrong)].sum())
+        for j in own:
+            askers = [i, *(other for other in range(len(known)) if known[other] and keys[j] not in known[other])]
+            total -= jnp.log(weights[i, j] / weights[np.array(askers), j].sum()) / len(own)
+    return total / (2 * len(labelled))
 
 
 def reference(model, params, rows):
     """Loss and gradients with one full [passage][query][answer] sequence a pair, and all logits."""
-    objective, num_rows = model.objective, len(rows.query_key)
-    held = (rows.passage_key, rows.passage_ids, rows.passage_mask, rows.prefix_ids, rows.prefix_mask)
-    owners = np.arange(num_rows)
-    if rows.negatives is not None:
-        owners = np.concatenate([owners, np.repeat(owners, rows.negatives.passage_key.shape[1])])
-        flat = [a.reshape(-1, *a.shape[2:]) for a in rows.negatives]
-        held = [jnp.concatenate(pair) for pair in zip(held, flat, strict=True)]
-    keys, passage_ids, passage_mask, prefix_ids, prefix_mask = (np.asarray(a) for a in held)
-
-    def cosine_of(params):
-        retriever = nnx.merge(model.retriever, params["retriever"])
-
-        def embed(ids, mask):
-            sums = (retriever(ids, mask) * mask[:, :, None]).sum(axis=1)
-            return sums / jnp.sqrt((sums**2).sum(axis=1, keepdims=True))
-
-        return embed(rows.query_ids, rows.query_mask) @ embed(jnp.asarray(passage_ids), jnp.asarray(passage_mask)).T
+    objective = model.objective
+    prefix_ids, prefix_mask = (np.asarray(a).reshape(-1, a.shape[-1]) for a in rows.pool[3:])
+    cosine_of = functools.partial(cosines_by_hand, model, rows=rows)
 
     cosine = np.asarray(jax.jit(cosine_of)(params))
-    chosen = candidates_by_hand(cosine, keys, owners, model.group_size, objective.candidates)
+    chosen = candidates_by_hand(cosine, rows, model.group_size, objective.candidates)
     sequences, targets = [], []
     for i, row in enumerate(chosen):
         for j in row:
@@ -154,7 +155,7 @@ def reference(model, params, rows):
 
     def loss(params):
         cosine = cosine_of(params)
-        contrastive = contrastive_by_hand(cosine / objective.temperature, keys)
+        contrastive = contrastive_by_hand(cosine / objective.temperature, rows, model.group_size)
         generator = nnx.merge(model.generator, params["generator"])
         log_probs = jax.nn.log_softmax(generator.logits(generator(jnp.asarray(ids), mask)))
         gold = log_probs[pair, target - 1, ids[pair, target]].reshape(len(chosen), -1, T)
@@ -244,7 +245,7 @@ NEGATIVES = [[-1, -1], [3, 9], [10, 11], [11, 12], [-1, -1], [13, -1], [14, 0], 
 def test_negatives_that_queries_bring(generator, name, candidates, group_size, passages):
     model, params = make(generator, name=name, candidates=candidates, negatives=2)
     model = dataclasses.replace(model, group_size=group_size, chunk_size=3)
-    rows = make_rows(8, passages=list(passages), negatives=NEGATIVES)
+    rows = make_rows(8, passages=list(passages), negatives=NEGATIVES, group_size=group_size)
     loss, gradients = value_and_grad(model, params, rows)
     expected, expected_gradients = reference(model, params, rows)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
@@ -261,10 +262,8 @@ def test_each_negative_counts_in_both_losses_and_none_that_is_not_there():
     for name in ("loss/contrastive", "loss/marginal"):
         assert abs(float(one[name] - other[name])) > 1e-4, name
     # More candidates than passages: what is read in an empty place has no weight.
-    rows = make_rows(8, negatives=[[-1, 15]] + [[-1, -1]] * 7)
-    empty = rows._replace(negatives=rows.negatives._replace(passage_key=jnp.full((8, 2), -1)))
-    loss, gradients = value_and_grad(wide, params, empty)
-    expected, expected_gradients = value_and_grad(model, params, rows._replace(negatives=None))
+    loss, gradients = value_and_grad(wide, params, make_rows(8, negatives=[[-1, -1]] * 8))
+    expected, expected_gradients = value_and_grad(model, params, make_rows(8))
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     assert_trees_close(gradients, expected_gradients, 1e-5)
 
@@ -272,15 +271,15 @@ def test_each_negative_counts_in_both_losses_and_none_that_is_not_there():
 def listwise_reference(model, params, rows):
     """Loss and gradients of a listwise objective: every pair is one full sequence, and all logits are there."""
     objective, B, Ls = model.objective, len(rows.row), rows.suffix_ids.shape[1]
-    sizes = np.asarray(rows.prefix_mask.sum(1))
-    after = np.asarray(rows.suffix_mask.sum(1))
-    cosine = np.asarray(jax.jit(functools.partial(cosines_by_hand, model))(params, rows))
-    chosen = np.array(candidates_by_hand(cosine, np.asarray(rows.passage_key), np.arange(B), 4, objective.candidates))
+    prefix_ids, prefix_mask = (np.asarray(a).reshape(-1, a.shape[-1]) for a in rows.pool[3:])
+    sizes, after = prefix_mask.sum(1), np.asarray(rows.suffix_mask.sum(1))
+    cosine = np.asarray(jax.jit(functools.partial(cosines_by_hand, model, rows=rows))(params))
+    chosen = np.array(candidates_by_hand(cosine, rows, 4, objective.candidates))
     K = chosen.shape[1]
     ids = np.zeros((B * K, sizes.max() + Ls), np.int32)
     lengths = np.zeros(B * K, int)
     for n, (i, j) in enumerate((i, j) for i, row in enumerate(chosen) for j in row):
-        whole = [*np.asarray(rows.prefix_ids[j])[: sizes[j]], *np.asarray(rows.suffix_ids[i])[: after[i]]]
+        whole = [*prefix_ids[j][: sizes[j]], *np.asarray(rows.suffix_ids[i])[: after[i]]]
         ids[n, : len(whole)], lengths[n] = whole, len(whole)
     starts, targets = sizes[chosen].reshape(-1), np.arange(1, Ls)
     at = np.minimum(starts[:, None] + targets, ids.shape[1] - 1)
@@ -302,11 +301,13 @@ def listwise_reference(model, params, rows):
     else:
         evidence = sum(s / m.sum(1)[:, None] for s, m in zip(sums, masks, strict=True)) / objective.evidence_temperature
     target = np.exp(evidence) / np.exp(evidence).sum(1, keepdims=True)
-    label = np.eye(K)[[0] * B]
-    target = objective.label_share * label + (1 - objective.label_share) * target
+    is_right = np.array([[j in right for j in row] for right, row in zip(right_slots(rows, 4), chosen, strict=True)])
+    label = is_right / np.maximum(is_right.sum(1, keepdims=True), 1)
+    share = objective.label_share * is_right.any(1, keepdims=True)
+    target = share * label + (1 - share) * target
 
     def loss(params):
-        cosine = cosines_by_hand(model, params, rows)
+        cosine = cosines_by_hand(model, params, rows=rows)
         p = jax.nn.softmax(jnp.take_along_axis(cosine, chosen, axis=1) / objective.marginal_temperature, axis=1)
         match objective.name:
             case "pdist":
@@ -314,10 +315,16 @@ def listwise_reference(model, params, rows):
             case "replug":
                 nats = (p * (jnp.log(p) - np.log(target))).sum(1)
             case "emdr2":
-                share = objective.label_share
-                nats = -(1 - share) * jnp.log((p * np.exp(evidence)).sum(1)) - share * jnp.log(p[:, 0])
-        own = jnp.where(is_answer, suffix_log_probs(params)[:, 0], 0.0).sum() / is_answer.sum()
-        contrastive = contrastive_by_hand(cosine / objective.temperature, np.asarray(rows.passage_key))
+                nats = -(1 - share[:, 0]) * jnp.log((p * np.exp(evidence)).sum(1))
+                nats -= share[:, 0] * (label * jnp.log(p)).sum(1)
+        prior = jnp.log(jnp.where(is_right.any(1, keepdims=True), label, jax.lax.stop_gradient(p)))
+        by_token = suffix_log_probs(params)
+        if objective.formula.likelihood == "token":
+            own = jnp.where(is_answer, jnp.log(jnp.exp(prior[:, :, None] + by_token).sum(1)), 0.0)
+        else:
+            own = jnp.log(jnp.exp(prior + jnp.where(is_answer[:, None], by_token, 0.0).sum(-1)).sum(1))
+        own = own.sum() / is_answer.sum()
+        contrastive = contrastive_by_hand(cosine / objective.temperature, rows)
         return (
             objective.contrastive_weight * contrastive
             + objective.evidence_weight * nats.mean()
@@ -334,7 +341,8 @@ def cosines_by_hand(model, params, rows):
         sums = (retriever(ids, mask) * mask[:, :, None]).sum(axis=1)
         return sums / jnp.sqrt((sums**2).sum(axis=1, keepdims=True))
 
-    return embed(rows.query_ids, rows.query_mask) @ embed(rows.passage_ids, rows.passage_mask).T
+    pool = (a.reshape(-1, a.shape[-1]) for a in (rows.pool.passage_ids, rows.pool.passage_mask))
+    return embed(rows.query_ids, rows.query_mask) @ embed(*pool).T
 
 
 LISTWISE = [
@@ -465,15 +473,46 @@ def test_how_layers_are_computed_changes_nothing(computing):
 
 def test_candidates_are_the_positive_and_the_best_distinct_others():
     cosine = jnp.asarray([[0.1, 0.9, 0.5, 0.9], [0.2, 0.3, 0.4, 0.5], [0.0, 0.1, 0.2, 0.3], [0.9, 0.8, 0.7, 0.0]])
-    readable = rag.may_read(jnp.asarray([5, 6, 7, 6]), 4)
-    got = rag.choose_candidates(jnp.where(readable, cosine, -jnp.inf), 3)
-    np.testing.assert_array_equal(got, [[0, 1, 2], [1, 2, 0], [2, 1, 0], [3, 0, 2]])
-    np.testing.assert_array_equal(readable.sum(axis=1), [3, 3, 3, 3])
+    keys, right = jnp.asarray([5, 6, 7, -1]), jnp.asarray([[5, -1], [6, 9], [6, 7], [-1, -1]])
+    known = rag.known_right(right, keys)
+    np.testing.assert_array_equal(known, [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]])
+    got = rag.choose_candidates(jnp.where(keys >= 0, cosine, -jnp.inf), known, 3)
+    np.testing.assert_array_equal(got, [[0, 1, 2], [1, 2, 0], [2, 1, 0], [0, 1, 2]])
 
 
 def test_first_copies_against_a_loop():
     keys = np.random.default_rng(0).integers(-1, 9, 40)
     np.testing.assert_array_equal(rag.first_copies(jnp.asarray(keys)), [k not in keys[:i] for i, k in enumerate(keys)])
+
+
+# Row 0 has two right passages, row 1 one that row 3 brings, row 2 none; row 5 may read two of what its group holds.
+RIGHT = [[0, 8], [9, -1], [-1, -1], [3, -1], [4, -1], [-1, -1], [6, -1], [4, 7]]
+BROUGHT = [[8, -1], [-1, -1], [10, 11], [9, -1], [-1, -1], [12, 13], [14, -1], [15, 0]]
+
+
+def rows_of_all_kinds():
+    rows = make_rows(8, negatives=BROUGHT)
+    readable = np.ones((8, 12), bool)
+    readable[5] = np.isin(np.asarray(rows.pool.key[4:]).ravel(), [12, 13])
+    return rows._replace(right_key=jnp.asarray(RIGHT), readable=jnp.asarray(readable))
+
+
+@pytest.mark.parametrize(
+    ("generator", "objective"),
+    [
+        pytest.param("llama", {"name": "sequence"}, id="sequence"),
+        pytest.param("gpt2", {"name": "pdist", "evidence": "both"}, id="pdist", marks=pytest.mark.slow),
+        pytest.param("gpt2", {"name": "emdr2", "label_share": 0.4}, id="emdr2", marks=pytest.mark.slow),
+    ],
+)
+def test_rows_with_several_right_passages_one_or_none(generator, objective):
+    model, params = make(generator, candidates=2, negatives=2, **objective)
+    model, rows = dataclasses.replace(model, labelled=False, chunk_size=5), rows_of_all_kinds()
+    loss, gradients = value_and_grad(model, params, rows)
+    by_hand = reference if objective["name"] == "sequence" else listwise_reference
+    expected, expected_gradients = by_hand(model, params, rows)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert_trees_close(gradients, expected_gradients, 1e-5)
 
 
 def test_a_row_of_zeros_has_a_zero_embedding_and_a_zero_gradient():

@@ -3,7 +3,7 @@
 from rag_jax.data.batches import (
     Batch,
     Lengths,
-    Negatives,
+    Pool,
     buckets,
     collate,
     iterate,
@@ -27,7 +27,7 @@ from rag_jax.data.segments import (
 )
 
 __all__ = [
-    "Batch", "Examples", "Lengths", "Negatives", "Prompt", "Ragged", "Report", "RetrieverText", "Rows", "WholeString",
+    "Batch", "Examples", "Lengths", "Pool", "Prompt", "Ragged", "Report", "RetrieverText", "Rows", "WholeString",
     "answer_segments", "buckets", "collate", "fingerprint", "iterate", "lengths", "load_examples", "longest", "order",
     "pad", "padding_share", "prompt_segments", "read_passages", "read_rows", "retriever_tokens", "shape_of", "take",
 ]  # fmt: skip

@@ -18,20 +18,25 @@ PREFETCH_THREADS = 2
 PREFETCH_BATCHES = 8
 # Of every text in a batch.
 PARTS = ("ids", "mask")
+# The lengths that are of passages.
+OF_POOL = ("passage", "prefix")
 
 # An array with a leading axis of rows: numpy's where batches are made, jax's in the step, shapes where it is planned;
 # None where no model reads it.
 Rows = Any
 
 
-class Negatives(NamedTuple):
-    """Passages that each row of a batch brings besides its own; where it brings none, a text of one token."""
+class Pool(NamedTuple):
+    """The passages of a batch, S slots beside each row: all slots of a group's rows are its pool, p = g S of them.
 
-    passage_key: Rows  # (B, J) as in `Batch`; -1: none
-    passage_ids: Rows  # (B, J, Lr)
-    passage_mask: Rows  # (B, J, Lr)
-    prefix_ids: Rows  # (B, J, Lp)
-    prefix_mask: Rows  # (B, J, Lp)
+    A group holds each passage once; an empty slot holds a text of one token.
+    """
+
+    key: Rows  # (B, S) equal where the passage's text is equal; -1: empty
+    passage_ids: Rows  # (B, S, Lr) what the retriever reads
+    passage_mask: Rows  # (B, S, Lr)
+    prefix_ids: Rows  # (B, S, Lp) generator's passage segment, bos first
+    prefix_mask: Rows  # (B, S, Lp)
 
 
 class Batch(NamedTuple):
@@ -39,13 +44,9 @@ class Batch(NamedTuple):
 
     row: Rows  # (B,) which row of the examples
     query_key: Rows  # (B,) equal where the query's text is equal
-    passage_key: Rows  # (B,) equal where the passage's text is equal
+    right_key: Rows  # (B, R) keys of the passages that are known to answer the query, -1: no more
     query_ids: Rows  # (B, Lq) what the retriever reads
     query_mask: Rows  # (B, Lq)
-    passage_ids: Rows  # (B, Lr)
-    passage_mask: Rows  # (B, Lr)
-    prefix_ids: Rows  # (B, Lp) generator's passage segment, bos first
-    prefix_mask: Rows  # (B, Lp)
     suffix_ids: Rows  # (B, Ls) generator's query segment, answer segment, end-of-sequence
     suffix_mask: Rows  # (B, Ls)
     answer_start: Rows  # (B,) where in the suffix the answer's first token stands
@@ -53,7 +54,8 @@ class Batch(NamedTuple):
     string_ids: Rows  # (B, Ld) objective "dalm"
     string_mask: Rows  # (B, Ld)
     string_answer_start: Rows  # (B,) first position that predicts an answer token
-    negatives: Negatives | None = None
+    pool: Pool
+    readable: Rows = None  # (B, p) the slots of its group that a row may read; None: all that are not empty
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -129,11 +131,13 @@ def collate(
     shapes: Sequence[Lengths],
     own: np.ndarray | None = None,
     mined: np.ndarray | None = None,
+    group_size: int = 1,
 ) -> Batch:
     """The batch of these rows in the first of the shapes (see `buckets`) that all of them fit.
 
-    `own`: which of the rows to make, by their places in the batch, where other processes make the others; None: all.
-    `mined` (rows, J): passages that the rows bring as negatives, -1: none; None: those that are given, if any are.
+    `own`: which of the rows to make, by their places in the batch, whole groups, where other processes make the others;
+    None: all. `mined` (rows, J): passages that the rows bring besides their own, -1: none; None: those that are given,
+    if any are.
     """
     rows = np.asarray(rows, np.int32)
     if mined is None and examples.negative_key is not None:
@@ -147,11 +151,9 @@ def collate(
         )
     if own is not None:
         rows, mined = rows[own], None if mined is None else mined[own]
-    query, passage = examples.query_key[rows], examples.passage_key[rows]
+    query = examples.query_key[rows]
     texts = {
         "query": _pad(examples.retriever_queries, query, lengths.query),
-        "passage": _pad(examples.retriever_passages, passage, lengths.passage),
-        "prefix": _pad(examples.prefixes, passage, lengths.prefix),
         "suffix": (None, None),
         "string": _pad(examples.strings, rows, lengths.string),
     }
@@ -162,39 +164,71 @@ def collate(
         answer_start = examples.prompt_queries.lengths[query].astype(np.int32)
         answer_mask = np.arange(lengths.answer)[None, :] < examples.answers.lengths[rows][:, None]
     string_answer_start = None if examples.string_answer_start is None else examples.string_answer_start[rows]
+    slots = 1 if mined is None else 1 + mined.shape[1]
+    groups = zip(
+        examples.passage_key[rows].reshape(-1, group_size, 1),
+        [None] * (len(rows) // group_size) if mined is None else mined.reshape(-1, group_size, slots - 1),
+        strict=True,
+    )
     return Batch(
         row=rows,
         query_key=query,
-        passage_key=passage,
+        right_key=examples.right_key[query],
         **{f"{name}_{part}": array for name, pair in texts.items() for part, array in zip(PARTS, pair, strict=True)},
         answer_start=answer_start,
         answer_mask=answer_mask,
         string_answer_start=string_answer_start,
-        negatives=None if mined is None else _negatives(examples, passage, mined, lengths),
+        pool=_pool(examples, np.concatenate([fill_slots(*group, slots) for group in groups]), lengths),
     )
 
 
-def _negatives(examples: Examples, own: np.ndarray, key: np.ndarray, lengths: Lengths) -> Negatives:
-    """Of these passages (B, J). Where there is none, the own one (B,) lends its first token: no text is empty."""
-    there, texts = key.reshape(-1, 1) >= 0, np.where(key < 0, own[:, None], key).ravel()
+def fill_slots(right: np.ndarray, brought: np.ndarray | None, slots: int) -> np.ndarray:
+    """The keys (g, S) of a group's slots: no passage twice, -1: empty.
+
+    Each row has a slot for the first passage that is `right` for it (g, _), if no row before it has that one; its other
+    slots hold what else is right and what it has `brought` (g, _), in this order, as far as no other slot holds it.
+    """
+    keys, held = np.full((len(right), slots), -1, np.int32), set()
+    free = [0] * len(right)
+
+    def put(row: int, passages: Sequence[int]) -> None:
+        for passage in passages:
+            if passage >= 0 and passage not in held and free[row] < slots:
+                keys[row, free[row]] = passage
+                held.add(passage)
+                free[row] += 1
+
+    for row, passages in enumerate(right.tolist()):
+        put(row, passages[:1])
+    for row, passages in enumerate(right.tolist()):
+        put(row, passages[1:] if brought is None else passages[1:] + brought[row].tolist())
+    return keys
+
+
+def _pool(examples: Examples, key: np.ndarray, lengths: Lengths) -> Pool:
+    """Of these passages (B, S). Where there is none, the first one lends its first token: no text is empty."""
+    there, texts = key.reshape(-1, 1) >= 0, np.maximum(key, 0).ravel()
 
     def of(ragged: Ragged | None, length: int) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
         if ragged is None:
             return None, None
-        ids, mask = pad(ragged, texts, length)
+        ids, mask = pad(ragged, np.where(there[:, 0], texts, texts[there[:, 0]][0]), length)
         mask &= there | (np.arange(length) == 0)
         return np.where(mask, ids, 0).reshape(*key.shape, length), mask.reshape(*key.shape, length)
 
-    return Negatives(key, *of(examples.retriever_passages, lengths.passage), *of(examples.prefixes, lengths.prefix))
+    return Pool(key, *of(examples.retriever_passages, lengths.passage), *of(examples.prefixes, lengths.prefix))
 
 
 def lengths(batch: Batch) -> Lengths:
     """The padded lengths of a batch."""
-    return Lengths(**{name: mask.shape[1] for name, mask in _masks(batch).items()})
+    return Lengths(**{name: mask.shape[-1] for name, mask in _masks(batch).items()})
 
 
-def shape_of(lengths: Lengths, batch_size: int, negatives: int = 0) -> Batch:
-    """The (shape, dtype) of every array of a batch of these lengths, None where there is none."""
+def shape_of(lengths: Lengths, batch_size: int, negatives: int = 0, right: int = 1) -> Batch:
+    """The (shape, dtype) of every array of a batch of these lengths, None where there is none.
+
+    `right`: of how many passages it may be known that they answer a query.
+    """
 
     def of(width: int, dtype: str, *each: int) -> Any:
         return ((batch_size, *each, width), np.dtype(dtype)) if width else None
@@ -205,36 +239,34 @@ def shape_of(lengths: Lengths, batch_size: int, negatives: int = 0) -> Batch:
     both = {
         f"{name}_{part}": of(width, dtype)
         for name, width in vars(lengths).items()
-        if name != "answer"
+        if name not in ("answer", *OF_POOL)
         for part, dtype in zip(PARTS, ("int32", "bool"), strict=True)
     }
-    further = [of(n, dtype, negatives) for n in (lengths.passage, lengths.prefix) for dtype in ("int32", "bool")]
+    slots = 1 + negatives
+    pool = [of(n, dtype, slots) for n in (lengths.passage, lengths.prefix) for dtype in ("int32", "bool")]
     return Batch(
         row=rows(),
         query_key=rows(),
-        passage_key=rows(),
+        right_key=of(right, "int32"),
         answer_start=rows(bool(lengths.answer)),
         answer_mask=of(lengths.answer, "bool"),
         string_answer_start=rows(bool(lengths.string)),
-        negatives=Negatives(of(negatives, "int32"), *further) if negatives else None,
+        pool=Pool(of(slots, "int32"), *pool),
         **both,
     )
 
 
 def padding_share(batch: Batch, candidates: int) -> float:
     """How many of the tokens that both models read are padding, 0 to 1; a suffix is read once a candidate."""
-    real = {name: int(np.count_nonzero(mask)) for name, mask in _masks(batch).items()}
-    further = batch.negatives
-    if further is not None:
-        for name, mask in (("passage", further.passage_mask), ("prefix", further.prefix_mask)):
-            real |= {} if mask is None else {name: real[name] + int(np.count_nonzero(mask[further.passage_key >= 0]))}
-    num = 0 if further is None else further.passage_key.shape[1]
-    read = len(batch.row) * _tokens(lengths(batch), candidates, num)
+    masks, there = _masks(batch), batch.pool.key >= 0
+    real = {name: int(np.count_nonzero(mask[there] if name in OF_POOL else mask)) for name, mask in masks.items()}
+    slots = there.shape[1]
+    read = len(batch.row) * _tokens(lengths(batch), candidates, slots - 1)
     return 1.0 - _tokens(Lengths(**real), candidates, 0) / read
 
 
 def _masks(batch: Batch) -> dict[str, np.ndarray]:
-    masks = {name: getattr(batch, f"{name}_mask") for name in vars(Lengths())}
+    masks = {name: getattr(batch.pool if name in OF_POOL else batch, f"{name}_mask") for name in vars(Lengths())}
     return {name: mask for name, mask in masks.items() if mask is not None}
 
 
@@ -266,6 +298,7 @@ def iterate(
     own: np.ndarray | None = None,
     planned: np.ndarray | None = None,
     mined: np.ndarray | None = None,
+    group_size: int = 1,
 ) -> Iterator[Batch]:
     """The batches of steps start_step .. total_steps - 1 (from 0), made ahead of time by threads; `own` as above.
 
@@ -276,10 +309,10 @@ def iterate(
 
     if planned is None:
         rows = order(len(examples), batch_size, seed)[start_step:total_steps]
-        made = rows.map(lambda batch: collate(examples, batch, shapes, own))
+        made = rows.map(lambda batch: collate(examples, batch, shapes, own, None, group_size))
     else:
         negatives = [None] * len(planned) if mined is None else mined
         steps = grain.MapDataset.range(len(planned))
-        made = steps.map(lambda step: collate(examples, planned[step], shapes, own, negatives[step]))
+        made = steps.map(lambda step: collate(examples, planned[step], shapes, own, negatives[step], group_size))
     ahead = grain.ReadOptions(num_threads=PREFETCH_THREADS, prefetch_buffer_size=PREFETCH_BATCHES)
     return iter(made.to_iter_dataset(ahead))

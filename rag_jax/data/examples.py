@@ -1,6 +1,7 @@
 """Rows to tokenised examples: read, tokenise each distinct text once, keep on disk, drop what cannot be used."""
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,17 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @functools.cached_property
+    def right_key(self) -> np.ndarray:
+        """(queries, R) int32: the passages that the rows of a query name, in their order, -1: no more."""
+        right: list[dict[int, None]] = [{} for _ in self.queries]
+        for query, passage in zip(self.query_key.tolist(), self.passage_key.tolist(), strict=True):
+            right[query][passage] = None
+        found = np.full((len(right), max(map(len, right), default=1)), -1, np.int32)
+        for query, passages in enumerate(right):
+            found[query, : len(passages)] = list(passages)
+        return found
 
 
 def fingerprint(examples: Examples) -> str:

@@ -96,8 +96,8 @@ class Decoder(nnx.Module):
 
         A causal state on the prefix does not depend on the suffix, so each prefix runs once and each pair of suffix and
         candidate runs its suffix alone. Both advance through one scan: a layer's keys and values of the prefixes are
-        gathered for that layer's suffixes and then forgotten. Dropout asks for whole numbers of prefixes a suffix: one
-        each, then all the further ones of the first suffix, of the second and so on (P = B (1 + J)).
+        gathered for that layer's suffixes and then forgotten. Dropout asks for a whole number of prefixes a suffix,
+        those of the first one first (P = B S).
         """
         (prefix_ids, prefix_mask), (suffix_ids, suffix_mask) = prefix, suffix
         (B, Ls), K = suffix_ids.shape, candidates.shape[1]
@@ -108,10 +108,7 @@ class Decoder(nnx.Module):
         pairs_prefix_len = prefix_len[flat]
         pairs_positions = pairs_prefix_len[:, None] + layers.positions_of(pairs_mask)
 
-        prefix_keys = layers.named_keys(dropout_keys, "prefix")
-        further_keys = layers.several_keys(layers.named_keys(dropout_keys, "further"), len(prefix_ids) // B - 1)
-        if prefix_keys is not None and further_keys is not None and len(prefix_ids) > B:
-            prefix_keys = jnp.concatenate([prefix_keys, further_keys])
+        prefix_keys = layers.several_keys(layers.named_keys(dropout_keys, "prefix"), len(prefix_ids) // B)
         pairs_keys = layers.several_keys(layers.named_keys(dropout_keys, "suffix"), K)
 
         kernel = self.config.computing.attention

@@ -63,6 +63,7 @@ def batches(training: Training, spans: Iterator[Span]) -> Iterator[tuple[data.Ba
             own=sharding.own_rows(training.mesh, config.batch_size),
             planned=None if plan is None else plan.rows[:left],
             mined=None if plan is None else plan.negatives,
+            group_size=config.group_size,
         )
         while True:
             began = time.perf_counter()

@@ -43,6 +43,14 @@ def load(tmp_path, rows=ROWS, **changes):
     return data.load_examples(write(tmp_path / "rows.csv", rows), **options)
 
 
+def assert_equal(left, right):
+    for name, a, b in zip(left._fields, left, right, strict=True):
+        if isinstance(a, tuple):
+            assert_equal(a, b)
+        else:
+            np.testing.assert_array_equal(a, b, err_msg=name)
+
+
 def real(ids, mask):
     """The tokens that the mask keeps, which must be the leading ones."""
     assert (np.diff(mask.astype(int), axis=1) <= 0).all() and ids.shape == mask.shape
@@ -57,8 +65,10 @@ def test_every_field_of_a_batch(tmp_path):
     assert batch.row.tolist() == [3, 0, 2, 1]
     assert real(batch.query_ids, batch.query_mask) == [WORDS(q)["input_ids"] for q, _, _ in rows]
     expected = [WORDS("P: " + p, truncation=True, max_length=5)["input_ids"] for _, p, _ in rows]
-    assert real(batch.passage_ids, batch.passage_mask) == expected
-    assert real(batch.prefix_ids, batch.prefix_mask) == [[BOS, *p.encode()[:12]] for _, p, _ in rows]
+    assert real(batch.pool.passage_ids[:, 0], batch.pool.passage_mask[:, 0]) == expected
+    assert real(batch.pool.prefix_ids[:, 0], batch.pool.prefix_mask[:, 0]) == [
+        [BOS, *p.encode()[:12]] for _, p, _ in rows
+    ]
     expected = [[*f" Q:{q} {a}".encode(), EOS] for q, _, a in rows]
     assert real(batch.suffix_ids, batch.suffix_mask) == expected
     for i, (query, _, answer) in enumerate(rows):
@@ -66,22 +76,24 @@ def test_every_field_of_a_batch(tmp_path):
         assert start == len(f" Q:{query}")
         assert batch.suffix_ids[i, start : start + length].tolist() == [*f" {answer}".encode(), EOS]
         assert batch.answer_mask[i, :length].all()
-    for key, column in ((batch.query_key, 0), (batch.passage_key, 1)):
+    for key, column in ((batch.query_key, 0), (batch.pool.key[:, 0], 1)):
         for i in range(4):
             for j in range(4):
                 assert (key[i] == key[j]) == (rows[i][column] == rows[j][column])
     assert batch.string_ids is None and batch.string_answer_start is None
-    for name in ("row", "query_key", "passage_key", "answer_start"):
+    # Of row 3's query row 1 has another passage.
+    assert examples.right_key.shape == (4, 2) and batch.right_key.tolist() == [[1, 2], [0, -1], [0, -1], [1, 2]]
+    for name in ("row", "query_key", "right_key", "answer_start"):
         assert getattr(batch, name).dtype == np.int32
 
 
 def test_fields_of_a_model_that_is_not_used_are_none(tmp_path):
     examples, _ = load(tmp_path, prompt=None)
     batch = data.collate(examples, [0, 1], [data.longest(examples)])
-    assert batch.query_ids is not None and batch.prefix_ids is batch.suffix_ids is batch.answer_mask is None
+    assert batch.query_ids is not None and batch.pool.prefix_ids is batch.suffix_ids is batch.answer_mask is None
     examples, _ = load(tmp_path, retriever=None)
     batch = data.collate(examples, [0, 1], [data.longest(examples)])
-    assert batch.suffix_ids is not None and batch.query_ids is batch.passage_ids is None
+    assert batch.suffix_ids is not None and batch.query_ids is batch.pool.passage_ids is None
 
 
 def test_the_predecessors_strings_in_a_batch(tmp_path):
@@ -116,8 +128,7 @@ def test_dropping_a_row_leaves_the_others_as_they_were(tmp_path):
     clean, _ = load(tmp_path)
     mixed, _ = load(tmp_path, [("x", "new", "an answer too long"), *ROWS[:2], ("", "", ""), *ROWS[2:]])
     shapes = [data.longest(clean)]
-    for left, right in zip(*(data.collate(e, range(5), shapes) for e in (clean, mixed)), strict=True):
-        np.testing.assert_array_equal(left, right)
+    assert_equal(*(data.collate(e, range(5), shapes) for e in (clean, mixed)))
 
 
 def test_bad_rows_are_refused_on_demand(tmp_path):
@@ -172,8 +183,7 @@ def test_the_cache_knows_texts_settings_and_tokenizers(tmp_path, change):
     kept, report = load(tmp_path, **change)
     assert report.from_cache
     shapes = [data.longest(fresh)]
-    for left, right in zip(*(data.collate(e, range(4), shapes) for e in (fresh, kept)), strict=True):
-        np.testing.assert_array_equal(left, right)
+    assert_equal(*(data.collate(e, range(4), shapes) for e in (fresh, kept)))
 
 
 # With row 0: its own passage, the other passage of row 1's query, a passage of no row.
@@ -202,10 +212,12 @@ def test_given_negatives_in_a_batch(tmp_path):
     batch = data.collate(examples, order, [data.longest(examples)])
     plain = data.collate(load(tmp_path)[0], order, [data.longest(examples)])
     for name in plain._fields:
-        if name != "negatives":
+        if name != "pool":
             np.testing.assert_array_equal(getattr(batch, name), getattr(plain, name), err_msg=name)
-    found = batch.negatives
-    np.testing.assert_array_equal(found.passage_key, examples.negative_key[order])
+    for whole, first in zip(batch.pool, plain.pool, strict=True):
+        np.testing.assert_array_equal(whole[:, :1], first)
+    found = data.Pool(*(array[:, 1:] for array in batch.pool))
+    np.testing.assert_array_equal(found.key, examples.negative_key[order])
     passages = real(found.passage_ids.reshape(6, -1), found.passage_mask.reshape(6, -1))
     prefixes = real(found.prefix_ids.reshape(6, -1), found.prefix_mask.reshape(6, -1))
     texts = ["", "", *expected[0], *expected[4]]
@@ -216,9 +228,10 @@ def test_given_negatives_in_a_batch(tmp_path):
         else:
             assert len(passage) == len(prefix) == 1
     half = data.collate(examples, order, [data.longest(examples)], own=np.array([2]))
-    np.testing.assert_array_equal(half.negatives.prefix_ids, found.prefix_ids[2:])
-    expected = data.shape_of(data.lengths(batch), 3, 2).negatives
-    assert [(a.shape, a.dtype) for a in found] == list(expected)
+    np.testing.assert_array_equal(half.pool.prefix_ids[:, 1:], found.prefix_ids[2:])
+    expected = data.shape_of(data.lengths(batch), 3, 2, right=2)
+    assert [(a.shape, a.dtype) for a in batch.pool] == list(expected.pool)
+    assert (batch.right_key.shape, batch.right_key.dtype) == expected.right_key
 
 
 def test_rows_that_are_dropped_leave_the_negatives_of_others(tmp_path):
@@ -250,13 +263,13 @@ def test_shapes_hold_the_negatives(tmp_path):
     examples, _ = load(tmp_path, rows, **wide)
     assert len(data.buckets(examples, 2, 1)) == 2 and len(data.buckets(examples, 2, 1, negatives=30)) == 1
     small, large = data.buckets(examples, 2, 1)
-    mined = np.array([[-1, 1], [2, -1]])
+    mined = np.array([[-1, 3], [4, -1]])
     assert data.lengths(data.collate(examples, [1, 2], (small, large), mined=mined)) == small
-    batch = data.collate(examples, [1, 2], (small, large), mined=np.array([[-1, 1], [0, -1]]))
+    batch = data.collate(examples, [1, 2], (small, large), mined=np.array([[-1, 3], [0, -1]]))
     assert data.lengths(batch) == large
-    long = int(batch.negatives.prefix_mask[1, 0].sum())
+    long = int(batch.pool.prefix_mask[1, 1].sum())
     assert long == examples.prefixes.lengths[0] > small.prefix
-    read = [batch.prefix_mask.sum(), batch.suffix_mask.sum(), batch.negatives.prefix_mask.sum() - 2]
+    read = [batch.suffix_mask.sum(), batch.pool.prefix_mask.sum() - 2]
     assert data.padding_share(batch, 1) == pytest.approx(1 - sum(read) / (2 * (3 * large.prefix + large.suffix)))
     given, _ = load_given(tmp_path, [[rows[0][1]] if i % 2 else [] for i in range(400)], rows, **wide)
     assert len(data.buckets(given, 2, 1, negatives=2)) == 1
@@ -268,7 +281,10 @@ def test_iteration_brings_what_was_mined(tmp_path):
     settings = dict(batch_size=2, seed=0, start_step=5, total_steps=7, shapes=[data.longest(examples)])
     found = list(data.iterate(examples, planned=planned, mined=mined, **settings))
     assert [batch.row.tolist() for batch in found] == planned.tolist()
-    assert [batch.negatives.passage_key.tolist() for batch in found] == mined.tolist()
+    assert [batch.pool.key.tolist() for batch in found] == [[[0, 1, 3], [2, 0, -1]], [[3, 2, 0], [1, 3, 0]]]
+    found = list(data.iterate(examples, planned=planned, mined=mined, group_size=2, **settings))
+    # Of a group each passage is there once, the rows' own ones in any case.
+    assert [batch.pool.key.tolist() for batch in found] == [[[0, 1, 3], [2, -1, -1]], [[3, 2, 0], [1, -1, -1]]]
 
 
 def test_epochs_are_different_shuffles_of_all_rows():
@@ -295,8 +311,7 @@ def test_iteration_goes_on_where_it_stopped(tmp_path):
     rest = list(data.iterate(examples, start_step=17, **settings))
     assert len(whole) == 40 and len(rest) == 23
     for left, right in zip(whole[17:], rest, strict=True):
-        for name, a, b in zip(data.Batch._fields, left, right, strict=True):
-            np.testing.assert_array_equal(a, b, err_msg=name)
+        assert_equal(left, right)
     assert [batch.row.tolist() for batch in whole] == [data.order(5, 2, 3)[step].tolist() for step in range(40)]
 
 
@@ -317,9 +332,17 @@ def test_batches_take_the_smallest_shape_that_fits(tmp_path):
     small = data.collate(examples, [0, 399, 7], shapes)
     large = data.collate(examples, [0, 400, 7], shapes)
     # <bos> + "the cat 399"; " Q:why 399" + " so" + <eos>; " so" + <eos>
-    assert (small.prefix_ids.shape, small.suffix_ids.shape, small.answer_mask.shape) == ((3, 16), (3, 16), (3, 8))
+    assert (small.pool.prefix_ids[:, 0].shape, small.suffix_ids.shape, small.answer_mask.shape) == (
+        (3, 16),
+        (3, 16),
+        (3, 8),
+    )
     # <bos> + "dog " 40 times; " Q:" + "why " 20 times + " " + 60 x + <eos>; " " + 60 x + <eos>
-    assert (large.prefix_ids.shape, large.suffix_ids.shape, large.answer_mask.shape) == ((3, 168), (3, 152), (3, 64))
+    assert (large.pool.prefix_ids[:, 0].shape, large.suffix_ids.shape, large.answer_mask.shape) == (
+        (3, 168),
+        (3, 152),
+        (3, 64),
+    )
     with pytest.raises(ValueError, match="no shape of"):
         data.collate(examples, [400], shapes[:1])
 
@@ -342,7 +365,7 @@ def test_rows_of_one_length_need_one_shape(tmp_path):
 def test_padding_share_counts_what_the_models_read(tmp_path):
     examples, _ = load(tmp_path)
     batch = data.collate(examples, [0, 1, 2], data.buckets(examples, 4, 1))
-    read = [batch.query_mask, batch.passage_mask, batch.prefix_mask, *[batch.suffix_mask] * 5]
+    read = [batch.query_mask, batch.pool.passage_mask, batch.pool.prefix_mask, *[batch.suffix_mask] * 5]
     real, all_ = (sum(f(mask) for mask in read) for f in (np.sum, np.size))
     assert data.padding_share(batch, 5) == pytest.approx(1 - real / all_)
     assert 0 < data.padding_share(batch, 1) < 1

@@ -111,9 +111,10 @@ def test_gradients_of_a_bfloat16_step_leaf_by_leaf():
         return np.minimum(rng.zipf(1.3, (B, L)), V - 1).astype(np.int32), np.ones((B, L), bool)
 
     rows, starts, answers = np.arange(B, dtype=np.int32), np.full(B, L // 2, np.int32), np.ones((B, L // 2), bool)
-    texts = [array for _ in range(4) for array in tokens()]
-    arrays = map(jnp.asarray, (rows, rows, rows, *texts, starts, answers))
-    batch = data.Batch(*arrays, None, None, None)
+    query, passage, prefix, suffix = (tokens() for _ in range(4))
+    pool = data.Pool(rows[:, None], *(array[:, None] for array in (*passage, *prefix)))
+    batch = data.Batch(rows, rows, rows[:, None], *query, *suffix, starts, answers, None, None, None, pool)
+    batch = jax.tree.map(jnp.asarray, batch)
 
     def draw(path, leaf):
         return jnp.asarray(rng.normal(path[-1].key == "scale", 0.1, leaf.shape), jnp.float32)

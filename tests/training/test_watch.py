@@ -80,7 +80,7 @@ def test_a_skipped_update_changes_nothing_but_the_step():
     model, params = make("gpt2")
     good, bad = (make_rows(32, seed=n) for n in (0, 1))
     used = [set(np.unique(rows.query_ids[rows.query_mask])) for rows in (good, bad)]
-    token = min(used[1] - used[0] - set(np.unique(good.passage_ids)))
+    token = min(used[1] - used[0] - set(np.unique(good.pool.passage_ids)))
     word = params["retriever"]["embed"]["word"]
     word["embedding"] = word["embedding"].at[token].set(jnp.inf)
     mesh, optimizer = mesh_of((1, 1, 1)), optax.adam(lambda count: 0.01 / (1 + count))
@@ -119,7 +119,7 @@ def test_what_rows_bring_to_the_loss_adds_up():
     _, parts = jax.jit(functools.partial(rag.loss, model))(params, batch, None)
     np.testing.assert_allclose(terms["contrastive"].mean(), parts["loss/contrastive"], rtol=1e-5)
     np.testing.assert_allclose(terms["marginal"].sum() / batch.answer_mask.sum(), parts["loss/marginal"], rtol=1e-5)
-    for name in ("|query|", "|passage|", "|negatives|"):
+    for name in ("|query|", "|passages|"):
         np.testing.assert_allclose(terms[name], np.ones(8), rtol=1e-5)
 
 
