@@ -33,6 +33,7 @@ setup(
         "safetensors>=0.6",
         "datasets>=4.0",
         "pyarrow>=20.0",
+        "regex>=2024.4",
         "ml_collections>=1.1",
         "ml_dtypes>=0.5",
         "numpy>=2.0",

@@ -87,13 +87,12 @@ def measure(opened: pair.Pair, params: dict, examples: data.Examples, num_batche
     shapes = data.buckets(examples, settings.batch_size, settings.objective.candidates, 0)
     batches = data.iterate(
         examples,
+        data.Batching(shapes, settings.group_size),
         batch_size=settings.batch_size,
         seed=settings.seed,
         start_step=0,
         total_steps=num_batches,
-        shapes=shapes,
         planned=planned,
-        group_size=settings.group_size,
     )
     of_batch = jax.jit(functools.partial(evidence, opened.model))
     found = np.mean([jax.device_get(of_batch(params, batch)) for batch in batches], axis=0)

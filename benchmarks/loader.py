@@ -63,11 +63,11 @@ def loading(values: dict, num_batches: int) -> None:
     batch_size = opened.config.batch_size
     batches = data.iterate(
         examples,
+        data.Batching(data.buckets(examples, batch_size, opened.config.objective.candidates)),
         batch_size=batch_size,
         seed=0,
         start_step=0,
         total_steps=num_batches,
-        shapes=data.buckets(examples, batch_size, opened.config.objective.candidates),
     )
     began = time.perf_counter()
     shares = [data.padding_share(batch, opened.config.objective.candidates) for batch in batches]

@@ -113,13 +113,13 @@ def read_by_all(args: argparse.Namespace, more: list[str]) -> pathlib.Path:
     assert opened.prompt is not None
     columns = opened.config.data.columns.to_dict()
     rows = data.read_rows(opened.config.data.train, "--rows", columns)
-    rows = rows.take(row_files.empty_fields(rows, with_answers=True)[0])
+    rows = rows.take(row_files.empty_fields(rows, ("passage", "answer"))[0])
     answers = data.answer_segments(opened.prompt, rows.answers)
     rows = rows.take(np.flatnonzero(answers.lengths <= opened.config.data.answer_len))
     path = args.out / "rows.csv"
     args.out.mkdir(parents=True, exist_ok=True)
     names = [columns[part] for part in ("query", "passage", "answer")]
-    quickstart.write_csv(path, names, zip(rows.queries, rows.passages, rows.answers, strict=True))
+    quickstart.write_csv(path, names, zip(rows.queries, (own for own, *_ in rows.passages), rows.answers, strict=True))
     return path
 
 

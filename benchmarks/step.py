@@ -193,8 +193,7 @@ def open_case(args: argparse.Namespace):
     return opened, data.collate(
         examples,
         rows,
-        data.buckets(examples, case.batch_size, case.candidates),
-        group_size=opened.config.group_size,
+        data.Batching(data.buckets(examples, case.batch_size, case.candidates), opened.config.group_size),
     )
 
 

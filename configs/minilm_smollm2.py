@@ -37,7 +37,9 @@ def get_config() -> ConfigDict:
     data.train = None
     data.eval = None
     data.passages = None
-    data.columns = ConfigDict({"query": "Question", "passage": "Abstract", "answer": "Answer", "negative": None})
+    data.columns = ConfigDict(
+        {"query": "Question", "passage": "Abstract", "answer": "Answer", "negative": None, "document": None}
+    )
     data.query_len = 48
     data.passage_len = 256
     data.prompt_passage_len = 192
@@ -65,6 +67,7 @@ def get_config() -> ConfigDict:
     config.objective = objective = ConfigDict()
     objective.name = "token"
     objective.candidates = 2
+    objective.candidates_from = "group"
     objective.negatives = 0
     objective.temperature = 0.05
     objective.marginal_temperature = 0.1
@@ -84,7 +87,7 @@ def get_config() -> ConfigDict:
     optimizer.rate_rules = ((r".*", 1.0),)
     optimizer.decay_rules = ((r"(bias|scale)$", 0.0), (r".*", 1.0))
 
-    config.mining = ConfigDict({"every_steps": 0, "margin": 0.1})
+    config.mining = ConfigDict({"every_steps": 0, "margin": 0.1, "negatives_from": "rows", "explore": 0})
     config.mesh = ConfigDict({"replica": 1, "data": -1, "model": 1})
     config.checkpoint = ConfigDict({"every_steps": 25, "every_minutes": 0.0, "keep": 2, "keep_every": 0})
     config.guard = ConfigDict({"skip_nonfinite": 0, "spike_factor": 10.0})

@@ -26,7 +26,9 @@ def get_config() -> ConfigDict:
     data.train = "quickstart/rows/train.csv"
     data.eval = "quickstart/rows/eval.csv"
     data.passages = "quickstart/rows/passages.csv"
-    data.columns = ConfigDict({"query": "Question", "passage": "Abstract", "answer": "Answer", "negative": None})
+    data.columns = ConfigDict(
+        {"query": "Question", "passage": "Abstract", "answer": "Answer", "negative": None, "document": None}
+    )
     data.query_len = 40
     data.passage_len = 128
     data.prompt_passage_len = 128
@@ -54,6 +56,7 @@ def get_config() -> ConfigDict:
     config.objective = objective = ConfigDict()
     objective.name = "token"
     objective.candidates = 2
+    objective.candidates_from = "group"
     objective.negatives = 0
     objective.temperature = 0.05
     objective.marginal_temperature = 0.1
@@ -73,7 +76,7 @@ def get_config() -> ConfigDict:
     optimizer.rate_rules = ((r"retriever/", 0.5), (r".*", 1.0))
     optimizer.decay_rules = ((r"(bias|scale)$", 0.0), (r".*", 1.0))
 
-    config.mining = ConfigDict({"every_steps": 0, "margin": 0.1})
+    config.mining = ConfigDict({"every_steps": 0, "margin": 0.1, "negatives_from": "rows", "explore": 0})
     config.mesh = ConfigDict({"replica": 1, "data": -1, "model": 1})
     config.checkpoint = ConfigDict({"every_steps": 18, "every_minutes": 0.0, "keep": 1, "keep_every": 0})
     config.guard = ConfigDict({"skip_nonfinite": 0, "spike_factor": 0.0})

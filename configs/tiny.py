@@ -25,7 +25,9 @@ def get_config() -> ConfigDict:
     data.train = "tests/data/rows.csv"
     data.eval = "tests/data/rows.csv"
     data.passages = None
-    data.columns = ConfigDict({"query": "Question", "passage": "Abstract", "answer": "Answer", "negative": None})
+    data.columns = ConfigDict(
+        {"query": "Question", "passage": "Abstract", "answer": "Answer", "negative": None, "document": None}
+    )
     data.query_len = 32
     data.passage_len = 64
     data.prompt_passage_len = 64
@@ -53,6 +55,7 @@ def get_config() -> ConfigDict:
     config.objective = objective = ConfigDict()
     objective.name = "token"
     objective.candidates = 3
+    objective.candidates_from = "group"
     objective.negatives = 0
     objective.temperature = 0.05
     objective.marginal_temperature = 0.2
@@ -72,7 +75,7 @@ def get_config() -> ConfigDict:
     optimizer.rate_rules = ((r".*", 1.0),)
     optimizer.decay_rules = ((r"(bias|scale)$", 0.0), (r".*", 1.0))
 
-    config.mining = ConfigDict({"every_steps": 0, "margin": 0.1})
+    config.mining = ConfigDict({"every_steps": 0, "margin": 0.1, "negatives_from": "rows", "explore": 0})
     config.mesh = ConfigDict({"replica": 1, "data": -1, "model": 1})
     config.checkpoint = ConfigDict({"every_steps": 10, "every_minutes": 0.0, "keep": 2, "keep_every": 0})
     config.guard = ConfigDict({"skip_nonfinite": 0, "spike_factor": 0.0})

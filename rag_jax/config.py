@@ -121,12 +121,26 @@ KEYS: dict[str, Key] = {
     "dropout": Key(float | None, fraction, "None: what each model's config says; a number: that, for both"),
     "data.train": Key(str | None, not_empty, "rows to train on: a file, a save_to_disk folder or a hub name"),
     "data.eval": Key(str | None, not_empty, "rows to evaluate on; None: no evaluation"),
-    "data.passages": Key(str | None, not_empty, "a file of further passages to retrieve from in evaluation"),
+    "data.passages": Key(
+        str | None,
+        not_empty,
+        "the corpus, a file of passages: searched in evaluation, and in training where rows name no passage",
+    ),
     "data.columns.query": Key(str, not_empty, "column of the query"),
-    "data.columns.passage": Key(str, not_empty, "column of the passage"),
-    "data.columns.answer": Key(str, not_empty, "column of the answer"),
+    "data.columns.passage": Key(
+        str | None,
+        not_empty,
+        "column of the passage that answers the query, a text or a list of texts a row, empty where it is not known; "
+        "None: it is known of no row",
+    ),
+    "data.columns.answer": Key(str | None, not_empty, "column of the answer; None: no answer is known"),
     "data.columns.negative": Key(
         str | None, not_empty, "column of given hard negatives, a text or a list of texts a row; None: none are given"
+    ),
+    "data.columns.document": Key(
+        str | None,
+        not_empty,
+        "column of the document that the answer stands in and, in data.passages, that a passage is of; None: not known",
     ),
     "data.query_len": Key(int, at_least(3), "retriever tokens of a query"),
     "data.passage_len": Key(int, at_least(3), "retriever tokens of a passage"),
@@ -152,6 +166,11 @@ KEYS: dict[str, Key] = {
     ),
     "objective.candidates": Key(
         int, at_least(1), "K, passages the generator reads for a query; at most all of its group's"
+    ),
+    "objective.candidates_from": Key(
+        str,
+        one_of("group", "row"),
+        "group: a query's candidates are any passages of its group; row: only those that it brings itself",
     ),
     "objective.negatives": Key(
         int, at_least(0), "J, further passages that each query brings, from data.columns.negative or mined; 0: none"
@@ -187,6 +206,14 @@ KEYS: dict[str, Key] = {
         anything,
         "keep passages out of a group that score above a query's own by more than this; None: keep all",
     ),
+    "mining.negatives_from": Key(
+        str,
+        one_of("rows", "corpus"),
+        "what negatives are mined from where all rows name their passages: these passages, or data.passages too",
+    ),
+    "mining.explore": Key(
+        int, at_least(0), "of the candidates that are mined for a row without a passage, how many are drawn at random"
+    ),
     "mesh.replica": Key(int, axis, "copies of everything; -1: the devices that are left"),
     "mesh.data": Key(int, axis, "shards of the batch and of the parameters; -1: the devices that are left"),
     "mesh.model": Key(int, axis, "tensor parallelism; -1: the devices that are left"),
@@ -207,7 +234,7 @@ KEYS: dict[str, Key] = {
     "eval.metric": Key(
         str,
         one_of("auto", *metrics.METRICS),
-        "the metric that chooses the best step; auto: mrr@10, else answer_nll",
+        "the metric that chooses the best step; auto: mrr@10, else answer_nll, else document_hit@10",
     ),
     "eval.patience": Key(int, at_least(0), "stop after this many evaluations without a better eval.metric; 0: never"),
     "eval.batch_size": Key(int, at_least(1), "global queries evaluated at a time"),
@@ -485,13 +512,13 @@ def _the_retriever_has_negatives(
 
 
 @together("every query would be its own passage; name two columns")
-def _query_is_not_the_passage(data_columns_query: str, data_columns_passage: str) -> bool:
+def _query_is_not_the_passage(data_columns_query: str, data_columns_passage: str | None) -> bool:
     return data_columns_query != data_columns_passage
 
 
 @together("every passage would be its own negative; name two columns")
-def _negative_is_not_the_passage(data_columns_negative: str | None, data_columns_passage: str) -> bool:
-    return data_columns_negative != data_columns_passage
+def _negative_is_not_the_passage(data_columns_negative: str | None, data_columns_passage: str | None) -> bool:
+    return data_columns_negative is None or data_columns_negative != data_columns_passage
 
 
 @together("nothing says which passages a query brings; name the column of given ones, or mine them")
@@ -579,6 +606,31 @@ def _mining_has_something_to_fill(
 ) -> bool:  # fmt: skip
     brings = objective_negatives > 0 and data_columns_negative is None
     return mining_every_steps == 0 or (retriever_path is not None and (group_size > 1 or brings))
+
+
+@together("not all candidates can be drawn at random; lower the first")
+def _some_candidates_are_near(mining_explore: int, objective_candidates: int) -> bool:
+    return mining_explore == 0 or mining_explore < objective_candidates
+
+
+@together("what is drawn at random would not be read, as it is far; set the second to row, or the first to 0")
+def _what_is_drawn_is_read(mining_explore: int, objective_candidates_from: str) -> bool:
+    return mining_explore == 0 or objective_candidates_from == "row"
+
+
+@together("there is no corpus; name it, or set the first to rows")
+def _negatives_have_their_corpus(mining_negatives_from: str, data_passages: str | None) -> bool:
+    return mining_negatives_from == "rows" or data_passages is not None
+
+
+@together("without answers there is the evidence of questions alone; name the column, or set the second to question")
+def _answers_are_there_to_be_read(
+    data_columns_answer: str | None, objective_evidence: str, objective_name: str, objective_marginal_weight: float,
+    objective_evidence_weight: float,
+) -> bool:  # fmt: skip
+    weights = objective_marginal_weight, objective_evidence_weight
+    reads_answers = OBJECTIVES[objective_name].uses_generator(*weights) and objective_evidence != "question"
+    return data_columns_answer is not None or not reads_answers
 
 
 @together("only one axis may be -1; give the others a number")

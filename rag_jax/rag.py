@@ -75,6 +75,7 @@ class Objective:
     contrastive_weight: float
     marginal_weight: float
     negatives: int = 0  # J
+    candidates_from: str = "group"  # "group" | "row": a row reads its group's passages, or those that it brings
     evidence: str = "answer"  # "answer" | "question" | "both": the tokens whose likelihood a listwise objective reads
     evidence_temperature: float = 1.0
     evidence_weight: float = 1.0

@@ -64,8 +64,8 @@ def replay(loaded: Any, workdir: pathlib.Path, step: int) -> None:
     )
     for line in taken_apart(training, state, batch, dropout_seed):
         print(line)
-    rows, mined = feed.rows_of(training, step)
-    host = data.collate(training.examples, rows, training.shapes, mined=mined, group_size=loaded.group_size)
+    rows, brought = feed.rows_of(training, step)
+    host = data.collate(training.examples, rows, training.batching, brought=brought)
     for line in row_lines(training, params, host, dropout_seed, step - 1):
         print(line)
 

@@ -80,7 +80,8 @@ def batch_of(opened):
     )
     assert not any(report.cut.values()), report
     return jax.tree.map(
-        jnp.asarray, data.collate(examples, np.arange(NUM_ROWS), data.buckets(examples, NUM_ROWS, 1)[-1:])
+        jnp.asarray,
+        data.collate(examples, np.arange(NUM_ROWS), data.Batching(data.buckets(examples, NUM_ROWS, 1)[-1:], NUM_ROWS)),
     )
 
 

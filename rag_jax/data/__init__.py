@@ -2,6 +2,7 @@
 
 from rag_jax.data.batches import (
     Batch,
+    Batching,
     Lengths,
     Pool,
     buckets,
@@ -13,7 +14,7 @@ from rag_jax.data.batches import (
     padding_share,
     shape_of,
 )
-from rag_jax.data.examples import Examples, Report, fingerprint, load_examples, take
+from rag_jax.data.examples import Examples, Gaps, Report, fingerprint, load_examples, take
 from rag_jax.data.rows import Rows, read_passages, read_rows
 from rag_jax.data.segments import (
     Prompt,
@@ -27,7 +28,8 @@ from rag_jax.data.segments import (
 )
 
 __all__ = [
-    "Batch", "Examples", "Lengths", "Pool", "Prompt", "Ragged", "Report", "RetrieverText", "Rows", "WholeString",
-    "answer_segments", "buckets", "collate", "fingerprint", "iterate", "lengths", "load_examples", "longest", "order",
-    "pad", "padding_share", "prompt_segments", "read_passages", "read_rows", "retriever_tokens", "shape_of", "take",
+    "Batch", "Batching", "Examples", "Gaps", "Lengths", "Pool", "Prompt", "Ragged", "Report", "RetrieverText", "Rows",
+    "WholeString", "answer_segments", "buckets", "collate", "fingerprint", "iterate", "lengths", "load_examples",
+    "longest", "order", "pad", "padding_share", "prompt_segments", "read_passages", "read_rows", "retriever_tokens",
+    "shape_of", "take",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Examples to batches of numpy arrays with few shapes, in an order that is a function of (seed, step)."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -70,20 +71,28 @@ class Lengths:
     string: int = 0  # Ld
 
 
-def row_lengths(examples: Examples, rows: np.ndarray, negatives: np.ndarray | None) -> dict[str, np.ndarray]:
-    """How many tokens each of the rows needs of every length, (rows,) each, with the negatives (rows, J) it brings."""
+def row_lengths(
+    examples: Examples, rows: np.ndarray, brought: np.ndarray | None = None, num_own: int = 0
+) -> dict[str, np.ndarray]:
+    """How many tokens each of the rows needs of every length, (rows,) each.
+
+    Of passages those of the first `num_own` (0: all) that are known to answer its query, and of those it has `brought`
+    (rows, _).
+    """
 
     def of(ragged: Ragged | None, index: np.ndarray) -> np.ndarray:
-        return np.zeros(index.shape, np.int64) if ragged is None else ragged.lengths[index]
+        if ragged is None:
+            return np.zeros(index.shape, np.int64)
+        return np.append(ragged.lengths, 0)[index]  # -1, which is none, finds the 0
 
-    query, passage = examples.query_key[rows], examples.passage_key[rows][:, None]
-    if negatives is not None:  # where there is none, the row's own passage
-        passage = np.concatenate([passage, np.where(negatives < 0, passage, negatives)], axis=1)
+    query, passages = examples.query_key[rows], examples.own_key[rows, : num_own or None]
+    if brought is not None:
+        passages = np.concatenate([passages, brought], axis=1)
     answer = of(examples.answers, rows)
     return {
         "query": of(examples.retriever_queries, query),
-        "passage": of(examples.retriever_passages, passage).max(axis=1),
-        "prefix": of(examples.prefixes, passage).max(axis=1),
+        "passage": of(examples.retriever_passages, passages).max(axis=1),
+        "prefix": of(examples.prefixes, passages).max(axis=1),
         "suffix": of(examples.prompt_queries, query) + answer,
         "answer": answer,
         "string": of(examples.strings, rows),
@@ -91,9 +100,11 @@ def row_lengths(examples: Examples, rows: np.ndarray, negatives: np.ndarray | No
 
 
 def longest(examples: Examples) -> Lengths:
-    """The one shape that every batch fits, rounded up to a multiple of 8."""
-    needed = row_lengths(examples, np.arange(len(examples)), examples.negative_key)
-    return _padded({name: int(values.max(initial=0)) for name, values in needed.items()})
+    """The one shape that every batch fits, rounded up to a multiple of 8: any row may bring any passage."""
+    needed = {name: int(lengths.max(initial=0)) for name, lengths in row_lengths(examples, _all_rows(examples)).items()}
+    for name, ragged in (("passage", examples.retriever_passages), ("prefix", examples.prefixes)):
+        needed[name] = 0 if ragged is None else int(ragged.lengths.max(initial=0))
+    return _padded(needed)
 
 
 def buckets(examples: Examples, batch_size: int, candidates: int, negatives: int = 0) -> tuple[Lengths, ...]:
@@ -101,11 +112,16 @@ def buckets(examples: Examples, batch_size: int, candidates: int, negatives: int
 
     A length that a share q of the rows keeps within holds a whole batch with probability q**batch_size; the smaller
     shapes make this 50 and 95 %. A shape is worth its compilation if both models read a tenth less than in the next.
-    Which `negatives` will be mined is not known yet: a batch is taken to hold that many more passages like the rows'.
+    What will be mined is not known yet: a batch is taken to hold that many more passages like the rows', or, where rows
+    name none, like all that there are.
     """
-    needed = row_lengths(examples, np.arange(len(examples)), examples.negative_key)
+    needed = row_lengths(examples, _all_rows(examples), examples.negative_key, num_own=1)
     mined = 0 if examples.negative_key is not None else negatives
-    drawn = dict.fromkeys(needed, batch_size) | dict.fromkeys(("passage", "prefix"), batch_size * (1 + mined))
+    drawn = dict.fromkeys(needed, batch_size) | dict.fromkeys(OF_POOL, batch_size * (1 + mined))
+    if (examples.passage_key < 0).any():
+        for name, ragged in (("passage", examples.retriever_passages), ("prefix", examples.prefixes)):
+            if ragged is not None:
+                needed[name] = ragged.lengths
     shapes = [longest(examples)]
     for held in (0.95, 0.5):
         share = {name: held ** (1 / times) for name, times in drawn.items()}
@@ -113,6 +129,10 @@ def buckets(examples: Examples, batch_size: int, candidates: int, negatives: int
         if _tokens(most, candidates, negatives) <= 0.9 * _tokens(shapes[0], candidates, negatives):
             shapes.insert(0, most)
     return tuple(shapes)
+
+
+def _all_rows(examples: Examples) -> np.ndarray:
+    return np.arange(len(examples))
 
 
 def _tokens(shape: Lengths, candidates: int, negatives: int) -> int:
@@ -125,32 +145,42 @@ def _padded(needed: dict[str, int]) -> Lengths:
     return Lengths(**{name: round_up(length) for name, length in needed.items()})
 
 
+@dataclasses.dataclass(frozen=True)
+class Batching:
+    """How a run makes its batches."""
+
+    shapes: Sequence[Lengths]  # see `buckets`
+    group_size: int = 1
+    negatives: int = 0  # J: a group has 1 + J slots a row
+    by_row: bool = False  # a row reads no passages of its group but those that it brings
+
+
 def collate(
     examples: Examples,
     rows: Sequence[int] | np.ndarray,
-    shapes: Sequence[Lengths],
+    batching: Batching,
     own: np.ndarray | None = None,
-    mined: np.ndarray | None = None,
-    group_size: int = 1,
+    brought: np.ndarray | None = None,
 ) -> Batch:
-    """The batch of these rows in the first of the shapes (see `buckets`) that all of them fit.
+    """The batch of these rows in the first of the shapes that all of them fit.
 
     `own`: which of the rows to make, by their places in the batch, whole groups, where other processes make the others;
-    None: all. `mined` (rows, J): passages that the rows bring besides their own, -1: none; None: those that are given,
-    if any are.
+    None: all. `brought` (rows, _): passages that the rows bring besides those known to answer their queries, -1: none;
+    None: those that are given, if any are.
     """
     rows = np.asarray(rows, np.int32)
-    if mined is None and examples.negative_key is not None:
-        mined = examples.negative_key[rows]
-    needed = row_lengths(examples, rows, mined)
-    fits = (s for s in shapes if all(values.max() <= getattr(s, name) for name, values in needed.items()))
+    if brought is None:
+        brought = np.zeros((len(rows), 0), np.int32) if examples.negative_key is None else examples.negative_key[rows]
+    keys = fill_groups(examples.own_key[rows], brought, batching)
+    needed = row_lengths(examples, rows, keys, num_own=1)
+    fits = (s for s in batching.shapes if all(values.max() <= getattr(s, name) for name, values in needed.items()))
     lengths = next(fits, None)
     if lengths is None:
         raise ValueError(
-            f"no shape of {shapes} holds rows of { ({k: int(v.max()) for k, v in needed.items()}) } tokens"
+            f"no shape of {batching.shapes} holds rows of { ({k: int(v.max()) for k, v in needed.items()}) } tokens"
         )
     if own is not None:
-        rows, mined = rows[own], None if mined is None else mined[own]
+        rows, brought, keys = rows[own], brought[own], keys[own]
     query = examples.query_key[rows]
     texts = {
         "query": _pad(examples.retriever_queries, query, lengths.query),
@@ -163,13 +193,6 @@ def collate(
         texts["suffix"] = join_padded(parts, (query, rows), lengths.suffix)
         answer_start = examples.prompt_queries.lengths[query].astype(np.int32)
         answer_mask = np.arange(lengths.answer)[None, :] < examples.answers.lengths[rows][:, None]
-    string_answer_start = None if examples.string_answer_start is None else examples.string_answer_start[rows]
-    slots = 1 if mined is None else 1 + mined.shape[1]
-    groups = zip(
-        examples.passage_key[rows].reshape(-1, group_size, 1),
-        [None] * (len(rows) // group_size) if mined is None else mined.reshape(-1, group_size, slots - 1),
-        strict=True,
-    )
     return Batch(
         row=rows,
         query_key=query,
@@ -177,42 +200,66 @@ def collate(
         **{f"{name}_{part}": array for name, pair in texts.items() for part, array in zip(PARTS, pair, strict=True)},
         answer_start=answer_start,
         answer_mask=answer_mask,
-        string_answer_start=string_answer_start,
-        pool=_pool(examples, np.concatenate([fill_slots(*group, slots) for group in groups]), lengths),
+        string_answer_start=None if examples.string_answer_start is None else examples.string_answer_start[rows],
+        pool=_pool(examples, keys, lengths),
+        readable=readable(examples, rows, brought, keys, batching),
     )
 
 
-def fill_slots(right: np.ndarray, brought: np.ndarray | None, slots: int) -> np.ndarray:
-    """The keys (g, S) of a group's slots: no passage twice, -1: empty.
+def fill_groups(right: np.ndarray, brought: np.ndarray, batching: Batching) -> np.ndarray:
+    """The keys (rows, S) of the slots of groups of rows: no passage twice in a group, -1: empty.
 
-    Each row has a slot for the first passage that is `right` for it (g, _), if no row before it has that one; its other
-    slots hold what else is right and what it has `brought` (g, _), in this order, as far as no other slot holds it.
+    Each row has a slot for the first passage that is `right` for it (rows, _), if no row before it has that one. The
+    group's other slots hold what else is right for its rows and what they have `brought` (rows, _): of each row the
+    first, then of each the second and so on, as far as there is room.
     """
-    keys, held = np.full((len(right), slots), -1, np.int32), set()
-    free = [0] * len(right)
+    num_groups, slots = len(right) // batching.group_size, 1 + batching.negatives
+    rights, others = (array.reshape(num_groups, batching.group_size, -1).tolist() for array in (right, brought))
+    return np.concatenate([_fill_slots(*group, slots) for group in zip(rights, others, strict=True)])
 
-    def put(row: int, passages: Sequence[int]) -> None:
-        for passage in passages:
-            if passage >= 0 and passage not in held and free[row] < slots:
-                keys[row, free[row]] = passage
-                held.add(passage)
-                free[row] += 1
 
-    for row, passages in enumerate(right.tolist()):
-        put(row, passages[:1])
-    for row, passages in enumerate(right.tolist()):
-        put(row, passages[1:] if brought is None else passages[1:] + brought[row].tolist())
+def _fill_slots(right: list[list[int]], brought: list[list[int]], slots: int) -> np.ndarray:
+    first: dict[int, int] = {}  # passage -> row
+    for row, (passage, *_) in enumerate(right):
+        if passage >= 0:
+            first.setdefault(passage, row)
+    in_turn = itertools.zip_longest(*([*more, *others] for (_, *more), others in zip(right, brought, strict=True)))
+    rest = dict.fromkeys(p for passages in in_turn for p in passages if p is not None and p >= 0 and p not in first)
+    keys, left = np.full((len(right), slots), -1, np.int32), iter(rest)
+    for passage, row in first.items():
+        keys[row, 0] = passage
+    for row, slot in np.argwhere(keys < 0):
+        keys[row, slot] = next(left, -1)
     return keys
 
 
+def readable(
+    examples: Examples, rows: np.ndarray, brought: np.ndarray, keys: np.ndarray, batching: Batching
+) -> np.ndarray | None:
+    """Which slots (rows, p) of its group a row may read, given the keys (rows, S) in them; None: all of all rows.
+
+    Besides what is right: what it brings where `batching.by_row`, and where its passage is not known but its document
+    is, nothing else than that document's.
+    """
+    in_document = (examples.document_key[rows] >= 0) & (examples.passage_key[rows] < 0)
+    if not batching.by_row and not (examples.passage_key < 0).any():
+        return None
+    pools = np.repeat(keys.reshape(len(rows) // batching.group_size, -1), batching.group_size, axis=0)
+    may = np.ones(pools.shape, bool)
+    if batching.by_row:
+        may = (brought[:, :, None] == pools[:, None]).any(axis=1)
+    return may & (~in_document[:, None] | examples.is_within(examples.document_key[rows, None], pools))
+
+
 def _pool(examples: Examples, key: np.ndarray, lengths: Lengths) -> Pool:
-    """Of these passages (B, S). Where there is none, the first one lends its first token: no text is empty."""
+    """Of these passages (B, S). Where there is none, another lends its first token: no text is empty."""
     there, texts = key.reshape(-1, 1) >= 0, np.maximum(key, 0).ravel()
+    lender = texts[np.argmax(there[:, 0])]
 
     def of(ragged: Ragged | None, length: int) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
         if ragged is None:
             return None, None
-        ids, mask = pad(ragged, np.where(there[:, 0], texts, texts[there[:, 0]][0]), length)
+        ids, mask = pad(ragged, np.where(there[:, 0], texts, lender), length)
         mask &= there | (np.arange(length) == 0)
         return np.where(mask, ids, 0).reshape(*key.shape, length), mask.reshape(*key.shape, length)
 
@@ -289,30 +336,29 @@ def order(num_rows: int, batch_size: int, seed: int) -> "grain.MapDataset":
 
 def iterate(
     examples: Examples,
+    batching: Batching,
     *,
     batch_size: int,
     seed: int,
     start_step: int,
     total_steps: int,
-    shapes: Sequence[Lengths],
     own: np.ndarray | None = None,
     planned: np.ndarray | None = None,
-    mined: np.ndarray | None = None,
-    group_size: int = 1,
+    brought: np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """The batches of steps start_step .. total_steps - 1 (from 0), made ahead of time by threads; `own` as above.
 
-    `planned` (steps, batch_size): the rows of these very steps, where they are not those of `order`, and `mined`
-    (steps, batch_size, J) their negatives, where they are not the given ones.
+    `planned` (steps, batch_size): the rows of these very steps, where they are not those of `order`, and `brought`
+    (steps, batch_size, _) the passages that they bring, where they are not the given ones.
     """
     import grain
 
     if planned is None:
         rows = order(len(examples), batch_size, seed)[start_step:total_steps]
-        made = rows.map(lambda batch: collate(examples, batch, shapes, own, None, group_size))
+        made = rows.map(lambda batch: collate(examples, batch, batching, own))
     else:
-        negatives = [None] * len(planned) if mined is None else mined
+        passages = [None] * len(planned) if brought is None else brought
         steps = grain.MapDataset.range(len(planned))
-        made = steps.map(lambda step: collate(examples, planned[step], shapes, own, negatives[step], group_size))
+        made = steps.map(lambda step: collate(examples, planned[step], batching, own, passages[step]))
     ahead = grain.ReadOptions(num_threads=PREFETCH_THREADS, prefetch_buffer_size=PREFETCH_BATCHES)
     return iter(made.to_iter_dataset(ahead))

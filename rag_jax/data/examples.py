@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,39 +18,67 @@ from rag_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Examples:
-    """Tokenised rows. Each distinct query and passage is there once; the fields of an unused model are None.
+class Gaps:
+    """What rows may leave open, and the corpus in which their passages are sought then."""
 
-    Passages are those of the rows, and after them those that are given as negatives alone.
+    passage: bool = False
+    answer: bool = False
+    corpus: tuple[tuple[str, str], ...] = ()  # (config key, source): read where a row names no passage
+    always: bool = False  # read it even where every row names one; the passages of dropped rows are of it too
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Tokenised rows and corpus. Each distinct text is there once; the fields of an unused model are None.
+
+    Keys are int32, -1 where there is none. Passages are those that rows name, then those that are given as negatives
+    alone, then the corpus' others.
     """
 
     rows: Rows  # the texts
     queries: tuple[str, ...]  # distinct
     passages: tuple[str, ...]  # distinct
-    query_key: np.ndarray  # (rows,) int32 into queries
-    passage_key: np.ndarray  # (rows,) int32 into passages
+    documents: tuple[str, ...]  # distinct names
+    query_key: np.ndarray  # (rows,) into queries
+    own_key: np.ndarray  # (rows, R) into passages: those known to answer the query of the row, the row's own first
+    document_key: np.ndarray  # (rows,) into documents
+    document_passages: Ragged  # one a document: into passages
+    corpus_key: np.ndarray  # (c,) into passages: the corpus'
+    negative_key: np.ndarray | None = None  # (rows, J) into passages, where negatives are given
     retriever_queries: Ragged | None = None  # one a distinct query
     retriever_passages: Ragged | None = None  # one a distinct passage
     prefixes: Ragged | None = None  # generator's passage segment, bos first: one a distinct passage
     prompt_queries: Ragged | None = None  # generator's query segment: one a distinct query
-    answers: Ragged | None = None  # generator's answer segment, end-of-sequence last: one a row
+    answers: Ragged | None = None  # generator's answer segment, end-of-sequence last: one a row, empty where unknown
     strings: Ragged | None = None  # objective "dalm": one a row
     string_answer_start: np.ndarray | None = None  # (rows,) int32
-    negative_key: np.ndarray | None = None  # (rows, J) int32 into passages, -1: none; where negatives are given
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def passage_key(self) -> np.ndarray:
+        """(rows,) the first passage that is known to answer the row's query."""
+        return self.own_key[:, 0]
+
     @functools.cached_property
     def right_key(self) -> np.ndarray:
-        """(queries, R) int32: the passages that the rows of a query name, in their order, -1: no more."""
+        """(queries, R): the passages that are known to answer each query."""
         right: list[dict[int, None]] = [{} for _ in self.queries]
-        for query, passage in zip(self.query_key.tolist(), self.passage_key.tolist(), strict=True):
-            right[query][passage] = None
-        found = np.full((len(right), max(map(len, right), default=1)), -1, np.int32)
-        for query, passages in enumerate(right):
-            found[query, : len(passages)] = list(passages)
-        return found
+        for query, passages in zip(self.query_key.tolist(), self.own_key.tolist(), strict=True):
+            right[query].update((passage, None) for passage in passages if passage >= 0)
+        return padded_keys(right)
+
+    def is_within(self, documents: np.ndarray, passages: np.ndarray) -> np.ndarray:
+        """Whether the passages stand in the documents (keys, broadcast); nothing stands in -1, and -1 nowhere."""
+        base = len(self.passages) + 1
+        there = np.isin(documents.astype(np.int64) * base + passages, self._document_pairs)
+        return there & (documents >= 0) & (passages >= 0)
+
+    @functools.cached_property
+    def _document_pairs(self) -> np.ndarray:
+        document = np.repeat(np.arange(len(self.documents)), self.document_passages.lengths)
+        return document * (len(self.passages) + 1) + self.document_passages.tokens
 
 
 def fingerprint(examples: Examples) -> str:
@@ -72,18 +100,23 @@ class Report:
 
     rows_read: int
     rows: int
+    kinds: dict[str, int]  # "a passage" and the like -> rows
     dropped: dict[str, int]  # "an empty query" and the like -> rows
     queries: int  # distinct
     passages: int  # distinct
     cut: dict[str, int]  # which text -> rows in which it lost its end
     from_cache: bool
     negatives: str = ""  # what became of those that are given
+    corpus: int = 0  # distinct passages, besides the rows' own
 
     def __str__(self) -> str:
         def counts(numbers: Mapping[str, int], word: str) -> str:
             return ", ".join(f"{number:,} {word}{name}" for name, number in numbers.items() if number)
 
-        parts = [f"{self.rows:,} rows, {self.queries:,} distinct queries, {self.passages:,} distinct passages"]
+        kinds = f" ({counts(self.kinds, 'with ')})" if set(self.kinds) - {"a passage"} else ""
+        parts = [f"{self.rows:,} rows{kinds}, {self.queries:,} distinct queries, {self.passages:,} distinct passages"]
+        if self.corpus:
+            parts[0] += f", {self.corpus:,} of them of the corpus alone"
         if self.dropped:
             parts.append(f"dropped of {self.rows_read:,}: {counts(self.dropped, 'with ')}")
         if any(self.cut.values()):
@@ -97,74 +130,121 @@ def load_examples(
     source: str,
     *,
     key: str,
-    columns: Mapping[str, str],
+    columns: Mapping[str, str | None],
     bad_rows: str,
     retriever: RetrieverText | None,
     prompt: Prompt | None,
     whole_string: WholeString | None = None,
     min_rows: int = 1,
     negatives: int = 0,
+    gaps: Gaps = Gaps(),
 ) -> tuple[Examples, Report]:
     """Tokenised rows of `source` for the models that are used, and what became of the rows.
 
-    `key` is the config key of `source`, `columns` the column of "query", "passage" and "answer" (which is not asked for
-    when only the retriever is used), and of "negative" where so many `negatives` of each row's given ones are wanted.
-    A row with an empty field, a query without tokens (from its last one the answer is predicted), or an answer longer
-    than `prompt.answer_len` tokens is dropped or refused (`bad_rows`); too long a query or passage is cut. Raises
-    UserError for an unreadable source, for fewer usable rows than `min_rows` (a batch to train on), and where a
-    retriever has no two passages to tell apart.
+    `key` is the config key of `source`, `columns` the column of "query", "passage", "document" and "answer" (which is
+    not asked for when only the retriever is used), and of "negative" where so many `negatives` of each row's given ones
+    are wanted. A row that lacks what `gaps` does not allow, whose document holds no passage, a query without tokens
+    (from its last one the answer is predicted), or an answer longer than `prompt.answer_len` tokens is dropped or
+    refused (`bad_rows`); too long a query or passage is cut. Raises UserError for an unreadable source, for fewer
+    usable rows than `min_rows` (a batch to train on), and where a retriever has no two passages to tell apart.
     """
+    where = f"{key}={source!r}"
     with_answers = prompt is not None or whole_string is not None
-    read = row_files.read_rows(source, key, columns, with_answers=with_answers, with_negatives=negatives > 0)
-    kept, dropped = row_files.empty_fields(read, with_answers=with_answers)
+    read = row_files.read_rows(
+        source,
+        key,
+        columns,
+        with_answers=with_answers,
+        with_negatives=negatives > 0,
+        passages_may_miss=gaps.passage and bool(gaps.corpus),
+    )
+    needed = {"passage": not gaps.passage, "answer": with_answers and not gaps.answer}
+    kept, dropped = row_files.empty_fields(read, [part for part, is_needed in needed.items() if is_needed])
     rows = read.take(kept) if dropped else read
     rows, labelled = choose_negatives(rows, negatives)
+    corpus: list[tuple[str, str]] = []
+    if gaps.always or not all(rows.passages):
+        corpus = _read_corpus(gaps, columns, read if gaps.always else rows)
 
-    queries, query_key = distinct(rows.queries)
-    passages, passage_key, negative_key = _distinct_passages(rows, negatives)
+    untokenised = _distinct_texts(rows, corpus, negatives)
+    if len(rows) and not untokenised.passages:
+        raise UserError(
+            f"{where} names no passage in any row: name the file of passages in which they are sought, data.passages, "
+            "or the column that holds them, data.columns.passage"
+        )
     arrays, from_cache = files.cached(
-        _content_key(rows, retriever, prompt, whole_string),
-        lambda: _tokenise(rows, queries, passages, retriever, prompt, whole_string),
+        _content_key(untokenised, retriever, prompt, whole_string),
+        lambda: _tokenise(untokenised, retriever, prompt, whole_string),
     )
-    examples = _examples(rows, queries, passages, query_key, passage_key, negative_key, arrays)
-    # -1, no negative, finds the False behind the last text: what does not exist is not cut.
-    row_cut = {
-        name: np.any(np.append(arrays[array], False)[index], axis=1)
-        for name, array, index in _cut_of(query_key, passage_key, negative_key)
-        if array in arrays
-    }
+    examples = _with_tokens(untokenised, arrays)
 
     fits = np.ones(len(rows), bool)
-    for reason, unfit in ({} if prompt is None else _unfit(prompt, query_key, arrays)).items():
+    for reason, unfit in _unfit(examples, prompt).items():
         if number := int((unfit & fits).sum()):
             dropped[reason] = number
         fits &= ~unfit
     if not fits.all():
-        row_cut = {name: cut[fits] for name, cut in row_cut.items()}
         examples = take(examples, np.flatnonzero(fits))
-    _refuse(f"{key}={source!r}", bad_rows, dropped, len(read), len(examples), min_rows)
+    _refuse(where, bad_rows, dropped, len(read), len(examples), min_rows)
     if retriever is not None and min_rows > 1:
-        _check_passages(f"{key}={source!r}", examples)
+        _check_passages(where, examples)
     report = Report(
         rows_read=len(read),
         rows=len(examples),
+        kinds=_kinds(examples),
         dropped=dict(dropped),
         queries=len(examples.queries),
         passages=len(examples.passages),
-        cut={name: int(cut.sum()) for name, cut in row_cut.items()},
+        cut={
+            name: _num_cut(arrays[array], index)
+            for name, array, index in _cut_of(untokenised, np.flatnonzero(fits))
+            if array in arrays
+        },
         from_cache=from_cache,
         negatives=_negatives_line(examples.negative_key, labelled),
+        corpus=len(examples.passages) - len(_named(examples)),
     )
     return examples, report
 
 
-def _unfit(prompt: Prompt, query_key: np.ndarray, arrays: files.Arrays) -> dict[str, np.ndarray]:
-    """Which rows (rows,) bool the generator cannot learn from, by what the report says of them."""
+def _read_corpus(gaps: Gaps, columns: Mapping[str, str | None], read: Rows) -> list[tuple[str, str]]:
+    """(passage, document) of the corpus, after those of the rows that were read."""
+    documents = read.documents or [""] * len(read)
+    own = [(text, name) for texts, name in zip(read.passages, documents, strict=True) for text in texts]
+    return own + [pair for key, source in gaps.corpus for pair in row_files.read_corpus(source, key, columns)]
+
+
+def _kinds(examples: Examples) -> dict[str, int]:
+    """Rows by what is known of where their answer stands."""
+    known, in_document = examples.passage_key >= 0, examples.document_key >= 0
     return {
-        "a query that has no tokens for the generator": arrays["prompt_queries.lengths"][query_key] == 0,
-        f"an answer longer than data.answer_len={prompt.answer_len} tokens": (
-            arrays["answers.lengths"] > prompt.answer_len
-        ),
+        "a passage": int(known.sum()),
+        "a document alone": int((in_document & ~known).sum()),
+        "neither passage nor document": int((~in_document & ~known).sum()),
+    }
+
+
+def _named(examples: Examples) -> np.ndarray:
+    """Keys of the passages that rows name, as right or as wrong ones."""
+    keys = [examples.own_key, examples.negative_key]
+    named = np.unique(np.concatenate([part.ravel() for part in keys if part is not None]))
+    return named[named >= 0]
+
+
+def _unfit(examples: Examples, prompt: Prompt | None) -> dict[str, np.ndarray]:
+    """Which rows (rows,) bool cannot be learnt from, by what the report says of them."""
+    in_document, lengths = examples.document_key >= 0, np.append(examples.document_passages.lengths, 0)
+    found = {
+        "a document that holds no passage": (
+            in_document & (examples.passage_key < 0) & (lengths[examples.document_key] == 0)
+        )
+    }
+    queries, answers = examples.prompt_queries, examples.answers
+    if prompt is None or queries is None or answers is None:
+        return found
+    return found | {
+        "a query that has no tokens for the generator": queries.lengths[examples.query_key] == 0,
+        f"an answer longer than data.answer_len={prompt.answer_len} tokens": answers.lengths > prompt.answer_len,
     }
 
 
@@ -205,23 +285,59 @@ def choose_negatives(rows: Rows, num: int) -> tuple[Rows, int]:
     if rows.negatives is None:
         return rows, 0
     right: dict[str, set[str]] = {}
-    for query, passage in zip(rows.queries, rows.passages, strict=True):
-        right.setdefault(query, set()).add(passage)
+    for query, passages in zip(rows.queries, rows.passages, strict=True):
+        right.setdefault(query, set()).update(passages)
     given = [list(dict.fromkeys(texts)) for texts in rows.negatives]
     wrong = [[t for t in texts if t not in right[q]] for q, texts in zip(rows.queries, given, strict=True)]
     chosen = dataclasses.replace(rows, negatives=[texts[:num] for texts in wrong])
     return chosen, sum(map(len, given)) - sum(map(len, wrong))
 
 
-def _distinct_passages(rows: Rows, num: int) -> tuple[tuple[str, ...], np.ndarray, np.ndarray | None]:
-    """All distinct passages, those of the rows first; each row's among them (rows,), and its negatives' (rows, num)."""
-    if rows.negatives is None:
-        return *distinct(rows.passages), None
-    sizes = np.array([len(texts) for texts in rows.negatives], np.int64)
-    passages, keys = distinct([*rows.passages, *itertools.chain.from_iterable(rows.negatives)])
-    negative_key = np.full((len(rows), num), -1, np.int32)
-    negative_key[np.arange(num) < sizes[:, None]] = keys[len(rows) :]
-    return passages, keys[: len(rows)], negative_key
+def padded_keys(rows: Sequence[Collection[int]], least: int = 1) -> np.ndarray:
+    """(rows, m) int32 of keys, -1: no more; m as many as the longest row has, and `least`."""
+    sizes = np.array([len(row) for row in rows], np.int64)
+    keys = np.full((len(rows), max(least, int(sizes.max(initial=0)))), -1, np.int32)
+    keys[np.arange(keys.shape[1]) < sizes[:, None]] = list(itertools.chain.from_iterable(rows))
+    return keys
+
+
+def _distinct_texts(rows: Rows, corpus: Sequence[tuple[str, str]], num_negatives: int) -> Examples:
+    """The rows and the corpus of (passage, document), nothing of them tokenised yet."""
+    queries, query_key = distinct(rows.queries)
+    index: dict[str, int] = {}
+    own = [[index.setdefault(text, len(index)) for text in dict.fromkeys(texts)] for texts in rows.passages]
+    negatives = [[index.setdefault(text, len(index)) for text in texts] for texts in rows.negatives or ()]
+    corpus_keys = [index.setdefault(passage, len(index)) for passage, _ in corpus]
+
+    names = rows.documents or [""] * len(rows)
+    documents = {name: i for i, name in enumerate(dict.fromkeys(n for n in (*names, *(d for _, d in corpus)) if n))}
+    document_key = np.array([documents.get(name, -1) for name in names], np.int32)
+    within: list[dict[int, None]] = [{} for _ in documents]
+    for document, passages in zip(document_key.tolist(), own, strict=True):
+        if document >= 0:
+            within[document].update(dict.fromkeys(passages))
+    for passage, (_, name) in zip(corpus_keys, corpus, strict=True):
+        if name:
+            within[documents[name]][passage] = None
+
+    of_query: list[dict[int, None]] = [{} for _ in queries]
+    for query, passages in zip(query_key.tolist(), own, strict=True):
+        of_query[query].update(dict.fromkeys(passages))
+    for row, (query, document) in enumerate(zip(query_key.tolist(), document_key.tolist(), strict=True)):
+        if not own[row]:  # what other rows know of its query, or the only passage there is to its document
+            own[row] = list(of_query[query]) or (list(within[document]) if len(within[document]) == 1 else [])
+    return Examples(
+        rows=rows,
+        queries=queries,
+        passages=tuple(index),
+        documents=tuple(documents),
+        query_key=query_key,
+        own_key=padded_keys(own),
+        document_key=document_key,
+        document_passages=Ragged.of(list(passages) for passages in within),
+        corpus_key=np.array(list(dict.fromkeys(corpus_keys)), np.int32),
+        negative_key=None if rows.negatives is None else padded_keys(negatives, num_negatives),
+    )
 
 
 def _negatives_line(negative_key: np.ndarray | None, labelled: int) -> str:
@@ -232,27 +348,23 @@ def _negatives_line(negative_key: np.ndarray | None, labelled: int) -> str:
     return line + (f", {labelled:,} left out as passages of their own query" if labelled else "")
 
 
-def _content_key(rows: Rows, *settings: RetrieverText | Prompt | WholeString | None) -> str:
+def _content_key(examples: Examples, *settings: RetrieverText | Prompt | WholeString | None) -> str:
     plain: list[Any] = []
     for record in settings:
         fields = {} if record is None else {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
         if fields:
             fields["tokenizer"] = files.tokenizer_key(fields["tokenizer"])
         plain.append(fields)
-    negatives = [] if rows.negatives is None else [rows.negatives]
-    return files.content_key(plain, rows.queries, rows.passages, rows.answers, *negatives)
+    rows = examples.rows  # whole strings are of rows
+    return files.content_key(plain, rows.queries, rows.passages, rows.answers, examples.queries, examples.passages)
 
 
 def _tokenise(
-    rows: Rows,
-    queries: Sequence[str],
-    passages: Sequence[str],
-    retriever: RetrieverText | None,
-    prompt: Prompt | None,
-    whole_string: WholeString | None,
+    examples: Examples, retriever: RetrieverText | None, prompt: Prompt | None, whole_string: WholeString | None
 ) -> files.Arrays:
     """Every array that depends on a tokenizer, by name; `.cut` tells which texts lost their end."""
     arrays: files.Arrays = {}
+    queries, passages, rows = examples.queries, examples.passages, examples.rows
 
     def put(name: str, ragged: Ragged, cut: np.ndarray | None = None) -> None:
         arrays[f"{name}.tokens"], arrays[f"{name}.lengths"] = ragged.tokens, ragged.lengths
@@ -269,58 +381,55 @@ def _tokenise(
         put("prompt_queries", *prompt_queries)
         put("answers", segments.answer_segments(prompt, rows.answers))
     if whole_string is not None:
-        texts = zip(rows.queries, rows.passages, rows.answers, strict=True)
+        texts = zip(rows.queries, (own for own, *_ in rows.passages), rows.answers, strict=True)
         strings, arrays["string_answer_start"], cut = segments.string_segments(whole_string, texts)
         put("strings", strings, cut)
     return arrays
 
 
-def _cut_of(
-    query_key: np.ndarray, passage_key: np.ndarray, negative_key: np.ndarray | None
-) -> list[tuple[str, str, np.ndarray]]:
-    """(what the report calls it, array, rows (n, m) of that array for each row) of all that can be cut."""
+def _cut_of(examples: Examples, rows: np.ndarray) -> list[tuple[str, str, np.ndarray]]:
+    """(what the report calls it, array, places (n, m) in it of the n that are counted) of all that can be cut."""
+    query, own = examples.query_key[rows, None], examples.own_key[rows]
+    alone = np.setdiff1d(examples.corpus_key, _named(examples))[:, None]
     found = [
-        ("queries (retriever)", "retriever_queries.cut", query_key[:, None]),
-        ("passages (retriever)", "retriever_passages.cut", passage_key[:, None]),
-        ("queries (generator)", "prompt_queries.cut", query_key[:, None]),
-        ("passages (generator)", "prefixes.cut", passage_key[:, None]),
-        ("strings", "strings.cut", np.arange(len(query_key))[:, None]),
+        ("queries (retriever)", "retriever_queries.cut", query),
+        ("passages (retriever)", "retriever_passages.cut", own),
+        ("queries (generator)", "prompt_queries.cut", query),
+        ("passages (generator)", "prefixes.cut", own),
+        ("strings", "strings.cut", rows[:, None]),
+        ("passages of the corpus (retriever)", "retriever_passages.cut", alone),
+        ("passages of the corpus (generator)", "prefixes.cut", alone),
     ]
-    if negative_key is not None:
-        found.append(("negatives (retriever)", "retriever_passages.cut", negative_key))
-        found.append(("negatives (generator)", "prefixes.cut", negative_key))
+    if examples.negative_key is not None:
+        found.append(("negatives (retriever)", "retriever_passages.cut", examples.negative_key[rows]))
+        found.append(("negatives (generator)", "prefixes.cut", examples.negative_key[rows]))
     return found
 
 
-def _examples(
-    rows: Rows,
-    queries: tuple[str, ...],
-    passages: tuple[str, ...],
-    query_key: np.ndarray,
-    passage_key: np.ndarray,
-    negative_key: np.ndarray | None,
-    arrays: files.Arrays,
-) -> Examples:
-    ragged = {}
+def _num_cut(cut: np.ndarray, index: np.ndarray) -> int:
+    # -1, which is none, finds the False behind the last text.
+    return int(np.any(np.append(cut, False)[index], axis=1).sum())
+
+
+def _with_tokens(examples: Examples, arrays: files.Arrays) -> Examples:
+    tokens = {}
     for name in ("retriever_queries", "retriever_passages", "prefixes", "prompt_queries", "answers", "strings"):
         if f"{name}.tokens" in arrays:
             starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(arrays[f"{name}.lengths"])])
-            ragged[name] = Ragged(arrays[f"{name}.tokens"], starts)
-    start = arrays.get("string_answer_start")
-    return Examples(
-        rows, queries, passages, query_key, passage_key, **ragged, string_answer_start=start, negative_key=negative_key
-    )
+            tokens[name] = Ragged(arrays[f"{name}.tokens"], starts)
+    return dataclasses.replace(examples, **tokens, string_answer_start=arrays.get("string_answer_start"))
 
 
 def take(examples: Examples, rows: np.ndarray) -> Examples:
-    """Some of the rows, with the distinct texts that they use, keys counted anew."""
+    """Some of the rows, with the distinct texts that they use and the whole corpus, keys counted anew."""
     used_queries, query_key = np.unique(examples.query_key[rows], return_inverse=True)
     negative_key = None if examples.negative_key is None else examples.negative_key[rows]
-    read = [examples.passage_key[rows], *([] if negative_key is None else [negative_key[negative_key >= 0]])]
-    used_passages = np.unique(np.concatenate(read))
-    if negative_key is not None:
-        found = np.searchsorted(used_passages, negative_key).astype(np.int32)
-        negative_key = np.where(negative_key < 0, negative_key, found)
+    read = [examples.own_key[rows], negative_key, examples.document_passages.tokens, examples.corpus_key]
+    used = np.unique(np.concatenate([keys.ravel() for keys in read if keys is not None]))
+    used = used[used >= 0]
+
+    def anew(keys: np.ndarray) -> np.ndarray:
+        return np.where(keys < 0, keys, np.searchsorted(used, keys)).astype(np.int32)
 
     def some(ragged: Ragged | None, which: np.ndarray) -> Ragged | None:
         return None if ragged is None else ragged.take(which)
@@ -329,15 +438,19 @@ def take(examples: Examples, rows: np.ndarray) -> Examples:
     return Examples(
         rows=examples.rows.take(rows.tolist()),
         queries=tuple(examples.queries[i] for i in used_queries),
-        passages=tuple(examples.passages[i] for i in used_passages),
+        passages=tuple(examples.passages[i] for i in used),
+        documents=examples.documents,
         query_key=query_key.astype(np.int32),
-        passage_key=np.searchsorted(used_passages, examples.passage_key[rows]).astype(np.int32),
+        own_key=anew(examples.own_key[rows]),
+        document_key=examples.document_key[rows],
+        document_passages=Ragged(anew(examples.document_passages.tokens), examples.document_passages.starts),
+        corpus_key=anew(examples.corpus_key),
+        negative_key=None if negative_key is None else anew(negative_key),
         retriever_queries=some(examples.retriever_queries, used_queries),
-        retriever_passages=some(examples.retriever_passages, used_passages),
-        prefixes=some(examples.prefixes, used_passages),
+        retriever_passages=some(examples.retriever_passages, used),
+        prefixes=some(examples.prefixes, used),
         prompt_queries=some(examples.prompt_queries, used_queries),
         answers=some(examples.answers, rows),
         strings=some(examples.strings, rows),
         string_answer_start=None if start is None else start[rows],
-        negative_key=negative_key,
     )

@@ -1,4 +1,4 @@
-"""Rows of (query, passage, answer) texts from files, `save_to_disk` folders and the hub."""
+"""Rows of (query, passages, answer) texts from files, `save_to_disk` folders and the hub, and corpora of passages."""
 
 import codecs
 import collections
@@ -10,13 +10,15 @@ import itertools
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rag_jax import untrusted
 from rag_jax.errors import UserError
 
 Columns = dict[str, Sequence]
+# Of the passages of a corpus, where the config names none.
+CORPUS_COLUMN = "Abstract"
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 LINE_END = re.compile(r"\r\n|\r|\n")
 # What is used as it prints.
@@ -25,47 +27,70 @@ PRINTED = (str, int, float, decimal.Decimal, datetime.date, datetime.time, datet
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Texts of each row; `answers` are empty texts and `negatives` None where no such column was asked for."""
+    """Texts of each row, empty where it lacks one; negatives and documents are None where no such column is named."""
 
     queries: list[str]
-    passages: list[str]
+    passages: list[list[str]]  # known to answer the query: none, one or several a row
     answers: list[str]
     negatives: list[list[str]] | None = None  # passages given as wrong ones, none or several a row
+    documents: list[str] | None = None  # in which the answer stands
 
     def __len__(self) -> int:
         return len(self.queries)
 
     def take(self, indices: Iterable[int]) -> "Rows":
         rows = list(indices)
-        queries, passages, answers = (
-            [column[i] for i in rows] for column in (self.queries, self.passages, self.answers)
-        )
-        return Rows(queries, passages, answers, self.negatives and [self.negatives[i] for i in rows])
+        return Rows(*(column and [column[i] for i in rows] for column in vars(self).values()))
 
 
 def read_rows(
-    source: str, key: str, columns: Mapping[str, str], *, with_answers: bool = True, with_negatives: bool = False
+    source: str,
+    key: str,
+    columns: Mapping[str, str | None],
+    *,
+    with_answers: bool = True,
+    with_negatives: bool = False,
+    passages_may_miss: bool = False,
 ) -> Rows:
     """All rows of `source` (csv, tsv, json, jsonl, parquet, arrow, a save_to_disk folder or a hub name), in file order.
 
-    `columns` gives the column of "query", "passage" and "answer", and of "negative" `with_negatives`: a text or a list
-    of texts a row. `key` is the config key that errors name.
+    `columns` gives the column of "query", "passage", "answer" and "document", None where there is none, and of
+    "negative" `with_negatives`; that of "passage" may not be there if `passages_may_miss`. A cell of passages or
+    negatives is a text or a list of texts. `key` is the config key that errors name.
     Raises UserError for a source that is missing, unreadable, without such columns or without rows.
     """
-    asked = {"query": True, "passage": True, "answer": with_answers, "negative": with_negatives}
-    wanted = [part for part, is_asked in asked.items() if is_asked]
-    values = _columns(source, key, {f"data.columns.{part}": columns[part] for part in wanted})
-    found = dict(zip(wanted, values, strict=True))
-    where = {part: f"{key}={source!r}: column {columns[part]!r}" for part in wanted}
-    queries, passages = (_texts(found[part], where[part]) for part in ("query", "passage"))
-    answers = _texts(found["answer"], where["answer"]) if with_answers else [""] * len(queries)
-    return Rows(queries, passages, answers, _lists(found["negative"], where["negative"]) if with_negatives else None)
+    left_out = {part for part, asked in {"answer": with_answers, "negative": with_negatives}.items() if not asked}
+    wanted = {part: name for part, name in columns.items() if name is not None and part not in left_out}
+    may_miss = {"data.columns.passage"} if passages_may_miss else set()
+    values = _columns(source, key, {f"data.columns.{part}": name for part, name in wanted.items()}, may_miss)
+    found: dict[str, list] = {}
+    for (part, name), cells in zip(wanted.items(), values, strict=True):
+        read = _lists if part in ("passage", "negative") else _texts
+        found[part] = read(cells, f"{key}={source!r}: column {name!r}")
+    nothing = [""] * len(found["query"])
+    return Rows(
+        found["query"],
+        found.get("passage") or [[] for _ in nothing],
+        found.get("answer") or nothing,
+        found.get("negative"),
+        found.get("document"),
+    )
+
+
+def read_corpus(source: str, key: str, columns: Mapping[str, str | None]) -> list[tuple[str, str]]:
+    """(passage, document) of every passage that is not blank, in file order; the document is "" where none is named."""
+    passage, document = columns["passage"] or CORPUS_COLUMN, columns.get("document")
+    wanted = {"data.columns.passage": passage} | ({} if document is None else {"data.columns.document": document})
+    passages, *documents = _columns(source, key, wanted)
+    where = f"{key}={source!r}: column"
+    texts = _lists(passages, f"{where} {passage!r}")
+    names = _texts(documents[0], f"{where} {document!r}") if documents else [""] * len(texts)
+    return [(text, name) for row, name in zip(texts, names, strict=True) for text in row]
 
 
 def read_passages(source: str, column: str, key: str) -> list[str]:
     """The distinct non-empty passages of one column, in file order."""
-    (passages,) = read_columns(source, key, {"data.columns.passage": column})
-    return [passage for passage in dict.fromkeys(passages) if passage.strip()]
+    return list(dict.fromkeys(passage for passage, _ in read_corpus(source, key, {"passage": column})))
 
 
 def read_columns(source: str, key: str, wanted: Mapping[str, str]) -> list[list[str]]:
@@ -74,17 +99,19 @@ def read_columns(source: str, key: str, wanted: Mapping[str, str]) -> list[list[
     return [_texts(values, f"{key}={source!r}: column {name!r}") for name, values in columns]
 
 
-def _columns(source: str, key: str, wanted: Mapping[str, str]) -> list[Sequence]:
-    """The wanted columns, not yet as texts."""
+def _columns(source: str, key: str, wanted: Mapping[str, str], may_miss: Collection[str] = ()) -> list[Sequence]:
+    """The wanted columns, not yet as texts; cells of None where one is not there that `may_miss`."""
     where = f"{key}={source!r}"
     table = _read_table(source, where, list(dict.fromkeys(wanted.values())))
     if not any(table.values()):
         raise UserError(f"{where} has no rows: give it at least a header line and rows below it")
-    missing = [f"{name!r} ({config_key})" for config_key, name in wanted.items() if name not in table]
+    absent = {config_key: name for config_key, name in wanted.items() if name not in table}
+    missing = [f"{name!r} ({config_key})" for config_key, name in absent.items() if config_key not in may_miss]
     if missing:
         present = ", ".join(table)
         raise UserError(f"{where} has no column {' nor '.join(missing)}; it has: {present}")
-    return [table[name] for name in wanted.values()]
+    nothing = [None] * len(next(iter(table.values())))
+    return [table.get(name, nothing) for name in wanted.values()]
 
 
 def _texts(values: Iterable[Any], where: str) -> list[str]:
@@ -318,16 +345,22 @@ READERS = {
 }
 
 
-def empty_fields(rows: Rows, *, with_answers: bool) -> tuple[list[int], collections.Counter[str]]:
-    """Indices of the rows whose fields all hold text, and how many of the others lack which field first."""
-    fields = {"query": rows.queries, "passage": rows.passages, "answer": rows.answers}
-    if not with_answers:
-        del fields["answer"]
+def empty_fields(rows: Rows, needed: Iterable[str]) -> tuple[list[int], collections.Counter[str]]:
+    """Indices of the rows that have all of what is `needed`, and how many of the others lack which of it first.
+
+    Of "query", "passage" and "answer", a row can never do without the first.
+    """
+    fields: dict[str, Sequence] = {"query": rows.queries, "passage": rows.passages, "answer": rows.answers}
+    fields = {name: column for name, column in fields.items() if name in {"query", *needed}}
     kept, empty = [], collections.Counter()
     for i in range(len(rows)):
-        lacking = next((name for name, column in fields.items() if not column[i].strip()), None)
+        lacking = next((name for name, column in fields.items() if not _has_text(column[i])), None)
         if lacking is None:
             kept.append(i)
         else:
             empty[f"an empty {lacking}"] += 1
     return kept, empty
+
+
+def _has_text(cell: str | list[str]) -> bool:
+    return bool(cell) and (isinstance(cell, list) or bool(cell.strip()))

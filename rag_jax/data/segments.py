@@ -109,11 +109,14 @@ def prompt_segments(
 
 
 def answer_segments(prompt: Prompt, answers: Sequence[str]) -> Ragged:
-    """Tokens of the answer segments, end-of-sequence last, never cut to `answer_len`: one may be longer."""
+    """Tokens of the answer segments, end-of-sequence last, never cut to `answer_len`: one may be longer.
+
+    Of an answer that is not known, a blank one, there are none.
+    """
     eos = eos_id(prompt.tokenizer)
     around = split_template(prompt.answer)
     _, rows = _beginnings(prompt.tokenizer, answers, prompt.answer_len, around, add_special_tokens=False)
-    return Ragged.of([*ids, eos] for ids in rows)
+    return Ragged.of([*ids, eos] if answer.strip() else [] for answer, ids in zip(answers, rows, strict=True))
 
 
 def string_segments(whole: WholeString, rows: Iterable[tuple[str, str, str]]) -> tuple[Ragged, np.ndarray, np.ndarray]:

@@ -40,9 +40,6 @@ class EvalRows:
     """Tokenised rows and corpus, made once and used at every evaluation. The rows' passages lead the corpus."""
 
     examples: data.Examples
-    passages: tuple[str, ...]  # M distinct texts
-    retriever_passages: data.Ragged | None  # one a passage
-    prefixes: data.Ragged | None  # one a passage
     empty_prefix: data.Ragged | None  # of the prompt without a passage: one
     sample: np.ndarray  # (Q,) rows of the examples that are evaluated
     num_answers: int  # how many of the sample, from its start, are answered for EM and F1
@@ -53,8 +50,13 @@ class EvalRows:
 
     @property
     def gold(self) -> np.ndarray:
-        """Index (Q,) of each sampled row's own passage."""
+        """Index (Q,) of each sampled row's own passage, -1 where it is not known."""
         return self.examples.passage_key[self.sample]
+
+    @property
+    def passages(self) -> tuple[str, ...]:
+        """M distinct texts."""
+        return self.examples.passages
 
     def counts(self) -> dict[str, int]:
         answers = self.examples.answers
@@ -72,32 +74,26 @@ def load_rows(
 ) -> tuple[EvalRows, data.Report]:
     """The rows of `data.eval`; all its passages, and those of `data.passages` where given."""
     source, columns, section = config.data.eval, config.data.columns.to_dict(), config.eval
+    if columns["answer"] is None:  # nothing that a generator could be measured by
+        prompt = None
+    corpus = () if config.data.passages is None else (("data.passages", config.data.passages),)
     examples, report = data.load_examples(
-        source, key="data.eval", columns=columns, bad_rows=config.data.bad_rows, retriever=retriever, prompt=prompt
+        source,
+        key="data.eval",
+        columns=columns,
+        bad_rows=config.data.bad_rows,
+        retriever=retriever,
+        prompt=prompt,
+        # A row that is dropped for its answer still has a passage to be found or confused.
+        gaps=data.Gaps(passage=retriever is not None and bool(corpus), corpus=corpus, always=True),
     )
-    # A row that is dropped for its answer still has a passage to be found or confused.
-    corpus = dict.fromkeys([*examples.passages, *data.read_passages(source, columns["passage"], "data.eval")])
-    if config.data.passages is not None:
-        corpus |= dict.fromkeys(data.read_passages(config.data.passages, columns["passage"], "data.passages"))
-    passages = tuple(corpus)
-    others = passages[len(examples.passages) :]
-    retriever_passages = prefixes = empty_prefix = None
-    if retriever is not None:
-        more, _ = segments.retriever_tokens(
-            retriever.tokenizer, others, retriever.passage_prefix, retriever.passage_len
-        )
-        retriever_passages = _joined(examples.retriever_passages, more)
+    empty_prefix = None
     if prompt is not None:
-        (more, _), _ = data.prompt_segments(prompt, others, [])
-        prefixes = _joined(examples.prefixes, more)
         (empty_prefix, _), _ = data.prompt_segments(prompt, [""], [])
     order = np.random.default_rng(SAMPLE_SEED).permutation(len(examples))
     sample = order[: section.rows or None]
     rows = EvalRows(
         examples=examples,
-        passages=passages,
-        retriever_passages=retriever_passages,
-        prefixes=prefixes,
         empty_prefix=empty_prefix,
         sample=sample,
         num_answers=min(section.answers, len(sample)) if prompt is not None else 0,
@@ -131,20 +127,20 @@ def evaluate(model: rag.Rag, params: dict, rows: EvalRows, index_folder: pathlib
     generator (or any answer token) there are no metrics of answers.
     """
     columns: dict[str, metrics.Column] = {}
-    ones = np.ones(len(rows.sample))
     cosine = retrieved = hits = answers = None
     if "retriever" in params:
         cosine, retrieved = retrieve(model, params, rows, index_folder)
         examples = rows.examples
-        hits, num_relevant = metrics.relevant_hits(
-            retrieved, examples.query_key[rows.sample], (examples.query_key, examples.passage_key)
-        )
-        columns |= {name: (values, ones) for name, values in metrics.ranking(hits, num_relevant).items()}
+        hits, num_relevant = metrics.relevant_hits(retrieved, examples.right_key[examples.query_key[rows.sample]])
+        if num_relevant.any():
+            is_known = (num_relevant > 0).astype(np.float64)
+            columns |= {name: (values, is_known) for name, values in metrics.ranking(hits, num_relevant).items()}
+        columns |= found_in(rows, retrieved)
     if "generator" in params:
         K = model.objective.candidates
         candidates = rows.gold[:, None] if retrieved is None else retrieved[:, :K]
         weights = np.zeros(candidates.shape, np.float32) if cosine is None else cosine[:, :K]
-        columns |= answer_nll(model, params, rows, candidates, weights, with_gold=retrieved is not None)
+        columns |= answer_nll(model, params, rows, candidates, weights, retrieves=retrieved is not None)
         if rows.num_answers:
             answers = greedy_answers(model, params, rows, candidates, weights)
             columns |= answer_metrics(rows, answers)
@@ -156,7 +152,7 @@ def retrieve(
     model: rag.Rag, params: dict, rows: EvalRows, index_folder: pathlib.Path | None = None
 ) -> tuple[Float[np.ndarray, "Q K"], Int[np.ndarray, "Q K"]]:
     """Cosines and indices of the passages nearest to each sampled query, as many as metrics or generator need."""
-    queries, passages = rows.examples.retriever_queries, rows.retriever_passages
+    queries, passages = rows.examples.retriever_queries, rows.examples.retriever_passages
     assert queries is not None and passages is not None
     keys, query = np.unique(rows.examples.query_key[rows.sample], return_inverse=True)
     embed = functools.partial(search.embed, model, params, batch_size=rows.batch_size)
@@ -166,6 +162,25 @@ def retrieve(
     else:
         corpus = disk_index.build(index_folder, model, params, passages, batch_size=rows.batch_size)
     return search.top_k(query_emb, corpus, max(metrics.DEPTH, model.objective.candidates))
+
+
+def found_in(rows: EvalRows, retrieved: Int[np.ndarray, "Q K"]) -> dict[str, metrics.Column]:
+    """Whether what was retrieved holds the answer's text, or is of the document it stands in: no label is asked."""
+    examples, sample, columns = rows.examples, rows.sample, {}
+    top = retrieved[:, : max(metrics.CUTOFFS)]
+    documents = examples.document_key[sample]
+    if len(examples.documents):
+        hits, known = examples.is_within(documents[:, None], top), (documents >= 0).astype(np.float64)
+        columns |= {name: (values, known) for name, values in metrics.found("document", hits).items()}
+    answers = [metrics.dpr_tokens(examples.rows.answers[row]) for row in sample]
+    if any(answers):
+        tokens = {key: metrics.dpr_tokens(examples.passages[key]) for key in np.unique(top)}
+        hits = np.array(
+            [[metrics.holds(tokens[key], answer) for key in of] for of, answer in zip(top, answers, strict=True)]
+        )
+        known = np.array([float(bool(answer)) for answer in answers])
+        columns |= {name: (values, known) for name, values in metrics.found("answer", hits).items()}
+    return columns
 
 
 def sharing_batches(candidates: Int[np.ndarray, "Q K"], batch_size: int) -> list[Int[np.ndarray, " b"]]:
@@ -206,7 +221,7 @@ def prompt_batches(
     rows: EvalRows, candidates: Int[np.ndarray, "Q K"], num_devices: int, label: str
 ) -> Iterator[Prompts]:
     """The generator's batches over `candidates`, one row for each sampled row from the first on."""
-    prefixes = rows.prefixes
+    prefixes = rows.examples.prefixes
     assert prefixes is not None
     (num_rows, K), lengths = candidates.shape, prefixes.lengths
     size = -(-min(rows.batch_size, num_rows) // num_devices)
@@ -238,19 +253,21 @@ def answer_nll(
     candidates: Int[np.ndarray, "Q K"],
     cosine: Float[np.ndarray, "Q K"],
     *,
-    with_gold: bool,
+    retrieves: bool,
 ) -> dict[str, metrics.Column]:
     """NLL of the sampled rows' answers, nats and answer tokens of each: marginal and with single passages.
 
-    The marginal is over the candidates. Besides them are read no passage and (`with_gold`) the own one, where it is not
-    among them.
+    The marginal is over the candidates. Besides them are read no passage and, where the candidates are what a retriever
+    found (`retrieves`), the own one of each row whose passage is known.
     """
     examples, sample = rows.examples, rows.sample
     queries, answers = examples.prompt_queries, examples.answers
-    assert queries is not None and answers is not None and rows.prefixes is not None and rows.empty_prefix is not None
-    prefixes, K = _joined(rows.prefixes, rows.empty_prefix), candidates.shape[1]
-    none = np.full(len(candidates), len(rows.prefixes))
-    read = np.stack([*candidates.T, none, *([rows.gold] if with_gold else [])], axis=1)
+    assert queries is not None and answers is not None and examples.prefixes is not None
+    assert rows.empty_prefix is not None
+    prefixes, K = _joined(examples.prefixes, rows.empty_prefix), candidates.shape[1]
+    none, is_known = np.full(len(candidates), len(examples.prefixes)), rows.gold >= 0
+    with_gold = retrieves and bool(is_known.any())
+    read = np.stack([*candidates.T, none, *([np.where(is_known, rows.gold, none)] if with_gold else [])], axis=1)
     row = np.arange(len(read))[:, None]
     distinct, pair = np.unique(row * len(prefixes) + read, return_inverse=True)
     reader, prefix = np.divmod(distinct, len(prefixes))
@@ -266,9 +283,12 @@ def answer_nll(
     )
     each = -token_log_probs.sum(axis=2, dtype=np.float64)
     nlls = {"answer_nll": marginal, "answer_nll_none": each[:, K], "retrieval_utility": marginal - each[:, K]}
+    if retrieves:
+        nlls["answer_nll_top1"] = each[:, 0]
+    columns = {name: (nll, lengths.astype(np.float64)) for name, nll in nlls.items()}
     if with_gold:
-        nlls |= {"answer_nll_gold": each[:, K + 1], "answer_nll_top1": each[:, 0]}
-    return {name: (nll, lengths.astype(np.float64)) for name, nll in nlls.items()}
+        columns["answer_nll_gold"] = (each[:, K + 1] * is_known, lengths * is_known)
+    return columns
 
 
 def greedy_answers(
@@ -317,14 +337,19 @@ def by_row(
     """One flat record a sampled row, to read and to sort: its texts, its metrics, what was retrieved and answered."""
     texts, found = rows.examples.rows, []
     for i, row in enumerate(rows.sample):
-        own = {name: values[i] / divisors[i] for name, (values, divisors) in columns.items() if i < len(values)}
+        own = {
+            name: values[i] / divisors[i]
+            for name, (values, divisors) in columns.items()
+            if i < len(values) and divisors[i]
+        }
         line = {"row": int(row), "query": texts.queries[row]}
-        if rows.prefixes is not None:
+        if rows.examples.prefixes is not None:
             line["answer"] = texts.answers[row]
         if answers is not None and i < len(answers):
             line["generated"] = answers[i]
         line |= {name: round(float(value), 6) for name, value in own.items()}
-        line["gold"] = texts.passages[row][:EXCERPT]
+        if (gold := rows.examples.passage_key[row]) >= 0:
+            line["gold"] = rows.passages[gold][:EXCERPT]
         if cosine is not None and retrieved is not None and hits is not None:
             line["retrieved"] = [
                 {"score": round(float(c), 6), "relevant": bool(hit), "passage": rows.passages[p][:EXCERPT]}

@@ -8,32 +8,31 @@ import dataclasses
 import functools
 import re
 import string
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import regex
 from jaxtyping import Bool, Float, Int
 
 CUTOFFS = (1, 5, 10)
 # How many passages are retrieved for the metrics that look deepest.
 DEPTH = 100
 RESAMPLES, SEED = 1000, 0
+# Words of letters, digits and accents, and every other character that is neither white space nor control.
+DPR_TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
 Hits = Bool[np.ndarray, "Q K"]  # whether each retrieved passage is relevant, nearest first
 Counts = Int[np.ndarray, " Q"]  # of each query's relevant passages
 # What a metric is the mean of: values of each query, and what their sum is divided by the sum of.
 Column = tuple[Float[np.ndarray, " Q"], Float[np.ndarray, " Q"]]
 
 
-def relevant_hits(
-    retrieved: Int[np.ndarray, "Q K"],
-    query_key: Int[np.ndarray, " Q"],
-    relevant: tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]],
-) -> tuple[Hits, Counts]:
-    """Which retrieved passages are relevant, and how many are in all; `relevant`: keys of queries and of passages."""
-    queries, passages = relevant
-    base = int(max(passages.max(), retrieved.max())) + 1
-    pairs = np.unique(queries.astype(np.int64) * base + passages)
-    hits = np.isin(query_key[:, None].astype(np.int64) * base + retrieved, pairs)
-    return hits, np.bincount(pairs // base, minlength=int(query_key.max()) + 1)[query_key]
+def relevant_hits(retrieved: Int[np.ndarray, "Q K"], relevant: Int[np.ndarray, "Q R"]) -> tuple[Hits, Counts]:
+    """Which retrieved passages are relevant, and how many are in all; `relevant`: each query's, -1: no more."""
+    hits = np.zeros(retrieved.shape, bool)
+    for passage in relevant.T:
+        hits |= retrieved == passage[:, None]
+    return hits, (relevant >= 0).sum(axis=1)
 
 
 def at_k(hits: Hits, k: int) -> tuple[Float[np.ndarray, " Q"], int]:
@@ -43,7 +42,7 @@ def at_k(hits: Hits, k: int) -> tuple[Float[np.ndarray, " Q"], int]:
 
 
 def recall(hits: Hits, num_relevant: Counts, k: int) -> Float[np.ndarray, " Q"]:
-    return at_k(hits, k)[0] / num_relevant
+    return at_k(hits, k)[0] / np.maximum(num_relevant, 1)
 
 
 def hit_rate(hits: Hits, num_relevant: Counts, k: int) -> Float[np.ndarray, " Q"]:
@@ -65,13 +64,13 @@ def ndcg(hits: Hits, num_relevant: Counts, k: int) -> Float[np.ndarray, " Q"]:
     """sum_{ranks i <= k of relevant ones} 1 / log2(1 + i), divided by the most that the relevant ones allow."""
     top, gain = hits[:, :k].astype(np.float64), 1 / np.log2(1 + np.arange(1, k + 1))
     ideal = np.concatenate([[0.0], gain.cumsum()])[np.minimum(num_relevant, k)]
-    return top @ gain[: top.shape[1]] / ideal
+    return top @ gain[: top.shape[1]] / np.maximum(ideal, 1)
 
 
 def average_precision(hits: Hits, num_relevant: Counts, k: int) -> Float[np.ndarray, " Q"]:
     """sum_{ranks i <= k of relevant ones} precision@i / number of relevant ones."""
     top = hits[:, :k].astype(np.float64)
-    return (top * top.cumsum(axis=1) / np.arange(1, top.shape[1] + 1)).sum(axis=1) / num_relevant
+    return (top * top.cumsum(axis=1) / np.arange(1, top.shape[1] + 1)).sum(axis=1) / np.maximum(num_relevant, 1)
 
 
 def summarise(columns: Mapping[str, Column]) -> tuple[dict[str, float], dict[str, list[float]]]:
@@ -96,6 +95,17 @@ def normalise(text: str) -> str:
     """SQuAD's normalisation (Rajpurkar et al., 2016): lower case, no punctuation, no articles, single spaces."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def dpr_tokens(text: str) -> list[str]:
+    """DPR's normalisation (Karpukhin et al., 2020): words and single marks of the decomposed text, in lower case."""
+    return DPR_TOKEN.findall(unicodedata.normalize("NFD", text).lower())
+
+
+def holds(passage: Sequence[str], answer: Sequence[str]) -> bool:
+    """Whether the answer's tokens stand in the passage's, one after the other; none stand nowhere."""
+    size, first = len(answer), answer[0] if answer else None
+    return any(token == first and list(passage[at : at + size]) == list(answer) for at, token in enumerate(passage))
 
 
 def exact_match(answer: str, gold: str) -> float:
@@ -130,6 +140,10 @@ def _ranking(value: Callable[..., Float[np.ndarray, " Q"]], k: int, definition: 
     return Metric(definition, True, frozenset({"retriever"}), shown, ranking=functools.partial(value, k=k))
 
 
+def _found(definition: str, *needs: str, shown: bool = False) -> Metric:
+    return Metric(definition, True, frozenset({"retriever", *needs}), shown)
+
+
 def _likelihood(definition: str, *needs: str, shown: bool = False) -> Metric:
     return Metric(definition, False, frozenset({"generator", *needs}), shown)
 
@@ -159,6 +173,14 @@ METRICS: dict[str, Metric] = {
     f"map@{DEPTH}": _ranking(
         average_precision, DEPTH, "mean of the precision at the rank of each relevant passage, 0 beyond rank 100"
     ),
+    **{
+        f"{what}_hit@{k}": _found(f"share of queries with {definition} among the first k passages", *needs)
+        for what, definition, needs in (
+            ("answer", "the answer's text (DPR's normalisation)", ("generator",)),
+            ("document", "a passage of the answer's document", ()),
+        )
+        for k in CUTOFFS
+    },
     "answer_nll": _likelihood(
         "nats per answer token, end-of-sequence included: negative log marginal over the K passages of highest cosine, "
         "their weights softmax(cosine / marginal_temperature); without a retriever the own passage alone",
@@ -193,6 +215,11 @@ def definitions() -> dict[str, str]:
 def ranking(hits: Hits, num_relevant: Counts) -> dict[str, Float[np.ndarray, " Q"]]:
     """All metrics of each query's retrieved passages."""
     return {name: m.ranking(hits, num_relevant) for name, m in METRICS.items() if m.ranking is not None}
+
+
+def found(what: str, hits: Hits) -> dict[str, Float[np.ndarray, " Q"]]:
+    """Whether each query's first k passages hold `what` there is, "answer" or "document", for every k."""
+    return {f"{what}_hit@{k}": np.any(hits[:, :k], axis=1).astype(np.float64) for k in CUTOFFS}
 
 
 def answers(generated: Sequence[str], gold: Sequence[str]) -> dict[str, Float[np.ndarray, " n"]]:

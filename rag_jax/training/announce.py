@@ -48,7 +48,7 @@ def summary(training: Training, start_step: int) -> str:
         lines["mining"] = f"groups of near passages, anew every {every} steps" + (
             "" if margin is None else f"; kept apart: passages that score above a query's own by more than {margin:g}"
         )
-    lines["lengths"] = "; or ".join(describe(shape) for shape in training.shapes)
+    lines["lengths"] = "; or ".join(describe(shape) for shape in training.batching.shapes)
     epochs = config.total_steps * config.batch_size / len(training.examples)
     late = config.optimizer.schedule != "constant" and config.optimizer.warmup_steps > config.total_steps
     unreached = " (more than all: it is never reached)" if late else ""

@@ -55,15 +55,14 @@ def batches(training: Training, spans: Iterator[Span]) -> Iterator[tuple[data.Ba
         left = config.total_steps - first
         source = data.iterate(
             training.examples,
+            training.batching,
             batch_size=config.batch_size,
             seed=config.seed,
             start_step=first,
             total_steps=config.total_steps,
-            shapes=training.shapes,
             own=sharding.own_rows(training.mesh, config.batch_size),
             planned=None if plan is None else plan.rows[:left],
-            mined=None if plan is None else plan.negatives,
-            group_size=config.group_size,
+            brought=None if plan is None else plan.brought,
         )
         while True:
             began = time.perf_counter()
@@ -76,11 +75,11 @@ def batches(training: Training, spans: Iterator[Span]) -> Iterator[tuple[data.Ba
 
 
 def rows_of(training: Training, step: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Which rows a step that was begun reads, (batch_size,), and the negatives (batch_size, J) that were mined."""
+    """Which rows a step that was begun reads, (batch_size,), and what was mined for each (batch_size, _)."""
     config = training.config
     if config.mining.every_steps:
         _, plan = next(mining.kept(training.workdir, step - 1, config.mining.every_steps))
-        return plan.rows[0], None if plan.negatives is None else plan.negatives[0]
+        return plan.rows[0], None if plan.brought is None else plan.brought[0]
     return np.asarray(data.order(len(training.examples), config.batch_size, config.seed)[step - 1]), None
 
 

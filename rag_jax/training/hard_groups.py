@@ -146,20 +146,18 @@ def nearest(near: Near, group: list[int], free: np.ndarray) -> int:
 
 
 def negatives(
-    near: Near, groups: np.ndarray, passages: np.ndarray, scores: np.ndarray, num: int
+    right: np.ndarray, groups: np.ndarray, passages: np.ndarray, scores: np.ndarray, num: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the rows of groups (_, g) bring besides their own passages: keys (_, g, J) int32, -1: none, and scores.
 
-    Each row in turn brings the nearest passages that its group has not yet, none of them of a row with a query of the
-    group. `passages`, `scores` (n, m): each row's nearest, those too near left out (-inf); where all m are taken, none.
+    Each row in turn brings the nearest passages that its group has not yet, none of them known to be `right` (n, R) for
+    a query of the group. `passages`, `scores` (n, m): each row's nearest, those too near left out (-inf); where all m
+    are taken, none.
     """
-    labelled: dict[int, set[int]] = {}
-    for query, passage in zip(near.query_key.tolist(), near.passage_key.tolist(), strict=True):
-        labelled.setdefault(query, set()).add(passage)
     found = np.full((*groups.shape, num), -1, np.int32)
     found_scores = np.full(found.shape, -np.inf, np.float32)
     for place, group in enumerate(groups):
-        held = set().union(*(labelled[query] for query in near.query_key[group].tolist()))
+        held = set(right[group].ravel().tolist())
         for member, row in enumerate(group):
             left = [i for i, p in enumerate(passages[row].tolist()) if p not in held and scores[row, i] > -np.inf][:num]
             found[place, member, : len(left)] = passages[row, left]

@@ -1,4 +1,4 @@
-"""Mining inside training: what the current retriever considers near, as groups of rows and as negatives.
+"""Mining inside training: what the current retriever considers near, as groups of rows and as passages they bring.
 
 The plan of the coming steps is all that mining leaves behind. It is kept in the workdir, `mining/step_N.npz`: a run
 that goes on from a later checkpoint has other parameters by then and could not make it again.
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from rag_jax import data, files, rag
 from rag_jax.config import Config
@@ -33,12 +33,13 @@ class Plan:
 
     rows: np.ndarray  # (steps, batch_size) int32 of the steps that follow
     met: np.ndarray  # (n,) int32, how often each row was met before them
-    negatives: np.ndarray | None = None  # (steps, batch_size, J) int32 passages that the rows bring, -1: none
+    # (steps, batch_size, _) int32 passages that the rows bring besides those known to be right, -1: none
+    brought: np.ndarray | None = None
 
     def after(self, steps: int) -> "Plan":
         """Without the first steps."""
-        later = None if self.negatives is None else self.negatives[steps:]
-        return dataclasses.replace(self, rows=self.rows[steps:], negatives=later)
+        later = None if self.brought is None else self.brought[steps:]
+        return dataclasses.replace(self, rows=self.rows[steps:], brought=later)
 
     def met_after(self) -> np.ndarray:
         return self.met + np.bincount(self.rows.ravel(), minlength=len(self.met)).astype(np.int32)
@@ -52,27 +53,89 @@ def mine(
     Metrics of the plan's groups beside random groups of all rows; see `hardness` and `masked_shares` of `hard_groups`.
     """
     query_emb, passage_emb = embeddings(model, params, examples, config.eval.batch_size)
-    near = neighbourhood(query_emb, passage_emb, examples, config.mining.margin)
+    found = candidates(query_emb, passage_emb, examples, config, step)
+    near = neighbourhood(query_emb, passage_emb, examples, config.mining.margin, found)
     rng = np.random.default_rng([config.seed, step])
     shape = (config.mining.every_steps, config.batch_size)
     rows, size = np.zeros(shape, np.int32), config.group_size
     if jax.process_index() == 0:
         rows = hard_groups.plan(near, met, group_size=size, batch_size=shape[1], num_steps=shape[0], rng=rng)
-    # Process 0 decides: products may differ in the last bit between processes, and all must train on the same rows.
-    plan, brought = Plan(np.asarray(multihost_utils.broadcast_one_to_all(rows)), met), {}
-    if config.objective.negatives and config.data.columns.negative is None:
-        found, scores = negatives(near, passage_emb, plan.rows.reshape(-1, size), config.objective.negatives)
-        found = np.asarray(multihost_utils.broadcast_one_to_all(found)).reshape(*shape, -1)
-        plan, there = dataclasses.replace(plan, negatives=found), scores > -np.inf
-        brought = {
-            "mining/negatives_similarity": float(scores[there].mean()) if there.any() else 0.0,
-            "mining/negatives_missing": float(1 - there.mean()),
-        }
+    rows = agreed(rows)
+    groups = rows.reshape(-1, size)
     random = rng.permutation(len(examples))[: len(examples) // size * size].reshape(-1, size)
-    mined, by_chance = (hard_groups.hardness(near, each) for each in (plan.rows.reshape(-1, size), random))
+    mined, by_chance = (hard_groups.hardness(near, each) for each in (groups, random))
     values = {f"mining/{name}": value for name, value in mined.items()}
-    values |= {f"mining/random_{name}": value for name, value in by_chance.items()} | brought
-    return plan, values | {f"mining/masked_{name}": value for name, value in hard_groups.masked_shares(near).items()}
+    values |= {f"mining/random_{name}": value for name, value in by_chance.items()}
+    brought = None
+    if config.objective.negatives and config.data.columns.negative is None:
+        brought, scores = negatives(near, passage_emb, examples.right_key, groups, config.objective.negatives)
+        brought, there = agreed(brought), scores > -np.inf
+        values["mining/negatives_similarity"] = float(scores[there].mean()) if there.any() else 0.0
+        values["mining/negatives_missing"] = float(1 - there.mean())
+    if found is not None:
+        others = examples.negative_key[groups] if examples.negative_key is not None else brought
+        brought = instead_of(found, others, groups, examples.passage_key < 0)
+        for name, each in (("", groups), ("random_", random)):
+            wanted = [np.unique(found[group][found[group] >= 0]) for group in each]
+            values[f"mining/{name}passages_wanted"] = float(np.mean([len(passages) for passages in wanted]))
+    values |= {f"mining/masked_{name}": value for name, value in hard_groups.masked_shares(near).items()}
+    return Plan(rows, met, None if brought is None else brought.reshape(*shape, -1)), values
+
+
+def agreed(keys: np.ndarray) -> np.ndarray:
+    """What process 0 found: products may differ in the last bit between processes, and all must train on the same."""
+    return np.asarray(multihost_utils.broadcast_one_to_all(keys))
+
+
+def candidates(
+    query_emb: Float[np.ndarray, "Q E"],
+    passage_emb: Float[np.ndarray, "M E"],
+    examples: data.Examples,
+    config: Config,
+    step: int,
+) -> Int[np.ndarray, "n _"] | None:
+    """Of the rows whose passage is not known, the nearest ones of their document, else of the corpus; -1: no more.
+
+    The last `mining.explore` of them are drawn at random from the others. None where every row's passage is known.
+    """
+    unknown = np.flatnonzero(examples.passage_key < 0)
+    if not len(unknown):
+        return None
+    num, explore = max(config.objective.candidates, 1 + config.objective.negatives), config.mining.explore
+    found = np.full((len(examples), num), -1, np.int32)
+    anywhere = unknown[examples.document_key[unknown] < 0]
+    if len(anywhere):
+        _, nearest = search.top_k(query_emb[examples.query_key[anywhere]], passage_emb, num)
+        found[anywhere, : nearest.shape[1]] = nearest
+    rng = np.random.default_rng([config.seed, step, len(examples)])
+    for row in unknown:
+        among = np.arange(len(passage_emb))
+        if examples.document_key[row] >= 0:
+            among = examples.document_passages[examples.document_key[row]]
+            order = np.argsort(-(passage_emb[among] @ query_emb[examples.query_key[row]]), kind="stable")[:num]
+            found[row, : len(order)] = among[order]
+        if explore:
+            near = found[row, : num - explore]
+            drawn = rng.choice(among, size=min(num, len(among)), replace=False)
+            drawn = drawn[~np.isin(drawn, near)][:explore]
+            found[row, num - explore :] = np.pad(drawn, (0, explore - len(drawn)), constant_values=-1)
+    return agreed(found)
+
+
+def instead_of(
+    found: Int[np.ndarray, "n _"],
+    others: Int[np.ndarray, "groups g _"] | None,
+    groups: Int[np.ndarray, "groups g"],
+    unknown: Bool[np.ndarray, " n"],
+) -> Int[np.ndarray, "groups g _"]:
+    """What the rows of groups bring: where their passage is not known what was `found` for them, else the `others`."""
+    others = np.zeros((*groups.shape, 0), np.int32) if others is None else others
+    width = max(found.shape[1], others.shape[2])
+    found, others = (
+        np.pad(keys, [(0, 0)] * (keys.ndim - 1) + [(0, width - keys.shape[-1])], constant_values=-1)
+        for keys in (found, others)
+    )
+    return np.where(unknown[groups][:, :, None], found[groups], others)
 
 
 def embeddings(
@@ -90,10 +153,18 @@ def neighbourhood(
     passage_emb: Float[np.ndarray, "M E"],
     examples: data.Examples,
     margin: float | None,
+    found: Int[np.ndarray, "n _"] | None = None,
 ) -> hard_groups.Near:
-    """All rows with their nearest other rows."""
-    query_key, passage_key = examples.query_key, examples.passage_key
-    query_emb, passage_emb = query_emb[query_key], passage_emb[passage_key]
+    """All rows with their nearest other rows.
+
+    Where a row's passage is not known, the nearest one that was `found` stands for it. It may be right for other rows
+    as well: that two rows share it is no reason to keep them apart.
+    """
+    query_key, passage_key, nearest = examples.query_key, examples.passage_key, examples.passage_key
+    if found is not None:
+        nearest = np.where(passage_key < 0, found[:, 0], passage_key)
+        passage_key = np.where(passage_key < 0, len(passage_emb) + np.arange(len(passage_key)), passage_key)
+    query_emb, passage_emb = query_emb[query_key], passage_emb[nearest]
     neighbours = nearest_rows(query_emb, passage_emb, NEIGHBOURS)
     return hard_groups.Near(query_emb, passage_emb, query_key, passage_key, neighbours, margin)
 
@@ -110,13 +181,17 @@ def nearest_rows(
 
 
 def negatives(
-    near: hard_groups.Near, passage_emb: Float[np.ndarray, "M E"], groups: Int[np.ndarray, "groups g"], num: int
+    near: hard_groups.Near,
+    passage_emb: Float[np.ndarray, "M E"],
+    right_key: Int[np.ndarray, "Q R"],
+    groups: Int[np.ndarray, "groups g"],
+    num: int,
 ) -> tuple[Int[np.ndarray, "groups g J"], Float[np.ndarray, "groups g J"]]:
     """`hard_groups.negatives` of each row's nearest passages: as many as its group can hold, and `NEIGHBOURS` more."""
     at_most = None if near.margin is None else near.positive + near.margin
     many = groups.shape[1] * (1 + num) + NEIGHBOURS
     scores, passages = search.top_k(near.query_emb, passage_emb, many, at_most=at_most)
-    return hard_groups.negatives(near, groups, passages, scores, num)
+    return hard_groups.negatives(right_key[near.query_key], groups, passages, scores, num)
 
 
 def path_of(workdir: pathlib.Path, step: int) -> pathlib.Path:

@@ -40,7 +40,7 @@ class Training:
     mesh: Mesh
     examples: data.Examples
     report: data.Report  # of reading data.train
-    shapes: tuple[data.Lengths, ...]  # of batches
+    batching: data.Batching
     eval_rows: evaluation.EvalRows | None
     eval_report: data.Report | None
     rules: optim.Rules  # of rate and freezing
@@ -98,16 +98,39 @@ def build(config: Config, workdir: pathlib.Path, mesh: Mesh, start_step: int) ->
         whole_string=opened.whole_string if "generator" in used else None,
         min_rows=config.batch_size,
         negatives=config.objective.negatives if config.data.columns.negative else 0,
+        gaps=gaps(opened, used),
     )
+    labelled = bool((examples.passage_key >= 0).all())
+    opened = dataclasses.replace(opened, model=dataclasses.replace(opened.model, labelled=labelled))
     eval_rows = eval_report = None
     if config.data.eval is not None and config.eval.every_steps:
         eval_rows, eval_report = evaluation.load_rows(config, opened.retriever_text, opened.prompt)
     rules, optimizer, state, step = make_step(opened, mesh)
-    shapes = data.buckets(examples, config.batch_size, config.objective.candidates, config.objective.negatives)
+    objective = config.objective
+    shapes = data.buckets(examples, config.batch_size, objective.candidates, objective.negatives)
+    by_row = objective.candidates_from == "row"
+    batching = data.Batching(shapes, config.group_size, objective.negatives, by_row)
     return Training(
-        config, workdir, opened, mesh, examples, report, shapes, eval_rows, eval_report, rules, optimizer, state, step,
-        is_main=jax.process_index() == 0,
+        config, workdir, opened, mesh, examples, report, batching, eval_rows, eval_report, rules, optimizer, state,
+        step, is_main=jax.process_index() == 0,
     )  # fmt: skip
+
+
+def gaps(opened: pair.Pair, used: set[str]) -> data.Gaps:
+    """What rows of the run may leave open.
+
+    A passage where candidates are mined and told apart by what the generator says of them; an answer where the
+    generator says it of the question.
+    """
+    config, objective = opened.config, opened.model.objective
+    tells_apart = {"retriever", "generator"} <= used and objective.candidates > 1 and opened.whole_string is None
+    corpus = () if config.data.passages is None else (("data.passages", config.data.passages),)
+    return data.Gaps(
+        passage=tells_apart and config.mining.every_steps > 0,
+        answer=bool(objective.formula.divergence) and objective.evidence != "answer",
+        corpus=corpus,
+        always=config.mining.negatives_from == "corpus",
+    )
 
 
 def make_step(opened: pair.Pair, mesh: Mesh) -> tuple[optim.Rules, optax.GradientTransformation, TrainState, Step]:

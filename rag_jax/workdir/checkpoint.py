@@ -27,7 +27,7 @@ from rag_jax.workdir import checksums
 
 ITEMS = ("params", "opt_state")
 # What steps are compared by where a run names nothing, and whether higher is better; callers know more metrics.
-BEST_METRICS = {"eval/mrr@10": True, "eval/answer_nll": False}
+BEST_METRICS = {"eval/mrr@10": True, "eval/answer_nll": False, "eval/document_hit@10": True}
 SET_ASIDE = "damaged-"
 # Of what one process found wrong, as the others get to hear it.
 MESSAGE_BYTES = 256
@@ -308,7 +308,7 @@ def scores(workdir: pathlib.Path, higher_is_better: Mapping[str, bool] = BEST_ME
     """Every evaluated step's metric in `eval/step_N.json`, with the sign that makes the highest the best.
 
     The metric is the one that the newest of them names as `best_by` (`eval.metric`), else the first that it has of
-    eval/mrr@10 and, without a retriever, the answer NLL.
+    eval/mrr@10, without labels or a retriever the answer NLL, and without a generator either eval/document_hit@10.
     """
     contents = {}
     for path in (workdir / "eval").glob("step_*.json"):

@@ -60,7 +60,7 @@ def real(ids, mask):
 
 def test_every_field_of_a_batch(tmp_path):
     examples, _ = load(tmp_path)
-    batch = data.collate(examples, [3, 0, 2, 1], [data.longest(examples)])
+    batch = data.collate(examples, [3, 0, 2, 1], data.Batching([data.longest(examples)]))
     rows = [ROWS[i] for i in (3, 0, 2, 1)]
     assert batch.row.tolist() == [3, 0, 2, 1]
     assert real(batch.query_ids, batch.query_mask) == [WORDS(q)["input_ids"] for q, _, _ in rows]
@@ -89,17 +89,17 @@ def test_every_field_of_a_batch(tmp_path):
 
 def test_fields_of_a_model_that_is_not_used_are_none(tmp_path):
     examples, _ = load(tmp_path, prompt=None)
-    batch = data.collate(examples, [0, 1], [data.longest(examples)])
+    batch = data.collate(examples, [0, 1], data.Batching([data.longest(examples)]))
     assert batch.query_ids is not None and batch.pool.prefix_ids is batch.suffix_ids is batch.answer_mask is None
     examples, _ = load(tmp_path, retriever=None)
-    batch = data.collate(examples, [0, 1], [data.longest(examples)])
+    batch = data.collate(examples, [0, 1], data.Batching([data.longest(examples)]))
     assert batch.suffix_ids is not None and batch.query_ids is batch.pool.passage_ids is None
 
 
 def test_the_predecessors_strings_in_a_batch(tmp_path):
     whole = data.WholeString(BYTES, 60)
     examples, report = load(tmp_path, prompt=None, whole_string=whole)
-    batch = data.collate(examples, [4, 0], [data.longest(examples)])
+    batch = data.collate(examples, [4, 0], data.Batching([data.longest(examples)]))
     texts = [f"#query# #query# {q} #passage# #passage# {p} #answer# {a}" for q, p, a in (ROWS[4], ROWS[0])]
     assert real(batch.string_ids, batch.string_mask) == [[*text.encode()][:60] for text in texts]
     assert batch.string_answer_start.tolist() == [text.index("#answer#") + len("#answer#") - 1 for text in texts]
@@ -128,7 +128,7 @@ def test_dropping_a_row_leaves_the_others_as_they_were(tmp_path):
     clean, _ = load(tmp_path)
     mixed, _ = load(tmp_path, [("x", "new", "an answer too long"), *ROWS[:2], ("", "", ""), *ROWS[2:]])
     shapes = [data.longest(clean)]
-    assert_equal(*(data.collate(e, range(5), shapes) for e in (clean, mixed)))
+    assert_equal(*(data.collate(e, range(5), data.Batching(shapes)) for e in (clean, mixed)))
 
 
 def test_bad_rows_are_refused_on_demand(tmp_path):
@@ -157,9 +157,8 @@ def test_too_few_rows(tmp_path, rows, min_rows, message):
 
 def test_one_row_will_do_for_a_batch_of_one(tmp_path):
     examples, _ = load(tmp_path, ROWS[:1])
-    batches = data.iterate(
-        examples, batch_size=1, seed=0, start_step=0, total_steps=3, shapes=data.buckets(examples, 1, 1)
-    )
+    batching = data.Batching(data.buckets(examples, 1, 1))
+    batches = data.iterate(examples, batching, batch_size=1, seed=0, start_step=0, total_steps=3)
     assert [batch.row.tolist() for batch in batches] == [[0]] * 3
 
 
@@ -183,7 +182,7 @@ def test_the_cache_knows_texts_settings_and_tokenizers(tmp_path, change):
     kept, report = load(tmp_path, **change)
     assert report.from_cache
     shapes = [data.longest(fresh)]
-    assert_equal(*(data.collate(e, range(4), shapes) for e in (fresh, kept)))
+    assert_equal(*(data.collate(e, range(4), data.Batching(shapes)) for e in (fresh, kept)))
 
 
 # With row 0: its own passage, the other passage of row 1's query, a passage of no row.
@@ -209,8 +208,9 @@ def test_given_negatives_in_a_batch(tmp_path):
     assert examples.passages[:4] == load(tmp_path)[0].passages and len(examples.passages) == 6
     assert load_given(tmp_path, negatives=3)[0].negative_key.shape == (5, 3)
     order = [3, 0, 4]
-    batch = data.collate(examples, order, [data.longest(examples)])
-    plain = data.collate(load(tmp_path)[0], order, [data.longest(examples)])
+    batching = data.Batching([data.longest(examples)], negatives=2)
+    batch = data.collate(examples, order, batching)
+    plain = data.collate(load(tmp_path)[0], order, data.Batching([data.longest(examples)]))
     for name in plain._fields:
         if name != "pool":
             np.testing.assert_array_equal(getattr(batch, name), getattr(plain, name), err_msg=name)
@@ -227,7 +227,7 @@ def test_given_negatives_in_a_batch(tmp_path):
             assert prefix == [BOS, *text.encode()[:12]]
         else:
             assert len(passage) == len(prefix) == 1
-    half = data.collate(examples, order, [data.longest(examples)], own=np.array([2]))
+    half = data.collate(examples, order, batching, own=np.array([2]))
     np.testing.assert_array_equal(half.pool.prefix_ids[:, 1:], found.prefix_ids[2:])
     expected = data.shape_of(data.lengths(batch), 3, 2, right=2)
     assert [(a.shape, a.dtype) for a in batch.pool] == list(expected.pool)
@@ -263,11 +263,11 @@ def test_shapes_hold_the_negatives(tmp_path):
     examples, _ = load(tmp_path, rows, **wide)
     assert len(data.buckets(examples, 2, 1)) == 2 and len(data.buckets(examples, 2, 1, negatives=30)) == 1
     small, large = data.buckets(examples, 2, 1)
-    mined = np.array([[-1, 3], [4, -1]])
-    assert data.lengths(data.collate(examples, [1, 2], (small, large), mined=mined)) == small
-    batch = data.collate(examples, [1, 2], (small, large), mined=np.array([[-1, 3], [0, -1]]))
+    mined, batching = np.array([[-1, 3], [4, -1]]), data.Batching((small, large), negatives=2)
+    assert data.lengths(data.collate(examples, [1, 2], batching, brought=mined)) == small
+    batch = data.collate(examples, [1, 2], batching, brought=np.array([[-1, 3], [0, -1]]))
     assert data.lengths(batch) == large
-    long = int(batch.pool.prefix_mask[1, 1].sum())
+    long = int(batch.pool.prefix_mask[1].sum(axis=1).max())
     assert long == examples.prefixes.lengths[0] > small.prefix
     read = [batch.suffix_mask.sum(), batch.pool.prefix_mask.sum() - 2]
     assert data.padding_share(batch, 1) == pytest.approx(1 - sum(read) / (2 * (3 * large.prefix + large.suffix)))
@@ -278,11 +278,12 @@ def test_shapes_hold_the_negatives(tmp_path):
 def test_iteration_brings_what_was_mined(tmp_path):
     examples, _ = load(tmp_path)
     planned, mined = np.array([[0, 3], [4, 1]]), np.array([[[1, 3], [-1, 0]], [[2, 0], [3, 0]]], np.int32)
-    settings = dict(batch_size=2, seed=0, start_step=5, total_steps=7, shapes=[data.longest(examples)])
-    found = list(data.iterate(examples, planned=planned, mined=mined, **settings))
+    settings = dict(batch_size=2, seed=0, start_step=5, total_steps=7, planned=planned, brought=mined)
+    batching = data.Batching([data.longest(examples)], negatives=2)
+    found = list(data.iterate(examples, batching, **settings))
     assert [batch.row.tolist() for batch in found] == planned.tolist()
     assert [batch.pool.key.tolist() for batch in found] == [[[0, 1, 3], [2, 0, -1]], [[3, 2, 0], [1, 3, 0]]]
-    found = list(data.iterate(examples, planned=planned, mined=mined, group_size=2, **settings))
+    found = list(data.iterate(examples, dataclasses.replace(batching, group_size=2), **settings))
     # Of a group each passage is there once, the rows' own ones in any case.
     assert [batch.pool.key.tolist() for batch in found] == [[[0, 1, 3], [2, -1, -1]], [[3, 2, 0], [1, -1, -1]]]
 
@@ -306,9 +307,9 @@ def test_order_is_the_same_in_another_process_and_in_any_sequence():
 
 def test_iteration_goes_on_where_it_stopped(tmp_path):
     examples, _ = load(tmp_path)
-    settings = dict(batch_size=2, seed=3, total_steps=40, shapes=data.buckets(examples, 2, 1))
-    whole = list(data.iterate(examples, start_step=0, **settings))
-    rest = list(data.iterate(examples, start_step=17, **settings))
+    settings, batching = dict(batch_size=2, seed=3, total_steps=40), data.Batching(data.buckets(examples, 2, 1))
+    whole = list(data.iterate(examples, batching, start_step=0, **settings))
+    rest = list(data.iterate(examples, batching, start_step=17, **settings))
     assert len(whole) == 40 and len(rest) == 23
     for left, right in zip(whole[17:], rest, strict=True):
         assert_equal(left, right)
@@ -329,8 +330,8 @@ def test_batches_take_the_smallest_shape_that_fits(tmp_path):
     examples, _ = load(tmp_path, rows, **wide)
     shapes = data.buckets(examples, 4, 1)
     assert len(shapes) == 2 and shapes[1] == data.longest(examples)
-    small = data.collate(examples, [0, 399, 7], shapes)
-    large = data.collate(examples, [0, 400, 7], shapes)
+    small = data.collate(examples, [0, 399, 7], data.Batching(shapes))
+    large = data.collate(examples, [0, 400, 7], data.Batching(shapes))
     # <bos> + "the cat 399"; " Q:why 399" + " so" + <eos>; " so" + <eos>
     assert (small.pool.prefix_ids[:, 0].shape, small.suffix_ids.shape, small.answer_mask.shape) == (
         (3, 16),
@@ -344,7 +345,7 @@ def test_batches_take_the_smallest_shape_that_fits(tmp_path):
         (3, 64),
     )
     with pytest.raises(ValueError, match="no shape of"):
-        data.collate(examples, [400], shapes[:1])
+        data.collate(examples, [400], data.Batching(shapes[:1]))
 
 
 def test_a_suffix_weighs_as_often_as_it_is_read(tmp_path):
@@ -364,7 +365,7 @@ def test_rows_of_one_length_need_one_shape(tmp_path):
 
 def test_padding_share_counts_what_the_models_read(tmp_path):
     examples, _ = load(tmp_path)
-    batch = data.collate(examples, [0, 1, 2], data.buckets(examples, 4, 1))
+    batch = data.collate(examples, [0, 1, 2], data.Batching(data.buckets(examples, 4, 1)))
     read = [batch.query_mask, batch.pool.passage_mask, batch.pool.prefix_mask, *[batch.suffix_mask] * 5]
     real, all_ = (sum(f(mask) for mask in read) for f in (np.sum, np.size))
     assert data.padding_share(batch, 5) == pytest.approx(1 - real / all_)

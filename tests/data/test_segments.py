@@ -34,7 +34,7 @@ def test_segments_are_the_filled_templates_with_bos_first_and_eos_last():
     (prefixes, cut), (queries, query_cut) = segments.prompt_segments(prompt(), ["pass", "é"], ["why?"])
     assert rows_of(prefixes) == [[BOS, *b"<pass>"], [BOS, *"<é>".encode()]]
     assert rows_of(queries) == [[*b"\nQ: why?\nA:"]]
-    assert rows_of(segments.answer_segments(prompt(), ["so", ""])) == [[*b" so", EOS], [*b" ", EOS]]
+    assert rows_of(segments.answer_segments(prompt(), ["so", " "])) == [[*b" so", EOS], []]
     assert not cut.any() and not query_cut.any()
 
 

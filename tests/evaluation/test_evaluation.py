@@ -281,7 +281,7 @@ def test_without_a_generator_there_are_no_answers(folder):
     model, params = build()
     rows, _ = evaluation.load_rows(config(folder, answers=2), RETRIEVER, None)
     result = evaluation.evaluate(dataclasses.replace(model, generator=None), {"retriever": params["retriever"]}, rows)
-    assert set(result.metrics) == {f"eval/{name}" for name in metrics.needing("retriever") if "nll" not in name}
+    assert set(result.metrics) == {f"eval/{name}" for name, m in metrics.METRICS.items() if m.ranking}
     assert "answer" not in result.by_row[0] and len(result.by_row[0]["retrieved"]) == 7
 
 
@@ -291,7 +291,7 @@ def test_a_dropped_row_leaves_its_passage_in_the_corpus(folder, tmp_path):
     changed.data.eval = write_csv(tmp_path / "rows.csv", ("Q", "P", "A"), [*ROWS, long])
     rows, report = evaluation.load_rows(changed, RETRIEVER, PROMPT)
     assert (report.rows, len(rows.sample), len(rows.passages), rows.passages[-1]) == (7, 7, 6, "the moon sang")
-    assert len(rows.prefixes) == len(rows.retriever_passages) == 6
+    assert len(rows.examples.prefixes) == len(rows.examples.retriever_passages) == 6
 
 
 def test_the_sample_is_fixed_and_a_smaller_one_is_its_start(folder):

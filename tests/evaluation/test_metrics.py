@@ -21,14 +21,12 @@ THEIRS |= {"mrr@10": RR, "ndcg@10": nDCG @ 10, "map@100": AP @ 100}
 def compare(queries, passages, query_key, relevant):
     """Both on all queries; among equal scores ir-measures puts the larger name first, so lower indices get those."""
     score, retrieved = search.top_k(queries, passages, 100)
-    hits, num_relevant = metrics.relevant_hits(retrieved, query_key, relevant)
+    right = [sorted({int(p) for q, p in zip(*relevant, strict=True) if q == key}) for key in query_key]
+    padded = np.array([row + [-1] * (max(map(len, right)) - len(row)) for row in right])
+    hits, num_relevant = metrics.relevant_hits(retrieved, padded)
     ours = metrics.ranking(hits, num_relevant)
     names = [f"{999_999 - p:06}" for p in range(len(passages))]
-    qrels = [
-        ir_measures.Qrel(str(row), names[p], 1)
-        for row, key in enumerate(query_key)
-        for p in {int(p) for q, p in zip(*relevant, strict=True) if q == key}
-    ]
+    qrels = [ir_measures.Qrel(str(row), names[p], 1) for row, passages in enumerate(right) for p in passages]
     run = [
         ir_measures.ScoredDoc(str(row), names[p], float(s))
         for row in range(len(queries))
@@ -66,7 +64,7 @@ def test_real_rankings_too(real_models, tmp_path, monkeypatch):
     rows, _ = evaluation.load_rows(opened.config, opened.retriever_text, None)
     embed = functools.partial(search.embed, opened.model, pair.pretrained_params(opened), batch_size=16, label="")
     queries, passages = (
-        np.round(16 * embed(tokens)) for tokens in (rows.examples.retriever_queries, rows.retriever_passages)
+        np.round(16 * embed(tokens)) for tokens in (rows.examples.retriever_queries, rows.examples.retriever_passages)
     )
     query_key, passage_key = rows.examples.query_key, rows.examples.passage_key
     ours, score = compare(queries[query_key], passages, query_key, (query_key, passage_key))
@@ -139,6 +137,6 @@ def test_cut_offs_are_defined_once_and_every_metric_is():
     assert {"eval/recall@k", "eval/hit_rate@k", "eval/precision@k", "eval/mrr@10", "eval/answer_nll_none"} <= set(
         defined
     )
-    assert len(defined) == len(metrics.METRICS) - 2 * 3
+    assert len(defined) == len(metrics.METRICS) - 2 * 5
     worse = {name for name, metric in metrics.METRICS.items() if not metric.higher_is_better}
     assert worse == {"answer_nll", "answer_nll_gold", "answer_nll_top1", "answer_nll_none", "retrieval_utility"}

@@ -56,8 +56,8 @@ def test_the_plans_and_their_metrics(whole):
         np.testing.assert_array_equal(plan.met, met)
         met += np.bincount(plan.rows.ravel(), minlength=ROWS)
         assert met.max() - met.min() <= 1
-        assert plan.negatives.shape == (3, 8, 2)
-        for group, brought in zip(plan.rows.reshape(-1, 4), plan.negatives.reshape(-1, 4 * 2), strict=True):
+        assert plan.brought.shape == (3, 8, 2)
+        for group, brought in zip(plan.rows.reshape(-1, 4), plan.brought.reshape(-1, 4 * 2), strict=True):
             there = brought[brought >= 0]
             assert len(set(there)) == len(there) and not set(there) & set(rows.passage_key[group])
     assert met.sum() == 9 * 8
@@ -108,7 +108,7 @@ def test_what_is_due_now_is_mined_and_what_is_lost_is_named(whole, tmp_path):
     ((step, later), (_, last)) = mining.kept(workdir, 4, 3)
     assert step == 4 and len(last.rows) == 3
     np.testing.assert_array_equal(later.rows, second.rows[1:])
-    np.testing.assert_array_equal(later.negatives, second.negatives[1:])
+    np.testing.assert_array_equal(later.brought, second.brought[1:])
     mining.save(tmp_path, 0, first)
     since, plan, met = mining.resume(tmp_path, 3, 3)  # killed between checkpoint and mining
     assert (since, plan) == (3, None)
@@ -131,7 +131,9 @@ def test_negatives_are_the_nearest_that_may_be(margin):
     sides = (query_emb[query_key], passage_emb[passage_key], query_key, passage_key)
     near = hard_groups.Near(*sides, np.zeros((40, 0), np.int64), margin)
     chosen = rng.integers(0, 40, (20, 3))
-    found, scores = mining.negatives(near, passage_emb, chosen, 2)
+    right = [sorted(set(passage_key[query_key == query].tolist())) for query in range(30)]
+    right_key = np.array([row + [-1] * (max(map(len, right)) - len(row)) for row in right])
+    found, scores = mining.negatives(near, passage_emb, right_key, chosen, 2)
     assert found.shape == scores.shape == (20, 3, 2) and found.dtype == np.int32
     cosine, missing = query_emb @ passage_emb.T, 0
     for group, brought, of in zip(chosen, found, scores, strict=True):
