@@ -188,6 +188,12 @@ KEYS: dict[str, Key] = {
         float, positive, "divides the evidence, a mean log-likelihood, of pdist and replug"
     ),
     "objective.evidence_weight": Key(float, at_least(0), "of the loss by evidence in the total"),
+    "objective.kept_evidence": Key(
+        str,
+        one_of("auto", "never"),
+        "auto: of a frozen generator, with marginal_weight 0 and candidates_from row, evidence is computed once and "
+        "kept on disk; never: in every step",
+    ),
     "objective.label_share": Key(
         float, fraction, "share of the label in what pdist, replug and emdr2 draw p(k | q) to, in rows that have one"
     ),

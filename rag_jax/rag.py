@@ -11,7 +11,7 @@ and with them the generator's keys and values, are of a group, and a group lies 
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -80,6 +80,7 @@ class Objective:
     evidence_temperature: float = 1.0
     evidence_weight: float = 1.0
     label_share: float = 0.0  # of the target of a listwise objective, where a row has a label
+    kept_evidence: str = "auto"  # "auto" | "never": whether it may be known before the step
 
     @property
     def formula(self) -> Formula:
@@ -95,17 +96,20 @@ class Objective:
         return self.formula.uses_retriever(self.candidates, *weights)
 
     def summed(self, read: "Suffixes") -> Float[Array, "B K"]:
-        """Evidence of the candidates that were read.
-
-        Of a distribution over candidates the mean of the answer's tokens, of the question's or the sum of both means,
-        by `evidence_temperature`; of a marginal, which is a probability of them all, the sum of the tokens.
-        """
+        """Evidence of the candidates that were read."""
         masks = read.evidence_masks(self.evidence)
         sums = [jnp.sum(jnp.where(mask_BT[:, None], read.log_probs_bKT, 0.0), axis=-1) for mask_BT in masks]
+        return self.evidence_of(sums, [jnp.sum(mask_BT, axis=-1, keepdims=True) for mask_BT in masks])
+
+    def evidence_of(self, sums: Sequence[Any], counts: Sequence[Any]) -> Any:
+        """Evidence from the sum of log p over each part's tokens and how many they are (arrays of any kind).
+
+        Of a distribution over candidates the mean over the answer's tokens, over the question's or the sum of both
+        means, by `evidence_temperature`; of a marginal, which is a probability of them all, the sum over the tokens.
+        """
         if self.formula.divergence == "emdr2":
             return sum(sums[1:], sums[0])
-        counts = [jnp.maximum(jnp.sum(mask_BT, axis=-1, keepdims=True), 1) for mask_BT in masks]
-        means = [of_part / count for of_part, count in zip(sums, counts, strict=True)]
+        means = [of_part / count.clip(1) for of_part, count in zip(sums, counts, strict=True)]
         return sum(means[1:], means[0]) / self.evidence_temperature
 
     def doc_log_probs(self, cosine_BK: Float[Any, "B K"]) -> Float[Array, "B K"]:
@@ -304,6 +308,8 @@ def group_candidates(num_candidates: int, group: Batch, embs: Embs | None) -> Ca
     readable_gp = jnp.broadcast_to(key_p >= 0, right_gp.shape)
     if group.readable is not None:
         readable_gp &= group.readable | right_gp
+    if group.evidence is not None:
+        readable_gp &= ~jnp.isnan(group.evidence)
     cosine_gp = jnp.zeros(right_gp.shape)
     if embs is not None:
         query_emb_gE, pool_emb_gSE = embs
@@ -457,7 +463,14 @@ def evidence_terms(rag: Rag, params: dict, batch: Batch, embs: Embs | None, keys
     groups, group_embs, group_keys = rag.in_groups((batch, embs, keys))
     slot_mgK, cosine_mgK, right_mgK = candidates_of(rag, groups, group_embs)
     right_bK = right_mgK.reshape(len(batch.row), -1)
-    doc_log_probs_bK = objective.doc_log_probs(cosine_mgK.reshape(right_bK.shape))
+    cosine_bK = cosine_mgK.reshape(right_bK.shape)
+    reads_any_b = jnp.any(cosine_bK > -jnp.inf, axis=-1)
+    doc_log_probs_bK = objective.doc_log_probs(jnp.where(reads_any_b[:, None], cosine_bK, 0.0))
+    evidence = functools.partial(losses.evidence_nats, formula.divergence, doc_log_probs_bK)
+    if batch.evidence is not None:
+        known_bK = jnp.take_along_axis(groups.evidence, slot_mgK, axis=-1).reshape(right_bK.shape)
+        nats_b = evidence(jnp.nan_to_num(known_bK), right_bK, objective.label_share)
+        return {"evidence": Term(jnp.where(reads_any_b, nats_b, 0.0), reads_any_b)}
 
     learnt, learns = None, rag.trains_generator and objective.marginal_weight > 0
     if learns:
@@ -471,8 +484,8 @@ def evidence_terms(rag: Rag, params: dict, batch: Batch, embs: Embs | None, keys
     assert read is not None
     evidence_bK = jnp.concatenate(known, axis=1)
 
-    nats_b = losses.evidence_nats(formula.divergence, doc_log_probs_bK, evidence_bK, right_bK, objective.label_share)
-    has_evidence_b = jnp.any(jnp.stack(read.evidence_masks(objective.evidence)), axis=(0, 2))
+    nats_b = evidence(evidence_bK, right_bK, objective.label_share)
+    has_evidence_b = reads_any_b & jnp.any(jnp.stack(read.evidence_masks(objective.evidence)), axis=(0, 2))
     named = {"evidence": Term(jnp.where(has_evidence_b, nats_b, 0.0), has_evidence_b)}
     if objective.marginal_weight == 0:
         return named

@@ -30,9 +30,9 @@ def main() -> None:
 
 def replay(loaded: Any, workdir: pathlib.Path, step: int) -> None:
     """Print all about a step; see above."""
-    from rag_jax import data, pair
+    from rag_jax import pair
     from rag_jax.distributed import compile_cache, sharding
-    from rag_jax.training import announce, feed, mining, optim, setup
+    from rag_jax.training import announce, feed, optim, setup
     from rag_jax.training.writer import Progress
     from rag_jax.workdir import provenance
     from rag_jax.workdir.checkpoint import Checkpoints
@@ -52,8 +52,7 @@ def replay(loaded: Any, workdir: pathlib.Path, step: int) -> None:
             state = setup.pretrained(training, pair.pretrained_params(training.opened, mesh))
     programs = feed.Programs(training, Progress(step, start or 0))
     print(f"replay     steps {(start or 0) + 1} to {step}", flush=True)
-    every = loaded.mining.every_steps
-    spans = mining.kept(workdir, start or 0, every) if every else iter([(start or 0, None)])
+    spans = feed.spans_of_before(training, start or 0)
     for number, (batch, facts) in enumerate(feed.batches(training, spans), (start or 0) + 1):
         if number == step:
             break
@@ -64,9 +63,7 @@ def replay(loaded: Any, workdir: pathlib.Path, step: int) -> None:
     )
     for line in taken_apart(training, state, batch, dropout_seed):
         print(line)
-    rows, brought = feed.rows_of(training, step)
-    host = data.collate(training.examples, rows, training.batching, brought=brought)
-    for line in row_lines(training, params, host, dropout_seed, step - 1):
+    for line in row_lines(training, params, feed.batch_of(training, step), dropout_seed, step - 1):
         print(line)
 
 

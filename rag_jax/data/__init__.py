@@ -3,6 +3,7 @@
 from rag_jax.data.batches import (
     Batch,
     Batching,
+    Known,
     Lengths,
     Pool,
     buckets,
@@ -28,8 +29,8 @@ from rag_jax.data.segments import (
 )
 
 __all__ = [
-    "Batch", "Batching", "Examples", "Gaps", "Lengths", "Pool", "Prompt", "Ragged", "Report", "RetrieverText", "Rows",
-    "WholeString", "answer_segments", "buckets", "collate", "fingerprint", "iterate", "lengths", "load_examples",
-    "longest", "order", "pad", "padding_share", "prompt_segments", "read_passages", "read_rows", "retriever_tokens",
-    "shape_of", "take",
+    "Batch", "Batching", "Examples", "Gaps", "Known", "Lengths", "Pool", "Prompt", "Ragged", "Report", "RetrieverText",
+    "Rows", "WholeString", "answer_segments", "buckets", "collate", "fingerprint", "iterate", "lengths",
+    "load_examples", "longest", "order", "pad", "padding_share", "prompt_segments", "read_passages", "read_rows",
+    "retriever_tokens", "shape_of", "take",
 ]  # fmt: skip

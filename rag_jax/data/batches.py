@@ -57,6 +57,7 @@ class Batch(NamedTuple):
     string_answer_start: Rows  # (B,) first position that predicts an answer token
     pool: Pool
     readable: Rows = None  # (B, p) the slots of its group that a row may read; None: all that are not empty
+    evidence: Rows = None  # (B, p) of these slots, as `Objective.evidence_of`; NaN: not known. None: the step reads it
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -146,6 +147,30 @@ def _padded(needed: dict[str, int]) -> Lengths:
 
 
 @dataclasses.dataclass(frozen=True)
+class Known:
+    """A number of each of some pairs of a row and a passage."""
+
+    code: np.ndarray  # (n,) int64, ascending: row * num_passages + passage
+    value: np.ndarray  # (n,) float32
+    num_passages: int
+
+    @classmethod
+    def of(cls, rows: np.ndarray, passages: np.ndarray, values: np.ndarray, num_passages: int) -> "Known":
+        """Of pairs (n,) in any order, each there once."""
+        code = rows.astype(np.int64) * num_passages + passages
+        order = np.argsort(code)
+        return cls(code[order], values[order].astype(np.float32), num_passages)
+
+    def values(self, rows: np.ndarray, passages: np.ndarray) -> np.ndarray:
+        """Of pairs (broadcast), NaN where it is not known; passage -1 is none."""
+        code = np.where(passages < 0, -1, rows.astype(np.int64) * self.num_passages + passages)
+        if not len(self.code):
+            return np.full(code.shape, np.nan, np.float32)
+        place = np.minimum(np.searchsorted(self.code, code), len(self.code) - 1)
+        return np.where(self.code[place] == code, self.value[place], np.float32(np.nan))
+
+
+@dataclasses.dataclass(frozen=True)
 class Batching:
     """How a run makes its batches."""
 
@@ -153,6 +178,7 @@ class Batching:
     group_size: int = 1
     negatives: int = 0  # J: a group has 1 + J slots a row
     by_row: bool = False  # a row reads no passages of its group but those that it brings
+    evidence: Known | None = None  # known beforehand: no generator reads the batch
 
 
 def collate(
@@ -171,6 +197,8 @@ def collate(
     rows = np.asarray(rows, np.int32)
     if brought is None:
         brought = np.zeros((len(rows), 0), np.int32) if examples.negative_key is None else examples.negative_key[rows]
+    if batching.evidence is not None:
+        examples = dataclasses.replace(examples, prefixes=None, prompt_queries=None, answers=None)
     keys = fill_groups(examples.own_key[rows], brought, batching)
     needed = row_lengths(examples, rows, keys, num_own=1)
     fits = (s for s in batching.shapes if all(values.max() <= getattr(s, name) for name, values in needed.items()))
@@ -203,6 +231,7 @@ def collate(
         string_answer_start=None if examples.string_answer_start is None else examples.string_answer_start[rows],
         pool=_pool(examples, keys, lengths),
         readable=readable(examples, rows, brought, keys, batching),
+        evidence=None if batching.evidence is None else batching.evidence.values(rows[:, None], pools(keys, batching)),
     )
 
 
@@ -233,6 +262,11 @@ def _fill_slots(right: list[list[int]], brought: list[list[int]], slots: int) ->
     return keys
 
 
+def pools(keys: np.ndarray, batching: Batching) -> np.ndarray:
+    """(rows, p) for each row the keys of its whole group."""
+    return np.repeat(keys.reshape(len(keys) // batching.group_size, -1), batching.group_size, axis=0)
+
+
 def readable(
     examples: Examples, rows: np.ndarray, brought: np.ndarray, keys: np.ndarray, batching: Batching
 ) -> np.ndarray | None:
@@ -244,11 +278,11 @@ def readable(
     in_document = (examples.document_key[rows] >= 0) & (examples.passage_key[rows] < 0)
     if not batching.by_row and not (examples.passage_key < 0).any():
         return None
-    pools = np.repeat(keys.reshape(len(rows) // batching.group_size, -1), batching.group_size, axis=0)
-    may = np.ones(pools.shape, bool)
+    of_group = pools(keys, batching)
+    may = np.ones(of_group.shape, bool)
     if batching.by_row:
-        may = (brought[:, :, None] == pools[:, None]).any(axis=1)
-    return may & (~in_document[:, None] | examples.is_within(examples.document_key[rows, None], pools))
+        may = (brought[:, :, None] == of_group[:, None]).any(axis=1)
+    return may & (~in_document[:, None] | examples.is_within(examples.document_key[rows, None], of_group))
 
 
 def _pool(examples: Examples, key: np.ndarray, lengths: Lengths) -> Pool:

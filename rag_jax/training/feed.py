@@ -1,13 +1,15 @@
 """What the steps read: the rows of each, mined or shuffled, as batches on the mesh, and a program for every shape."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 
-from rag_jax import data, pair
+from rag_jax import data, files, pair
 from rag_jax.distributed import compile_cache, sharding
+from rag_jax.inference import evidence
 from rag_jax.planning import fit
 from rag_jax.training import announce, mining, optim
 from rag_jax.training.record import Facts, Record
@@ -15,15 +17,16 @@ from rag_jax.training.setup import Training
 from rag_jax.training.step import Step, TrainState, compile_step
 from rag_jax.training.writer import Progress
 
-# Steps that are planned at a time: the step they follow, and which rows they read; None: those of `data.order`.
-Span = tuple[int, mining.Plan | None]
+# Steps that are planned at a time: the step they follow, which rows they read, None: those of `data.order`, and what a
+# generator is known to say of them.
+Span = tuple[int, mining.Plan | None, data.Known | None]
 
 
 def spans(training: Training, state: Callable[[], TrainState], start_step: int, record: Record) -> Iterator[Span]:
     """A span from each mining to the next; without mining a single one. `state()` is the newest when mining is due."""
     config, every, step = training.config, training.config.mining.every_steps, start_step
     if not every:
-        yield start_step, None
+        yield start_step, None, evidence_of_all(training, state(), record) if training.keeps_evidence else None
         return
     since, plan, met = step, None, np.zeros(len(training.examples), np.int32)
     if start_step:
@@ -32,7 +35,7 @@ def spans(training: Training, state: Callable[[], TrainState], start_step: int, 
         if plan is None:
             assert met is not None
             plan = mine(training, state(), met, step, record)
-        yield step, plan.after(step - since)
+        yield step, plan.after(step - since), known_of(training, plan)
         step = since = since + every
         plan, met = None, plan.met_after()
 
@@ -42,20 +45,69 @@ def mine(training: Training, state: TrainState, met: np.ndarray, step: int, reco
     with record.pausing("mining"):
         params = optim.join(state.params, state.frozen)
         plan, metrics = mining.mine(training.opened.model, params, training.examples, met, training.config, step)
+        if training.keeps_evidence:
+            plan = with_evidence(training, params, plan)
         if training.is_main:
             mining.save(training.workdir, step, plan)
     record.mining(step, metrics)
     return plan
 
 
+def with_evidence(training: Training, params: dict, plan: mining.Plan) -> mining.Plan:
+    """The plan with what the generator says of all that its rows may read."""
+    rows = plan.rows.ravel()
+    may_read = [training.examples.own_key[rows]]
+    if plan.brought is not None:
+        may_read.append(plan.brought.reshape(len(rows), -1))
+    known = known_evidence(training, params, rows, np.concatenate(may_read, axis=1))
+    return dataclasses.replace(plan, evidence_code=known.code, evidence=known.value)
+
+
+def known_of(training: Training, plan: mining.Plan) -> data.Known | None:
+    if plan.evidence_code is None or plan.evidence is None:
+        return None
+    return data.Known(plan.evidence_code, plan.evidence, len(training.examples.passages))
+
+
+def evidence_of_all(training: Training, state: TrainState, record: Record) -> data.Known:
+    """What the generator says of every row behind what it names, where nothing is mined; kept in the workdir."""
+    examples, path = training.examples, training.workdir / "evidence.npz"
+    if path.is_file():
+        return data.Known(**files.read(path), num_passages=len(examples.passages))
+    may_read = [keys for keys in (examples.own_key, examples.negative_key) if keys is not None]
+    with record.pausing("mining"):
+        params, rows = optim.join(state.params, state.frozen), np.arange(len(examples))
+        known = known_evidence(training, params, rows, np.concatenate(may_read, axis=1))
+        if training.is_main:
+            files.write(path, {"code": known.code, "value": known.value})
+    return known
+
+
+def known_evidence(training: Training, params: dict, rows: np.ndarray, passages: np.ndarray) -> data.Known:
+    """What the generator says of rows (n,) behind passages (n, _), -1: none; computed where it is not kept."""
+    examples, opened, config = training.examples, training.opened, training.config
+    num = len(examples.passages)
+    pair_rows, pair_passages = np.divmod(
+        np.unique((rows[:, None].astype(np.int64) * num + passages)[passages >= 0]), num
+    )
+    at_a_time = config.eval.batch_size * config.objective.candidates
+    folder = evidence.folder_of(opened, params)
+    sums = evidence.sums(opened.model, params, examples, pair_rows, pair_passages, folder, at_a_time)
+    counts, objective = evidence.part_lengths(examples, pair_rows), opened.model.objective
+    read = [i for i, part in enumerate(evidence.PARTS) if objective.evidence in (part, "both")]
+    values = objective.evidence_of([sums[:, i] for i in read], [counts[:, i] for i in read])
+    values = np.where(counts[:, read].any(axis=1), values, np.nan)
+    return data.Known.of(pair_rows, pair_passages, values, num)
+
+
 def batches(training: Training, spans: Iterator[Span]) -> Iterator[tuple[data.Batch, Facts]]:
     """Batches on the mesh, span after span. A span is asked for only when the one before it has been read."""
     config = training.config
-    for first, plan in spans:
-        left = config.total_steps - first
+    for first, plan, known in spans:
+        left, batching = config.total_steps - first, dataclasses.replace(training.batching, evidence=known)
         source = data.iterate(
             training.examples,
-            training.batching,
+            batching,
             batch_size=config.batch_size,
             seed=config.seed,
             start_step=first,
@@ -74,13 +126,34 @@ def batches(training: Training, spans: Iterator[Span]) -> Iterator[tuple[data.Ba
             yield placed, Facts(data.lengths(batch), data.padding_share(batch, config.objective.candidates), wait_s)
 
 
-def rows_of(training: Training, step: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Which rows a step that was begun reads, (batch_size,), and what was mined for each (batch_size, _)."""
+def spans_of_before(training: Training, start_step: int) -> Iterator[Span]:
+    """The spans of a run as it left them behind, from `start_step` on."""
+    if every := training.config.mining.every_steps:
+        for step, plan in mining.kept(training.workdir, start_step, every):
+            yield step, plan, known_of(training, plan)
+        return
+    path = training.workdir / "evidence.npz"
+    known = data.Known(**files.read(path), num_passages=len(training.examples.passages)) if path.is_file() else None
+    yield start_step, None, known
+
+
+def rows_of(training: Training, step: int) -> np.ndarray:
+    """Which rows a step that was begun reads, (batch_size,)."""
     config = training.config
-    if config.mining.every_steps:
-        _, plan = next(mining.kept(training.workdir, step - 1, config.mining.every_steps))
-        return plan.rows[0], None if plan.brought is None else plan.brought[0]
-    return np.asarray(data.order(len(training.examples), config.batch_size, config.seed)[step - 1]), None
+    _, plan, _ = next(spans_of_before(training, step - 1))
+    return (
+        plan.rows[0]
+        if plan
+        else np.asarray(data.order(len(training.examples), config.batch_size, config.seed)[step - 1])
+    )
+
+
+def batch_of(training: Training, step: int) -> data.Batch:
+    """The batch of a step that was begun, not on the mesh."""
+    _, plan, known = next(spans_of_before(training, step - 1))
+    batching = dataclasses.replace(training.batching, evidence=known)
+    brought = None if plan is None or plan.brought is None else plan.brought[0]
+    return data.collate(training.examples, rows_of(training, step), batching, brought=brought)
 
 
 class Programs:

@@ -131,7 +131,7 @@ def opened_record(training: Training, state: TrainState, start_step: int) -> Ite
         training.workdir,
         config.guard.skip_nonfinite,
         skipped,
-        lambda step: feed.rows_of(training, step)[0],
+        lambda step: feed.rows_of(training, step),
         write=is_main,
     )
     with open_writer(training.workdir, start_step, active=is_main) as writer:

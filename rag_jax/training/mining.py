@@ -35,6 +35,9 @@ class Plan:
     met: np.ndarray  # (n,) int32, how often each row was met before them
     # (steps, batch_size, _) int32 passages that the rows bring besides those known to be right, -1: none
     brought: np.ndarray | None = None
+    # Of what these rows may read, where a generator's evidence is kept: see `data.Known`, both (pairs,).
+    evidence_code: np.ndarray | None = None
+    evidence: np.ndarray | None = None
 
     def after(self, steps: int) -> "Plan":
         """Without the first steps."""

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from rag_jax import config as configs
-from rag_jax import data, files, hf, pair
+from rag_jax import data, files, hf, pair, rag
 from rag_jax.config import Config
 from rag_jax.distributed import processes
 from rag_jax.errors import UserError
@@ -41,6 +41,7 @@ class Training:
     examples: data.Examples
     report: data.Report  # of reading data.train
     batching: data.Batching
+    keeps_evidence: bool  # the generator says what it says of a pair once
     eval_rows: evaluation.EvalRows | None
     eval_report: data.Report | None
     rules: optim.Rules  # of rate and freezing
@@ -107,12 +108,14 @@ def build(config: Config, workdir: pathlib.Path, mesh: Mesh, start_step: int) ->
         eval_rows, eval_report = evaluation.load_rows(config, opened.retriever_text, opened.prompt)
     rules, optimizer, state, step = make_step(opened, mesh)
     objective = config.objective
-    shapes = data.buckets(examples, config.batch_size, objective.candidates, objective.negatives)
+    keeps = keeps_evidence(config, opened.model.objective, state.params)
+    read = dataclasses.replace(examples, prefixes=None, prompt_queries=None, answers=None) if keeps else examples
+    shapes = data.buckets(read, config.batch_size, objective.candidates, objective.negatives)
     by_row = objective.candidates_from == "row"
     batching = data.Batching(shapes, config.group_size, objective.negatives, by_row)
     return Training(
-        config, workdir, opened, mesh, examples, report, batching, eval_rows, eval_report, rules, optimizer, state,
-        step, is_main=jax.process_index() == 0,
+        config, workdir, opened, mesh, examples, report, batching, keeps, eval_rows, eval_report, rules, optimizer,
+        state, step, is_main=jax.process_index() == 0,
     )  # fmt: skip
 
 
@@ -166,6 +169,14 @@ def used_roles(opened: pair.Pair) -> set[str]:
 def generator_learns(config: Config, trainable: Tree) -> bool:
     """Whether anything of the generator is trained, and on a loss that has a weight."""
     return config.objective.marginal_weight > 0 and bool(jax.tree.leaves(trainable.get("generator")))
+
+
+def keeps_evidence(config: Config, objective: rag.Objective, trainable: Tree) -> bool:
+    """Whether what the generator says of a pair never changes, and all that a step may ask it is known beforehand."""
+    is_read_alone = bool(objective.formula.divergence) and objective.marginal_weight == 0
+    is_frozen = not jax.tree.leaves(trainable.get("generator"))
+    by_row = config.objective.candidates_from == "row"
+    return config.objective.kept_evidence == "auto" and is_read_alone and is_frozen and by_row
 
 
 def rate_rules(config: Config, used: set[str]) -> optim.Rules:

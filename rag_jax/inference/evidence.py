@@ -1,0 +1,184 @@
+"""What a frozen generator says of rows behind passages, computed once: it is kept on disk, by content.
+
+**n** pairs of a row and a passage. Of each pair the sums of log p over the tokens of the row's answer and of its
+question, but the question's first one, which nothing but the passage predicts.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Float, Int, UInt
+
+from rag_jax import data, files, pair, rag
+from rag_jax.inference import likelihood
+
+# Columns of the sums.
+PARTS = ("answer", "question")
+# Pairs that are computed before they are written down.
+BLOCK = 4096
+# Of a pair's name.
+NAME_BYTES = 16
+# Odd numbers that scatter bits (murmur3's finalizer, Appleby, 2008) and the golden ratio's, one a digest.
+SCATTER, SEEDS = (0x85EBCA6B, 0xC2B2AE35), (0x9E3779B9, 0x7F4A7C15)
+
+
+def sums(
+    model: rag.Rag,
+    params: dict,
+    examples: data.Examples,
+    rows: Int[np.ndarray, " n"],
+    passages: Int[np.ndarray, " n"],
+    folder: pathlib.Path,
+    batch_size: int,
+) -> Float[np.ndarray, "n 2"]:
+    """The sums of each pair, NaN for the part that the objective does not read; every process must call.
+
+    Those that the folder keeps are read, the others are computed and added to it. See `folder_of`.
+    """
+    parts = [part for part in PARTS if model.objective.evidence in (part, "both")]
+    is_read = np.array([part in parts for part in PARTS])
+    kept = Kept(folder)
+    names = pair_names(examples, rows, passages)
+    # Process 0 says what is there: a folder may be another one on every host.
+    found = np.array(multihost_utils.broadcast_one_to_all(kept.sums(names)))
+    missing = np.flatnonzero(np.isnan(found[:, is_read]).any(axis=1))
+    for block in np.split(missing, np.arange(BLOCK, len(missing), BLOCK)):
+        found[block] = computed(model, params, examples, rows[block], passages[block], parts, batch_size)
+        if jax.process_index() == 0:
+            kept.add(names[block], found[block])
+    return np.where(is_read, found, np.nan)
+
+
+def computed(
+    model: rag.Rag,
+    params: dict,
+    examples: data.Examples,
+    rows: Int[np.ndarray, " n"],
+    passages: Int[np.ndarray, " n"],
+    parts: list[str],
+    batch_size: int,
+) -> Float[np.ndarray, "n 2"]:
+    """The sums of these parts of each pair, NaN of the others."""
+    prefixes, queries, answers = examples.prefixes, examples.prompt_queries, examples.answers
+    assert prefixes is not None and queries is not None and answers is not None
+    query, of_row = np.unique(rows, return_inverse=True)
+    asked = [queries[key] for key in examples.query_key[query]]
+    told = [answers[row] if "answer" in parts else answers[row][:0] for row in query]
+    first = 1 if "question" in parts else None  # of the question's tokens, that is summed
+    heads = data.Ragged.of(tokens[:first] for tokens in asked)
+    rest = (tokens[len(tokens) if first is None else first :] for tokens in asked)
+    tails = data.Ragged.of(np.concatenate(parts_of_row) for parts_of_row in zip(rest, told, strict=True))
+    pairs = likelihood.Pairs(prefixes, heads, tails, passages, of_row, of_row)
+    found = np.full((len(rows), len(PARTS)), np.nan, np.float32)
+    log_probs = np.zeros((len(rows), 0), np.float32)
+    if tails.lengths.any():
+        log_probs = likelihood.answer_log_probs(model, params, pairs, at_a_time=batch_size, label="evidence")
+    num_asked = part_lengths(examples, rows)[:, PARTS.index("question")] if "question" in parts else 0 * rows
+    is_asked = np.arange(log_probs.shape[1]) < num_asked[:, None]
+    for part, mask in (("answer", ~is_asked), ("question", is_asked)):
+        if part in parts:
+            found[:, PARTS.index(part)] = (log_probs * mask).sum(axis=1, dtype=np.float64)
+    return found
+
+
+def part_lengths(examples: data.Examples, rows: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n 2"]:
+    """Tokens of each row's answer and question that are summed."""
+    queries, answers = examples.prompt_queries, examples.answers
+    assert queries is not None and answers is not None
+    return np.stack([answers.lengths[rows], queries.lengths[examples.query_key[rows]] - 1], axis=1)
+
+
+@dataclasses.dataclass
+class Kept:
+    """Sums on disk, a file for each time that some were added; what is damaged is told and left alone."""
+
+    folder: pathlib.Path
+
+    def __post_init__(self) -> None:
+        self.by_name: dict[bytes, np.ndarray] = {}
+        for path in sorted(self.folder.glob("*.npz")):
+            try:
+                arrays = files.read(path)
+                self._hold(arrays["name"], arrays["sums"])
+            except Exception as error:  # of many kinds: archives, compression and arrays each have their own
+                logging.warning("kept evidence in %s is damaged (%s) and made again", path, error)
+
+    def _hold(self, names: UInt[np.ndarray, "n b"], sums: Float[np.ndarray, "n 2"]) -> None:
+        for name, of_pair in zip(names, sums, strict=True):
+            before = self.by_name.get(key := name.tobytes(), of_pair)
+            self.by_name[key] = np.where(np.isnan(of_pair), before, of_pair)
+
+    def sums(self, names: UInt[np.ndarray, "n b"]) -> Float[np.ndarray, "n 2"]:
+        """NaN where there are none."""
+        nothing = np.full(len(PARTS), np.nan, np.float32)
+        found = [self.by_name.get(name.tobytes(), nothing) for name in names]
+        return np.array(found, np.float32).reshape(len(names), len(PARTS))
+
+    def add(self, names: UInt[np.ndarray, "n b"], sums: Float[np.ndarray, "n 2"]) -> None:
+        self._hold(names, sums)
+        digest = hashlib.blake2b(names.tobytes(), digest_size=8).hexdigest()
+        try:
+            files.write(self.folder / f"{digest}.npz", {"name": names, "sums": sums})
+        except OSError as error:
+            logging.warning("evidence is not kept: %s", error)
+
+
+def pair_names(
+    examples: data.Examples, rows: Int[np.ndarray, " n"], passages: Int[np.ndarray, " n"]
+) -> UInt[np.ndarray, "n b"]:
+    """Of each pair's texts."""
+
+    def digest(*parts: bytes) -> bytes:
+        total = hashlib.blake2b(digest_size=NAME_BYTES)
+        for part in parts:
+            total.update(len(part).to_bytes(8, "little") + part)
+        return total.digest()
+
+    def text(string: str) -> bytes:
+        return string.encode("utf-8", "surrogatepass")
+
+    texts = examples.rows
+    of_row = {row: digest(text(texts.queries[row]), text(texts.answers[row])) for row in set(rows.tolist())}
+    of_passage = {key: digest(text(examples.passages[key])) for key in set(passages.tolist())}
+    names = (digest(of_row[row], of_passage[key]) for row, key in zip(rows.tolist(), passages.tolist(), strict=True))
+    return np.frombuffer(b"".join(names), np.uint8).reshape(len(rows), NAME_BYTES)
+
+
+def folder_of(opened: pair.Pair, params: dict) -> pathlib.Path:
+    """Where what this very generator says is kept: by its weights and everything else that changes what it says."""
+    assert opened.prompt is not None
+    prompt = {field.name: getattr(opened.prompt, field.name) for field in dataclasses.fields(opened.prompt)}
+    prompt["tokenizer"] = files.tokenizer_key(opened.prompt.tokenizer)
+    model = dataclasses.asdict(opened.sources["generator"].model_config) | {"computing": None}
+    precision = opened.config.dtype, opened.config.matmul_precision
+    return files.folder() / "evidence" / files.content_key(prompt, model, precision, fingerprint(params["generator"]))
+
+
+def fingerprint(params: Any) -> dict[str, list[int]]:
+    """Two numbers for each parameter, by its path, that change with any bit of it; wherever its parts lie."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {jax.tree_util.keystr(path): np.asarray(jax.device_get(_digests(leaf))).tolist() for path, leaf in leaves}
+
+
+@jax.jit
+def _digests(leaf: Array) -> UInt[Array, " 2"]:
+    width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
+    # Of each number by its place: sums of whole numbers are the same in any order, and so on any mesh.
+    place = jnp.zeros(leaf.shape, jnp.uint32)
+    for axis, size in enumerate(leaf.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    return jnp.stack([jnp.sum(_scattered(bits ^ _scattered(place + jnp.uint32(seed)))) for seed in SEEDS])
+
+
+def _scattered(bits: UInt[Array, "..."]) -> UInt[Array, "..."]:
+    for factor, shift in zip(SCATTER, (16, 13), strict=True):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    return bits ^ (bits >> 16)
