@@ -64,6 +64,7 @@ def get_config() -> ConfigDict:
     objective.temperature = 0.01
     objective.marginal_temperature = 0.05
     objective.contrastive_weight = 1.0
+    objective.document_weight = 0.0
     objective.marginal_weight = 1.0
     objective.evidence = "answer"
     objective.evidence_temperature = 0.1

@@ -178,6 +178,11 @@ KEYS: dict[str, Key] = {
     "objective.temperature": Key(float, positive, "divides the cosine in the contrastive loss"),
     "objective.marginal_temperature": Key(float, positive, "divides the cosine in the marginal"),
     "objective.contrastive_weight": Key(float, at_least(0), "of the contrastive loss in the total"),
+    "objective.document_weight": Key(
+        float,
+        at_least(0),
+        "of the loss that tells a query's document, where it alone is known, from the other passages of the batch",
+    ),
     "objective.marginal_weight": Key(float, at_least(0), "of the marginal loss in the total"),
     "objective.evidence": Key(
         str,
@@ -501,10 +506,10 @@ def _group_holds_the_candidates(objective_candidates: int, group_size: int, obje
 @together("nothing to train; raise a weight")
 def _something_is_trained(
     objective_name: str, objective_contrastive_weight: float, objective_marginal_weight: float,
-    objective_evidence_weight: float,
+    objective_evidence_weight: float, objective_document_weight: float,
 ) -> bool:  # fmt: skip
-    weights = objective_marginal_weight, objective_evidence_weight
-    return objective_contrastive_weight > 0 or OBJECTIVES[objective_name].uses_generator(*weights)
+    uses_generator = OBJECTIVES[objective_name].uses_generator(objective_marginal_weight, objective_evidence_weight)
+    return uses_generator or objective_contrastive_weight + objective_document_weight > 0
 
 
 @together("a batch of one has no negatives to learn from; raise batch_size")
@@ -562,9 +567,10 @@ def _there_is_a_generator(
 @together("this objective needs a retriever; give its path")
 def _there_is_a_retriever(
     retriever_path: str | None, objective_name: str, objective_candidates: int, objective_contrastive_weight: float,
-    objective_marginal_weight: float, objective_evidence_weight: float,
+    objective_document_weight: float, objective_marginal_weight: float, objective_evidence_weight: float,
 ) -> bool:  # fmt: skip
-    weights = objective_contrastive_weight, objective_marginal_weight, objective_evidence_weight
+    of_scores = objective_contrastive_weight + objective_document_weight
+    weights = of_scores, objective_marginal_weight, objective_evidence_weight
     return retriever_path is not None or not OBJECTIVES[objective_name].uses_retriever(objective_candidates, *weights)
 
 

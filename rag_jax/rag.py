@@ -74,6 +74,7 @@ class Objective:
     marginal_temperature: float
     contrastive_weight: float
     marginal_weight: float
+    document_weight: float = 0.0
     negatives: int = 0  # J
     candidates_from: str = "group"  # "group" | "row": a row reads its group's passages, or those that it brings
     evidence: str = "answer"  # "answer" | "question" | "both": the tokens whose likelihood a listwise objective reads
@@ -92,7 +93,7 @@ class Objective:
 
     @property
     def uses_retriever(self) -> bool:
-        weights = self.contrastive_weight, self.marginal_weight, self.evidence_weight
+        weights = self.contrastive_weight + self.document_weight, self.marginal_weight, self.evidence_weight
         return self.formula.uses_retriever(self.candidates, *weights)
 
     def summed(self, read: "Suffixes") -> Float[Array, "B K"]:
@@ -212,6 +213,8 @@ def terms(rag: Rag, params: dict, batch: Batch, embs: Embs | None, keys: Keys) -
     objective, named = rag.objective, {}
     if embs is not None and objective.contrastive_weight != 0:
         named["contrastive"] = contrastive_term(rag, batch, embs)
+    if embs is not None and objective.document_weight != 0 and batch.document is not None:
+        named["document"] = document_term(rag, batch, embs)
     if objective.uses_generator:
         named |= READS[objective.formula.reads](rag, params, batch, embs, named_keys(keys, "generator"))
     return named
@@ -435,6 +438,26 @@ def contrastive_term(rag: Rag, batch: Batch, embs: Embs) -> Term:
 
     rows = (query_emb_bE, batch.right_key, rag.shard.positions(b))
     return map_rows(nll, rows, CONTRASTIVE_SCORES // P)
+
+
+def document_term(rag: Rag, batch: Batch, embs: Embs) -> Term:
+    """-log of the share that the passages of a query's document have in the scores of all passages of the batch.
+
+    Of the rows whose document alone is known: it says that one of these passages answers the query, not which.
+    """
+    (query_emb_bE, pool_emb_bSE), from_all = embs, rag.shard.from_all
+    all_passages_PE = from_all(pool_emb_bSE).reshape(-1, query_emb_bE.shape[1])
+    all_keys_P, all_documents_P = (from_all(a).ravel() for a in (batch.pool.key, batch.pool.document))
+    is_column_P = (all_keys_P >= 0) & first_copies(all_keys_P)
+
+    def nll(rows: Any) -> Float[Array, " n"]:
+        query_emb_nE, document_n = rows
+        within_nP = (document_n[:, None] == all_documents_P) & (document_n[:, None] >= 0)
+        scores_nP = cosines(query_emb_nE, all_passages_PE) / rag.objective.temperature
+        return losses.right_nll(scores_nP, within_nP & is_column_P, ~within_nP & is_column_P)
+
+    nats_b = map_rows(nll, (query_emb_bE, batch.document), CONTRASTIVE_SCORES // len(all_keys_P))
+    return Term(nats_b, batch.document >= 0)
 
 
 def pair_terms(rag: Rag, params: dict, batch: Batch, embs: Embs | None, keys: Keys) -> dict[str, Term]:

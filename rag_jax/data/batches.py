@@ -38,6 +38,7 @@ class Pool(NamedTuple):
     passage_mask: Rows  # (B, S, Lr)
     prefix_ids: Rows  # (B, S, Lp) generator's passage segment, bos first
     prefix_mask: Rows  # (B, S, Lp)
+    document: Rows = None  # (B, S) equal where passages are of one document, -1: of none, or of several; None: no rows'
 
 
 class Batch(NamedTuple):
@@ -56,6 +57,7 @@ class Batch(NamedTuple):
     string_mask: Rows  # (B, Ld)
     string_answer_start: Rows  # (B,) first position that predicts an answer token
     pool: Pool
+    document: Rows = None  # (B,) the document of a row whose passage is not known, -1: none; None: of all rows
     readable: Rows = None  # (B, p) the slots of its group that a row may read; None: all that are not empty
     evidence: Rows = None  # (B, p) of these slots, as `Objective.evidence_of`; NaN: not known. None: the step reads it
 
@@ -84,7 +86,7 @@ def row_lengths(
     def of(ragged: Ragged | None, index: np.ndarray) -> np.ndarray:
         if ragged is None:
             return np.zeros(index.shape, np.int64)
-        return np.append(ragged.lengths, 0)[index]  # -1, which is none, finds the 0
+        return np.where(index < 0, 0, ragged.lengths[index])
 
     query, passages = examples.query_key[rows], examples.own_key[rows, : num_own or None]
     if brought is not None:
@@ -230,6 +232,7 @@ def collate(
         answer_mask=answer_mask,
         string_answer_start=None if examples.string_answer_start is None else examples.string_answer_start[rows],
         pool=_pool(examples, keys, lengths),
+        document=in_document(examples, rows) if len(examples.documents) else None,
         readable=readable(examples, rows, brought, keys, batching),
         evidence=None if batching.evidence is None else batching.evidence.values(rows[:, None], pools(keys, batching)),
     )
@@ -275,14 +278,19 @@ def readable(
     Besides what is right: what it brings where `batching.by_row`, and where its passage is not known but its document
     is, nothing else than that document's.
     """
-    in_document = (examples.document_key[rows] >= 0) & (examples.passage_key[rows] < 0)
+    document = in_document(examples, rows)[:, None]
     if not batching.by_row and not (examples.passage_key < 0).any():
         return None
     of_group = pools(keys, batching)
-    may = np.ones(of_group.shape, bool)
+    may = of_group >= 0
     if batching.by_row:
-        may = (brought[:, :, None] == of_group[:, None]).any(axis=1)
-    return may & (~in_document[:, None] | examples.is_within(examples.document_key[rows, None], of_group))
+        may &= (brought[:, :, None] == of_group[:, None]).any(axis=1)
+    return may & ((document < 0) | examples.is_within(document, of_group))
+
+
+def in_document(examples: Examples, rows: np.ndarray) -> np.ndarray:
+    """The document (rows,) of those whose passage is not known, -1: of the others, and where it is not known either."""
+    return np.where(examples.passage_key[rows] < 0, examples.document_key[rows], -1).astype(np.int32)
 
 
 def _pool(examples: Examples, key: np.ndarray, lengths: Lengths) -> Pool:
@@ -297,7 +305,9 @@ def _pool(examples: Examples, key: np.ndarray, lengths: Lengths) -> Pool:
         mask &= there | (np.arange(length) == 0)
         return np.where(mask, ids, 0).reshape(*key.shape, length), mask.reshape(*key.shape, length)
 
-    return Pool(key, *of(examples.retriever_passages, lengths.passage), *of(examples.prefixes, lengths.prefix))
+    document = np.where(key < 0, -1, examples.document_of[key]).astype(np.int32) if len(examples.documents) else None
+    texts_of = (*of(examples.retriever_passages, lengths.passage), *of(examples.prefixes, lengths.prefix))
+    return Pool(key, *texts_of, document)
 
 
 def lengths(batch: Batch) -> Lengths:

@@ -69,6 +69,16 @@ class Examples:
             right[query].update((passage, None) for passage in passages if passage >= 0)
         return padded_keys(right)
 
+    @functools.cached_property
+    def document_of(self) -> np.ndarray:
+        """(passages,) int32: the document of each passage; -1 where it is of none or of several."""
+        found = np.full(len(self.passages), -1, np.int32)
+        passages, counts = np.unique(self.document_passages.tokens, return_counts=True)
+        document = np.repeat(np.arange(len(self.documents), dtype=np.int32), self.document_passages.lengths)
+        found[self.document_passages.tokens] = document
+        found[passages[counts > 1]] = -1
+        return found
+
     def is_within(self, documents: np.ndarray, passages: np.ndarray) -> np.ndarray:
         """Whether the passages stand in the documents (keys, broadcast); nothing stands in -1, and -1 nowhere."""
         base = len(self.passages) + 1
@@ -113,7 +123,7 @@ class Report:
         def counts(numbers: Mapping[str, int], word: str) -> str:
             return ", ".join(f"{number:,} {word}{name}" for name, number in numbers.items() if number)
 
-        kinds = f" ({counts(self.kinds, 'with ')})" if set(self.kinds) - {"a passage"} else ""
+        kinds = f" ({counts(self.kinds, 'with ')})" if self.kinds["a passage"] < self.rows else ""
         parts = [f"{self.rows:,} rows{kinds}, {self.queries:,} distinct queries, {self.passages:,} distinct passages"]
         if self.corpus:
             parts[0] += f", {self.corpus:,} of them of the corpus alone"
@@ -325,7 +335,8 @@ def _distinct_texts(rows: Rows, corpus: Sequence[tuple[str, str]], num_negatives
         of_query[query].update(dict.fromkeys(passages))
     for row, (query, document) in enumerate(zip(query_key.tolist(), document_key.tolist(), strict=True)):
         if not own[row]:  # what other rows know of its query, or the only passage there is to its document
-            own[row] = list(of_query[query]) or (list(within[document]) if len(within[document]) == 1 else [])
+            of_document = within[document] if document >= 0 else {}
+            own[row] = list(of_query[query]) or (list(of_document) if len(of_document) == 1 else [])
     return Examples(
         rows=rows,
         queries=queries,

@@ -112,8 +112,8 @@ class Kept:
 
     def _hold(self, names: UInt[np.ndarray, "n b"], sums: Float[np.ndarray, "n 2"]) -> None:
         for name, of_pair in zip(names, sums, strict=True):
-            before = self.by_name.get(key := name.tobytes(), of_pair)
-            self.by_name[key] = np.where(np.isnan(of_pair), before, of_pair)
+            key = name.tobytes()
+            self.by_name[key] = np.fmax(of_pair, self.by_name.get(key, of_pair))  # the part that only one has
 
     def sums(self, names: UInt[np.ndarray, "n b"]) -> Float[np.ndarray, "n 2"]:
         """NaN where there are none."""
