@@ -49,7 +49,7 @@ def sums(
     # Process 0 says what is there: a folder may be another one on every host.
     found = np.array(multihost_utils.broadcast_one_to_all(kept.sums(names)))
     missing = np.flatnonzero(np.isnan(found[:, is_read]).any(axis=1))
-    for block in np.split(missing, np.arange(BLOCK, len(missing), BLOCK)):
+    for block in np.split(missing, np.arange(BLOCK, len(missing), BLOCK)) if len(missing) else []:
         found[block] = computed(model, params, examples, rows[block], passages[block], parts, batch_size)
         if jax.process_index() == 0:
             kept.add(names[block], found[block])
