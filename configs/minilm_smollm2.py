@@ -37,9 +37,8 @@ def get_config() -> ConfigDict:
     data.train = None
     data.eval = None
     data.passages = None
-    data.columns = ConfigDict(
-        {"query": "Question", "passage": "Abstract", "answer": "Answer", "negative": None, "document": None}
-    )
+    data.columns = columns = ConfigDict({"query": "Question", "passage": "Abstract", "answer": "Answer"})
+    columns.update({"negative": None, "document": None, "passage_score": None, "negative_score": None})
     data.query_len = 48
     data.passage_len = 256
     data.prompt_passage_len = 192

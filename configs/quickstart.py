@@ -26,9 +26,8 @@ def get_config() -> ConfigDict:
     data.train = "quickstart/rows/train.csv"
     data.eval = "quickstart/rows/eval.csv"
     data.passages = "quickstart/rows/passages.csv"
-    data.columns = ConfigDict(
-        {"query": "Question", "passage": "Abstract", "answer": "Answer", "negative": None, "document": None}
-    )
+    data.columns = columns = ConfigDict({"query": "Question", "passage": "Abstract", "answer": "Answer"})
+    columns.update({"negative": None, "document": None, "passage_score": None, "negative_score": None})
     data.query_len = 40
     data.passage_len = 128
     data.prompt_passage_len = 128

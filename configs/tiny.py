@@ -25,9 +25,8 @@ def get_config() -> ConfigDict:
     data.train = "tests/data/rows.csv"
     data.eval = "tests/data/rows.csv"
     data.passages = None
-    data.columns = ConfigDict(
-        {"query": "Question", "passage": "Abstract", "answer": "Answer", "negative": None, "document": None}
-    )
+    data.columns = columns = ConfigDict({"query": "Question", "passage": "Abstract", "answer": "Answer"})
+    columns.update({"negative": None, "document": None, "passage_score": None, "negative_score": None})
     data.query_len = 32
     data.passage_len = 64
     data.prompt_passage_len = 64

@@ -142,6 +142,12 @@ KEYS: dict[str, Key] = {
         not_empty,
         "column of the document that the answer stands in and, in data.passages, that a passage is of; None: not known",
     ),
+    "data.columns.passage_score": Key(
+        str | None, not_empty, "column of the passages' scores, of distill: a number or a list of numbers a row"
+    ),
+    "data.columns.negative_score": Key(
+        str | None, not_empty, "column of the given negatives' scores, of distill: a number or a list of numbers a row"
+    ),
     "data.query_len": Key(int, at_least(3), "retriever tokens of a query"),
     "data.passage_len": Key(int, at_least(3), "retriever tokens of a passage"),
     "data.prompt_passage_len": Key(int, at_least(2), "generator tokens of the passage segment"),
@@ -589,6 +595,14 @@ def _evidence_of_questions_is_read(objective_evidence: str, objective_name: str)
 @together("this objective has no such target; set the first to 0, or name pdist, replug or emdr2")
 def _labels_have_a_target_to_share(objective_label_share: float, objective_name: str) -> bool:
     return objective_label_share == 0 or bool(OBJECTIVES[objective_name].divergence)
+
+
+@together("nothing says how good a passage is; name the columns of scores, or another objective")
+def _there_are_scores(
+    objective_name: str, data_columns_passage_score: str | None, data_columns_negative_score: str | None
+) -> bool:
+    has_scores = data_columns_passage_score is not None or data_columns_negative_score is not None
+    return OBJECTIVES[objective_name].reads != "scores" or has_scores
 
 
 @together("there is no retriever to measure; give its path or another metric")

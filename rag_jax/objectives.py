@@ -16,12 +16,16 @@ class Formula:
     meaning: str  # one line, for --help and the docs
     likelihood: str  # "token" | "sequence": the p(y | q) by which answers are scored and decoded
     terms: str = ""  # the function of `losses` that gives its terms; "": no generator is trained
-    reads: str = "pairs"  # what its generator reads: "pairs" of query and candidate | "evidence" of them | "strings"
+    # What it reads: "pairs" of query and candidate | "evidence" of them, which is not differentiated | "scores" of them
+    # that rows bring, with no generator | "strings".
+    reads: str = "pairs"
     divergence: str = ""  # of `losses.evidence_nats`, where it compares p(k | q) with evidence; "": it does not
     needs_scores: bool = False  # even of a single candidate
     prefixes: tuple[str, str] | None = None  # of query and passage where the config has none; None: the folder's
 
     def uses_generator(self, marginal_weight: float, evidence_weight: float) -> bool:
+        if self.reads == "scores":
+            return False
         if self.divergence:
             return marginal_weight > 0 or evidence_weight > 0
         return self.terms != "" and marginal_weight > 0
@@ -30,6 +34,8 @@ class Formula:
         self, candidates: int, contrastive_weight: float, marginal_weight: float, evidence_weight: float
     ) -> bool:
         """With one candidate, the positive, the marginal is plain answer likelihood and asks for no scores."""
+        if self.reads == "scores":
+            return contrastive_weight > 0 or evidence_weight > 0
         reads_scores = self.uses_generator(marginal_weight, evidence_weight) and (candidates > 1 or self.needs_scores)
         return contrastive_weight > 0 or reads_scores
 
@@ -44,6 +50,12 @@ OBJECTIVES = {
         "sequence",
         reads="evidence",
         divergence="emdr2",
+    ),
+    "distill": Formula(
+        "KL(q || p), q the softmax of scores that rows bring, a cross-encoder's for example",
+        "token",
+        reads="scores",
+        divergence="pdist",
     ),
     "dalm": Formula(
         "DALM's loss for comparison: not a marginal, and nothing flows from generator to retriever",

@@ -215,7 +215,7 @@ def terms(rag: Rag, params: dict, batch: Batch, embs: Embs | None, keys: Keys) -
         named["contrastive"] = contrastive_term(rag, batch, embs)
     if embs is not None and objective.document_weight != 0 and batch.document is not None:
         named["document"] = document_term(rag, batch, embs)
-    if objective.uses_generator:
+    if objective.uses_generator or batch.evidence is not None:
         named |= READS[objective.formula.reads](rag, params, batch, embs, named_keys(keys, "generator"))
     return named
 
@@ -567,4 +567,4 @@ def string_terms(rag: Rag, params: dict, batch: Batch, embs: Embs | None, keys: 
     return getattr(losses, rag.objective.formula.terms)(cosine_bP, positions_b, log_probs_bL, scored_bL, answer_bL)
 
 
-READS = {"pairs": pair_terms, "evidence": evidence_terms, "strings": string_terms}
+READS = {"pairs": pair_terms, "evidence": evidence_terms, "scores": evidence_terms, "strings": string_terms}

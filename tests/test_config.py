@@ -105,7 +105,7 @@ def test_overrides_take_the_kind_of_their_key():
         ({"dtype": "float16"}, "dtype='float16': must be one of float32, bfloat16"),
         (
             {"objective.name": "tokn"},
-            "must be one of token, sequence, pdist, replug, emdr2, dalm, none; did you mean token?",
+            "must be one of token, sequence, pdist, replug, emdr2, distill, dalm, none; did you mean token?",
         ),
         ({"retriever.pooling": "avg"}, "retriever.pooling='avg': must be one of auto, cls, mean, last"),
         ({"optimizer.schedule": "cosin"}, "did you mean cosine?"),

@@ -8,6 +8,7 @@ from rag_jax.data.batches import (
     Pool,
     buckets,
     collate,
+    given_scores,
     iterate,
     lengths,
     longest,
@@ -30,7 +31,7 @@ from rag_jax.data.segments import (
 
 __all__ = [
     "Batch", "Batching", "Examples", "Gaps", "Known", "Lengths", "Pool", "Prompt", "Ragged", "Report", "RetrieverText",
-    "Rows", "WholeString", "answer_segments", "buckets", "collate", "fingerprint", "iterate", "lengths",
+    "Rows", "WholeString", "answer_segments", "buckets", "collate", "fingerprint", "given_scores", "iterate", "lengths",
     "load_examples", "longest", "order", "pad", "padding_share", "prompt_segments", "read_passages", "read_rows",
     "retriever_tokens", "shape_of", "take",
 ]  # fmt: skip

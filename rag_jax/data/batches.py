@@ -172,6 +172,17 @@ class Known:
         return np.where(self.code[place] == code, self.value[place], np.float32(np.nan))
 
 
+def given_scores(examples: Examples, temperature: float) -> Known:
+    """The scores that the rows bring of their passages and negatives, divided by a temperature."""
+    named = [examples.own_key] + ([] if examples.negative_key is None else [examples.negative_key])
+    found: list[tuple[int, int, float]] = []
+    for row, scores in enumerate(examples.rows.scores or ()):
+        of_row = {int(key): examples.passages[key] for keys in named for key in keys[row] if key >= 0}
+        found += [(row, key, scores[text] / temperature) for key, text in of_row.items() if text in scores]
+    rows, passages, values = np.array(found, np.float64).reshape(-1, 3).T
+    return Known.of(rows.astype(np.int64), passages.astype(np.int64), values, len(examples.passages))
+
+
 @dataclasses.dataclass(frozen=True)
 class Batching:
     """How a run makes its batches."""
@@ -306,8 +317,8 @@ def _pool(examples: Examples, key: np.ndarray, lengths: Lengths) -> Pool:
         return np.where(mask, ids, 0).reshape(*key.shape, length), mask.reshape(*key.shape, length)
 
     document = np.where(key < 0, -1, examples.document_of[key]).astype(np.int32) if len(examples.documents) else None
-    texts_of = (*of(examples.retriever_passages, lengths.passage), *of(examples.prefixes, lengths.prefix))
-    return Pool(key, *texts_of, document)
+    passage, prefix = of(examples.retriever_passages, lengths.passage), of(examples.prefixes, lengths.prefix)
+    return Pool(key, *passage, *prefix, document)
 
 
 def lengths(batch: Batch) -> Lengths:

@@ -8,6 +8,7 @@ import datetime
 import decimal
 import itertools
 import json
+import math
 import pathlib
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,8 @@ from rag_jax import untrusted
 from rag_jax.errors import UserError
 
 Columns = dict[str, Sequence]
+# Columns of scores, and what they are of.
+SCORED = {"passage_score": "passage", "negative_score": "negative"}
 # Of the passages of a corpus, where the config names none.
 CORPUS_COLUMN = "Abstract"
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -34,6 +37,7 @@ class Rows:
     answers: list[str]
     negatives: list[list[str]] | None = None  # passages given as wrong ones, none or several a row
     documents: list[str] | None = None  # in which the answer stands
+    scores: list[dict[str, float]] | None = None  # of the passages and negatives that have one
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -54,19 +58,23 @@ def read_rows(
 ) -> Rows:
     """All rows of `source` (csv, tsv, json, jsonl, parquet, arrow, a save_to_disk folder or a hub name), in file order.
 
-    `columns` gives the column of "query", "passage", "answer" and "document", None where there is none, and of
-    "negative" `with_negatives`; that of "passage" may not be there if `passages_may_miss`. A cell of passages or
-    negatives is a text or a list of texts. `key` is the config key that errors name.
+    `columns` gives the column of "query", "passage", "answer", "document" and "passage_score", None where there is
+    none, and of "negative" and "negative_score" `with_negatives`; that of "passage" may not be there if
+    `passages_may_miss`. A cell of passages or negatives is a text or a list of texts, one of scores a number or a list.
+    `key` is the config key that errors name.
     Raises UserError for a source that is missing, unreadable, without such columns or without rows.
     """
-    left_out = {part for part, asked in {"answer": with_answers, "negative": with_negatives}.items() if not asked}
+    asked = {"answer": with_answers, "negative": with_negatives, "negative_score": with_negatives}
+    left_out = {part for part, is_asked in asked.items() if not is_asked}
     wanted = {part: name for part, name in columns.items() if name is not None and part not in left_out}
     may_miss = {"data.columns.passage"} if passages_may_miss else set()
     values = _columns(source, key, {f"data.columns.{part}": name for part, name in wanted.items()}, may_miss)
     found: dict[str, list] = {}
-    for (part, name), cells in zip(wanted.items(), values, strict=True):
-        read = _lists if part in ("passage", "negative") else _texts
-        found[part] = read(cells, f"{key}={source!r}: column {name!r}")
+    cells = dict(zip(wanted, values, strict=True))
+    for part, name in wanted.items():
+        if part not in SCORED:
+            read = _lists if part in ("passage", "negative") else _texts
+            found[part] = read(cells[part], f"{key}={source!r}: column {name!r}")
     nothing = [""] * len(found["query"])
     return Rows(
         found["query"],
@@ -74,7 +82,40 @@ def read_rows(
         found.get("answer") or nothing,
         found.get("negative"),
         found.get("document"),
+        _scores(cells, columns, f"{key}={source!r}") if SCORED.keys() & cells.keys() else None,
     )
+
+
+def _scores(cells: Mapping[str, Sequence], columns: Mapping[str, str | None], where: str) -> list[dict[str, float]]:
+    """The scores of each row's texts; one that stands twice has its first."""
+    scores: list[dict[str, float]] = [{} for _ in next(iter(cells.values()))]
+    for part, of in SCORED.items():
+        pairs = zip(scores, cells.get(of, ()), cells.get(part, ()), strict=False)
+        for number, (row, texts, numbers) in enumerate(pairs, start=1):
+            texts, numbers = ([cell] if not isinstance(cell, list) else cell for cell in (texts, numbers))
+            if len(texts) != len(numbers):
+                raise UserError(
+                    f"{where}: row {number} has {len(texts)} texts in column {columns[of]!r} and {len(numbers)} scores "
+                    f"in column {columns[part]!r}; give each its own"
+                )
+            at = f"{where}: column {columns[part]!r} holds"
+            for text, number_of_text in zip(texts, (_number(value, at, number) for value in numbers), strict=True):
+                if number_of_text is not None and isinstance(text, str):
+                    row.setdefault(text, number_of_text)
+    return scores
+
+
+def _number(value: Any, holds: str, row: int) -> float | None:
+    """None where there is none."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.inf
+    if not math.isfinite(number):
+        raise UserError(f"{holds} {untrusted.short(value)} in row {row}: give a finite number")
+    return number
 
 
 def read_corpus(source: str, key: str, columns: Mapping[str, str | None]) -> list[tuple[str, str]]:

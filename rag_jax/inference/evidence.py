@@ -22,7 +22,7 @@ from rag_jax.inference import likelihood
 # Columns of the sums.
 PARTS = ("answer", "question")
 # Pairs that are computed before they are written down.
-BLOCK = 4096
+BLOCK = 1024
 # Of a pair's name.
 NAME_BYTES = 16
 # Odd numbers that scatter bits (murmur3's finalizer, Appleby, 2008) and the golden ratio's, one a digest.
@@ -37,10 +37,10 @@ def sums(
     passages: Int[np.ndarray, " n"],
     folder: pathlib.Path,
     batch_size: int,
-) -> Float[np.ndarray, "n 2"]:
-    """The sums of each pair, NaN for the part that the objective does not read; every process must call.
+) -> tuple[Float[np.ndarray, "n 2"], int]:
+    """The sums of each pair, NaN for the part that the objective does not read, and how many pairs were computed.
 
-    Those that the folder keeps are read, the others are computed and added to it. See `folder_of`.
+    Every process must call. Those that the folder keeps are read, the others are computed and added. See `folder_of`.
     """
     parts = [part for part in PARTS if model.objective.evidence in (part, "both")]
     is_read = np.array([part in parts for part in PARTS])
@@ -49,11 +49,12 @@ def sums(
     # Process 0 says what is there: a folder may be another one on every host.
     found = np.array(multihost_utils.broadcast_one_to_all(kept.sums(names)))
     missing = np.flatnonzero(np.isnan(found[:, is_read]).any(axis=1))
+    missing = missing[np.argsort(passages[missing], kind="stable")]  # a passage is read once for all its rows
     for block in np.split(missing, np.arange(BLOCK, len(missing), BLOCK)) if len(missing) else []:
         found[block] = computed(model, params, examples, rows[block], passages[block], parts, batch_size)
         if jax.process_index() == 0:
             kept.add(names[block], found[block])
-    return np.where(is_read, found, np.nan)
+    return np.where(is_read, found, np.nan), len(missing)
 
 
 def computed(
@@ -112,8 +113,8 @@ class Kept:
 
     def _hold(self, names: UInt[np.ndarray, "n b"], sums: Float[np.ndarray, "n 2"]) -> None:
         for name, of_pair in zip(names, sums, strict=True):
-            key = name.tobytes()
-            self.by_name[key] = np.fmax(of_pair, self.by_name.get(key, of_pair))  # the part that only one has
+            before = self.by_name.get(name.tobytes())  # perhaps of the other part
+            self.by_name[name.tobytes()] = of_pair if before is None else np.fmax(of_pair, before)
 
     def sums(self, names: UInt[np.ndarray, "n b"]) -> Float[np.ndarray, "n 2"]:
         """NaN where there are none."""

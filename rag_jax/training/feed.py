@@ -46,21 +46,23 @@ def mine(training: Training, state: TrainState, met: np.ndarray, step: int, reco
         params = optim.join(state.params, state.frozen)
         plan, metrics = mining.mine(training.opened.model, params, training.examples, met, training.config, step)
         if training.keeps_evidence:
-            plan = with_evidence(training, params, plan)
+            plan, computed = with_evidence(training, params, plan)
+            metrics |= computed
         if training.is_main:
             mining.save(training.workdir, step, plan)
     record.mining(step, metrics)
     return plan
 
 
-def with_evidence(training: Training, params: dict, plan: mining.Plan) -> mining.Plan:
-    """The plan with what the generator says of all that its rows may read."""
+def with_evidence(training: Training, params: dict, plan: mining.Plan) -> tuple[mining.Plan, dict[str, float]]:
+    """The plan with what the generator says of all that its rows may read, and how much of it was not kept."""
     rows = plan.rows.ravel()
     may_read = [training.examples.own_key[rows]]
     if plan.brought is not None:
         may_read.append(plan.brought.reshape(len(rows), -1))
-    known = known_evidence(training, params, rows, np.concatenate(may_read, axis=1))
-    return dataclasses.replace(plan, evidence_code=known.code, evidence=known.value)
+    known, computed = known_evidence(training, params, rows, np.concatenate(may_read, axis=1))
+    values = {"mining/evidence_pairs": float(len(known.code)), "mining/evidence_computed": float(computed)}
+    return dataclasses.replace(plan, evidence_code=known.code, evidence=known.value), values
 
 
 def known_of(training: Training, plan: mining.Plan) -> data.Known | None:
@@ -77,14 +79,14 @@ def evidence_of_all(training: Training, state: TrainState, record: Record) -> da
     may_read = [keys for keys in (examples.own_key, examples.negative_key) if keys is not None]
     with record.pausing("mining"):
         params, rows = optim.join(state.params, state.frozen), np.arange(len(examples))
-        known = known_evidence(training, params, rows, np.concatenate(may_read, axis=1))
+        known, _ = known_evidence(training, params, rows, np.concatenate(may_read, axis=1))
         if training.is_main:
             files.write(path, {"code": known.code, "value": known.value})
     return known
 
 
-def known_evidence(training: Training, params: dict, rows: np.ndarray, passages: np.ndarray) -> data.Known:
-    """What the generator says of rows (n,) behind passages (n, _), -1: none; computed where it is not kept."""
+def known_evidence(training: Training, params: dict, rows: np.ndarray, passages: np.ndarray) -> tuple[data.Known, int]:
+    """What the generator says of rows (n,) behind passages (n, _), -1: none, and of how many pairs it was not kept."""
     examples, opened, config = training.examples, training.opened, training.config
     num = len(examples.passages)
     pair_rows, pair_passages = np.divmod(
@@ -92,19 +94,19 @@ def known_evidence(training: Training, params: dict, rows: np.ndarray, passages:
     )
     at_a_time = config.eval.batch_size * config.objective.candidates
     folder = evidence.folder_of(opened, params)
-    sums = evidence.sums(opened.model, params, examples, pair_rows, pair_passages, folder, at_a_time)
+    sums, computed = evidence.sums(opened.model, params, examples, pair_rows, pair_passages, folder, at_a_time)
     counts, objective = evidence.part_lengths(examples, pair_rows), opened.model.objective
     read = [i for i, part in enumerate(evidence.PARTS) if objective.evidence in (part, "both")]
     values = objective.evidence_of([sums[:, i] for i in read], [counts[:, i] for i in read])
     values = np.where(counts[:, read].any(axis=1), values, np.nan)
-    return data.Known.of(pair_rows, pair_passages, values, num)
+    return data.Known.of(pair_rows, pair_passages, values, num), computed
 
 
 def batches(training: Training, spans: Iterator[Span]) -> Iterator[tuple[data.Batch, Facts]]:
     """Batches on the mesh, span after span. A span is asked for only when the one before it has been read."""
     config = training.config
     for first, plan, known in spans:
-        left, batching = config.total_steps - first, dataclasses.replace(training.batching, evidence=known)
+        left, batching = config.total_steps - first, with_known(training, known)
         source = data.iterate(
             training.examples,
             batching,
@@ -124,6 +126,11 @@ def batches(training: Training, spans: Iterator[Span]) -> Iterator[tuple[data.Ba
             placed = sharding.put_batch(training.mesh, batch, config.batch_size)
             wait_s = time.perf_counter() - began
             yield placed, Facts(data.lengths(batch), data.padding_share(batch, config.objective.candidates), wait_s)
+
+
+def with_known(training: Training, known: data.Known | None) -> data.Batching:
+    """How batches are made in a span of which this evidence is known."""
+    return training.batching if known is None else dataclasses.replace(training.batching, evidence=known)
 
 
 def spans_of_before(training: Training, start_step: int) -> Iterator[Span]:
@@ -151,7 +158,7 @@ def rows_of(training: Training, step: int) -> np.ndarray:
 def batch_of(training: Training, step: int) -> data.Batch:
     """The batch of a step that was begun, not on the mesh."""
     _, plan, known = next(spans_of_before(training, step - 1))
-    batching = dataclasses.replace(training.batching, evidence=known)
+    batching = with_known(training, known)
     brought = None if plan is None or plan.brought is None else plan.brought[0]
     return data.collate(training.examples, rows_of(training, step), batching, brought=brought)
 

@@ -17,7 +17,7 @@ from rag_jax.distributed import processes
 from rag_jax.errors import UserError
 from rag_jax.evaluation import evaluation
 from rag_jax.evaluation.metrics import HIGHER_IS_BETTER
-from rag_jax.objectives import ROLES
+from rag_jax.objectives import OBJECTIVES, ROLES
 from rag_jax.training import optim
 from rag_jax.training.step import Step, TrainState, Tree, abstract_state, init_state, make_train_step
 from rag_jax.workdir import provenance
@@ -109,10 +109,11 @@ def build(config: Config, workdir: pathlib.Path, mesh: Mesh, start_step: int) ->
     rules, optimizer, state, step = make_step(opened, mesh)
     objective = config.objective
     keeps = keeps_evidence(config, opened.model.objective, state.params)
+    given = data.given_scores(examples, objective.evidence_temperature) if reads_scores(config) else None
     read = dataclasses.replace(examples, prefixes=None, prompt_queries=None, answers=None) if keeps else examples
     shapes = data.buckets(read, config.batch_size, objective.candidates, objective.negatives)
     by_row = objective.candidates_from == "row"
-    batching = data.Batching(shapes, config.group_size, objective.negatives, by_row)
+    batching = data.Batching(shapes, config.group_size, objective.negatives, by_row, given)
     return Training(
         config, workdir, opened, mesh, examples, report, batching, keeps, eval_rows, eval_report, rules, optimizer,
         state, step, is_main=jax.process_index() == 0,
@@ -177,6 +178,11 @@ def keeps_evidence(config: Config, objective: rag.Objective, trainable: Tree) ->
     is_frozen = not jax.tree.leaves(trainable.get("generator"))
     by_row = config.objective.candidates_from == "row"
     return config.objective.kept_evidence == "auto" and is_read_alone and is_frozen and by_row
+
+
+def reads_scores(config: Config) -> bool:
+    """Whether rows bring what their passages are compared by."""
+    return OBJECTIVES[config.objective.name].reads == "scores"
 
 
 def rate_rules(config: Config, used: set[str]) -> optim.Rules:

@@ -175,3 +175,39 @@ def test_known_numbers_of_pairs():
     np.testing.assert_array_equal(found, np.concatenate([np.full((7, 1), np.nan), table], axis=1))
     nothing = data.Known.of(rows[:0], rows[:0], table[rows[:0], 0], 5)
     assert np.isnan(nothing.values(np.array([[3]]), np.array([[2, -1]]))).all()
+
+
+def test_scores_that_rows_bring(tmp_path):
+    """Each text has its own, a blank text and a blank score none, and of what stands twice the first one counts."""
+    path = tmp_path / "rows.jsonl"
+    lines = [
+        {"Q": "q", "P": ["p0", " ", "p1"], "S": [2, 9, 0.5], "N": ["p2", "p0", "p3"], "T": [-1, 7, None]},
+        {"Q": "r", "P": "p2", "S": "1.5", "N": [], "T": []},
+        {"Q": "s", "P": "p3", "S": None, "N": "p0", "T": 4},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    columns = {"query": "Q", "passage": "P", "negative": "N", "passage_score": "S", "negative_score": "T"}
+    options = dict(key="data.train", columns=columns, bad_rows="drop", retriever=RETRIEVER, prompt=None, negatives=2)
+    examples, _ = data.load_examples(str(path), **options)
+    known = data.given_scores(examples, 0.5).values(np.arange(3)[:, None], np.arange(4)[None])
+    at = [examples.passages.index(f"p{i}") for i in range(4)]
+    nan = np.nan
+    np.testing.assert_array_equal(known[:, at], [[4, 1, -2, nan], [nan, nan, 3, nan], [8, nan, nan, nan]])
+    batch = data.collate(
+        examples,
+        [0, 1],
+        data.Batching([data.longest(examples)], negatives=2, evidence=data.given_scores(examples, 0.5)),
+    )
+    found = {
+        (r, int(k)): v for r in range(2) for k, v in zip(batch.pool.key[r], batch.evidence[r], strict=True) if v == v
+    }
+    assert found == {(0, at[0]): 4, (0, at[1]): 1, (0, at[2]): -2, (1, at[2]): 3}
+    for cell, message in (
+        ([1, 2], r"row 1 has 1 texts in column 'P' and 2 scores in column 'S'; give each its own"),
+        ("much", r"column 'S' holds 'much' in row 1: give a finite number"),
+        (float("inf"), r"column 'S' holds inf in row 1: give a finite number"),
+        ({}, r"column 'S' holds {} in row 1: give a finite number"),
+    ):
+        path.write_text(json.dumps({"Q": "q", "P": "p", "S": cell, "N": [], "T": []}))
+        with pytest.raises(UserError, match=message):
+            data.load_examples(str(path), **options)

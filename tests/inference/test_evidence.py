@@ -65,13 +65,13 @@ def alone(opened, params, examples, row, passage):
 def test_sums_are_those_of_every_string_alone(opened, params, examples, tmp_path):
     """A query of one token has no question to sum, an empty answer none either."""
     rows, passages = map(np.ravel, np.indices((4, 3)))
-    found = evidence.sums(asking(opened, "both"), params, examples, rows, passages, tmp_path / "kept", 8)
+    found, _ = evidence.sums(asking(opened, "both"), params, examples, rows, passages, tmp_path / "kept", 8)
     expected = [alone(opened, params, examples, row, passage) for row, passage in zip(rows, passages, strict=True)]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     lengths = evidence.part_lengths(examples, rows)
     assert (found == 0).tolist() == (lengths == 0).tolist() and (lengths == 0).any(axis=0).all()
     for part, which in enumerate(evidence.PARTS):
-        read = evidence.sums(asking(opened, which), params, examples, rows, passages, tmp_path / which, 8)
+        read, _ = evidence.sums(asking(opened, which), params, examples, rows, passages, tmp_path / which, 8)
         np.testing.assert_allclose(read[:, part], found[:, part], rtol=1e-5, atol=1e-5)
         assert np.isnan(read[:, 1 - part]).all()
 
@@ -87,20 +87,22 @@ def test_what_is_kept_is_not_computed_again(opened, params, examples, tmp_path, 
 
     monkeypatch.setattr(evidence, "computed", counted)
     both = [asking(opened, "both"), params, examples]
-    first = evidence.sums(*both, rows[:3], passages[:3], tmp_path / "kept", 8)
-    again = evidence.sums(*both, rows[::-1], passages[::-1], tmp_path / "kept", 8)
+    first, _ = evidence.sums(*both, rows[:3], passages[:3], tmp_path / "kept", 8)
+    again, _ = evidence.sums(*both, rows[::-1], passages[::-1], tmp_path / "kept", 8)
     np.testing.assert_array_equal(again[::-1][:3], first)
-    assert asked == [[0, 1, 2], [3]]
-    alone = evidence.sums(asking(opened, "question"), params, examples, rows, passages, tmp_path / "kept", 8)
+    assert asked == [[0, 2, 1], [3]]
+    alone, _ = evidence.sums(asking(opened, "question"), params, examples, rows, passages, tmp_path / "kept", 8)
     np.testing.assert_array_equal(alone[:, 1], again[::-1][:, 1])
     assert len(asked) == 2
     written = min((tmp_path / "kept").glob("*.npz"), key=lambda path: len(files.read(path)["name"]))
     written.write_bytes(written.read_bytes()[:-30])
-    np.testing.assert_array_equal(evidence.sums(*both, rows, passages, tmp_path / "kept", 8), again[::-1])
-    assert asked == [[0, 1, 2], [3], [3]] and "is damaged" in caplog.text
+    found, computed = evidence.sums(*both, rows, passages, tmp_path / "kept", 8)
+    np.testing.assert_array_equal(found, again[::-1])
+    assert computed == 1
+    assert asked == [[0, 2, 1], [3], [3]] and "is damaged" in caplog.text
     # The texts say which pair it is, not their places in a file.
     few = data.take(examples, np.array([2, 3]))
-    moved = evidence.sums(both[0], params, few, np.array([1, 0]), np.array([1, 0]), tmp_path / "kept", 8)
+    moved, _ = evidence.sums(both[0], params, few, np.array([1, 0]), np.array([1, 0]), tmp_path / "kept", 8)
     np.testing.assert_array_equal(moved, again[::-1][[3, 2]])
     assert len(asked) == 3
 
