@@ -77,6 +77,7 @@ def get_config() -> ConfigDict:
     objective.evidence_temperature = 0.1
     objective.evidence_weight = 1.0
     objective.kept_evidence = "auto"
+    objective.label_noise = None
     objective.label_share = 0.0
 
     config.optimizer = optimizer = ConfigDict()

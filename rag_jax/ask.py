@@ -47,6 +47,9 @@ def main() -> None:
     flags.add_argument("--passages", metavar="FILE", help="what to answer from, by the config's column of passages")
     flags.add_argument("--questions", metavar="FILE", help="one a line, or rows by the config's column of queries")
     flags.add_argument("--candidates", type=int, metavar="K", help="passages read; objective.candidates if not given")
+    flags.add_argument(
+        "--rerank", type=int, default=0, metavar="N", help="read the best of the N nearest by log p(question | passage)"
+    )
     flags.add_argument("--decoding", choices=("token", "sequence", "top1"), help="the objective's own if not given")
     flags.add_argument("--beams", type=int, default=1, metavar="W", help="more than 1: beam search")
     flags.add_argument("--length-penalty", type=float, default=0.0, metavar="X", help="log p / tokens ** X ranks beams")
@@ -71,7 +74,9 @@ def main() -> None:
     how = how_to_decode(args, loaded, decoding, pairs)
     answered = []
     for asked in [questions] if questions else ([question] for question in typed(say)):
-        answers = (pair.answers(asked, how, candidates=K, seed=args.seed) for pair in pairs.values())
+        answers = (
+            pair.answers(asked, how, candidates=K, seed=args.seed, rerank=args.rerank) for pair in pairs.values()
+        )
         for question, *of_pairs in zip(asked, *answers, strict=True):
             records = dict(zip(pairs, map(record, of_pairs), strict=True))
             answered.append({"question": question} | (records if args.compare else records.popitem()[1]))
@@ -113,6 +118,7 @@ def check_flags(args: argparse.Namespace, loaded: Any) -> None:
         )
     if args.top_p < 1 and args.temperature == 0:
         raise UserError(f"--top-p={args.top_p}: goes with --temperature above 0")
+    cli.check_rerank(args.rerank, loaded)
     for role in ROLES:
         if loaded[role].path is None:
             raise UserError(f"{role}.path=None: asking takes a retriever and a generator")
@@ -171,7 +177,11 @@ def corpus(args: argparse.Namespace, loaded: Any) -> tuple[str, ...]:
     if args.passages is None:
         sources = {f"data.{name}": loaded.data[name] for name in ("train", "eval", "passages")}
     column = loaded.data.columns.passage
-    texts = [data.read_passages(source, column, key) for key, source in sources.items() if source is not None]
+    texts = []
+    for key, source in sources.items():
+        if source is not None:  # rows that name no passage may have no column of them either
+            may_miss = key != "data.passages" and sources.get("data.passages") is not None
+            texts.append(data.read_passages(source, column, key, may_miss=may_miss))
     passages = tuple(dict.fromkeys(itertools.chain(*texts)))
     if not passages:
         given = (

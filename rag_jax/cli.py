@@ -113,6 +113,15 @@ def chosen_config(args: argparse.Namespace, overrides: dict[str, str]) -> Any:
     return config.load(args.config, overrides)
 
 
+def check_rerank(number: int, loaded: Any) -> None:
+    """UserError for a --rerank that cannot be done."""
+    if number < 0:
+        raise UserError(f"--rerank={number}: must be at least 0")
+    for role in ROLES if number else ():
+        if loaded[role].path is None:
+            raise UserError(f"--rerank={number}: takes a retriever and a generator, and {role}.path=None")
+
+
 def _exported_paths(folder: pathlib.Path) -> dict[str, str]:
     """The config keys that name the models which `rag_jax.export` wrote to a folder."""
     found = {f"{role}.path": str(folder / role) for role in ROLES if (folder / role).is_dir()}

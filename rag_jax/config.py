@@ -205,6 +205,11 @@ KEYS: dict[str, Key] = {
         "auto: of a frozen generator, with marginal_weight 0 and candidates_from row, evidence is computed once and "
         "kept on disk; never: in every step",
     ),
+    "objective.label_noise": Key(
+        float | None,
+        positive,
+        "margin, nats a token, by which kept evidence corrects labels in the contrastive loss; None: they are right",
+    ),
     "objective.label_share": Key(
         float, fraction, "share of the label in what pdist, replug and emdr2 draw p(k | q) to, in rows that have one"
     ),
@@ -590,6 +595,14 @@ def _evidence_compares_candidates(
 @together("this objective reads the answer's likelihood alone; set the first to answer, or name pdist, replug or emdr2")
 def _evidence_of_questions_is_read(objective_evidence: str, objective_name: str) -> bool:
     return objective_evidence == "answer" or bool(OBJECTIVES[objective_name].divergence)
+
+
+@together(
+    "labels are corrected by a mean log-likelihood, of pdist or replug; set the first to None, or name one of them"
+)
+def _labels_have_evidence_to_correct_them(objective_label_noise: float | None, objective_name: str) -> bool:
+    formula = OBJECTIVES[objective_name]
+    return objective_label_noise is None or (formula.reads == "evidence" and formula.divergence != "emdr2")
 
 
 @together("this objective has no such target; set the first to 0, or name pdist, replug or emdr2")

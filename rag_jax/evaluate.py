@@ -15,10 +15,14 @@ def main() -> None:
     flags = cli.parser("evaluate", __doc__)
     cli.add_choice_of_models(flags)
     flags.add_argument("--index", type=pathlib.Path, metavar="DIR", help="keep the passages' embeddings on disk, there")
+    flags.add_argument(
+        "--rerank", type=int, default=0, metavar="N", help="order the N nearest by log p(question | passage); 0: do not"
+    )
     flags.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args, overrides = cli.parse(flags)
     loaded = cli.chosen_config(args, overrides)
     config.require(loaded, "data.eval")
+    cli.check_rerank(args.rerank, loaded)
 
     from rag_jax import pair
     from rag_jax.distributed import compile_cache
@@ -34,9 +38,9 @@ def main() -> None:
         step, params = 0, pair.pretrained_params(opened)
     else:
         step, params = setup.saved_params(opened, args.workdir, args.step)
-    result = evaluation.evaluate(opened.model, params, rows, args.index)
-    content = evaluation.record(result, rows, opened.model, step)
-    if args.workdir is not None:
+    result = evaluation.evaluate(opened.model, params, rows, args.index, args.rerank)
+    content = evaluation.record(result, rows, opened.model, step, args.rerank)
+    if args.workdir is not None and not args.rerank:  # the run's record is of what it trained alone
         evaluation.write_record(args.workdir, content, result.by_row)
     print(json.dumps(content, ensure_ascii=False) if args.json else table(content))
 

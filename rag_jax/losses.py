@@ -193,6 +193,29 @@ def evidence_nats(
     raise ValueError(f"divergence={divergence!r}: must be pdist, replug or emdr2")
 
 
+def corrected_labels(
+    evidence_BK: Float[Array, "B K"], none_B: Float[Array, " B"], right_BK: Bool[Array, "B K"], margin: float
+) -> tuple[Bool[Array, "B K"], Bool[Array, "B K"]]:
+    """What counts as right where a label may be wrong, and what is no negative: everything that may be right.
+
+    evidence_BK: mean log p of the answer's tokens behind each candidate, NaN: not known; none_B: behind none.
+    With l the evidence, r that of the label (of several the best) and n that behind none, in nats a token:
+
+    right         l_k >= r and l_k >= n + margin; and the label, unless such a k has l_k >= r + margin
+    no negative   what is right, the label, and k with l_k > r - margin, of which it is not certain
+
+    A row without a label, or whose label's evidence is not known, is left as it is.
+    """
+    known_BK = ~jnp.isnan(evidence_BK)
+    evidence_BK = jnp.where(known_BK, evidence_BK, -jnp.inf)
+    label_B1 = jnp.max(jnp.where(right_BK, evidence_BK, -jnp.inf), axis=-1, keepdims=True)
+    explains_BK = (evidence_BK >= none_B[:, None] + margin) & (evidence_BK >= label_B1) & (label_B1 > -jnp.inf)
+    is_better_B1 = jnp.any(explains_BK & ~right_BK & (evidence_BK >= label_B1 + margin), axis=-1, keepdims=True)
+    unsure_BK = (evidence_BK > label_B1 - margin) & (label_B1 > -jnp.inf)
+    corrected_BK = jnp.where(is_better_B1, explains_BK, right_BK | explains_BK)
+    return corrected_BK, right_BK | explains_BK | unsure_BK
+
+
 def generator_nats(
     likelihood: str,
     doc_log_probs_BK: Float[Array, "B K"],

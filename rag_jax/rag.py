@@ -29,6 +29,8 @@ from rag_jax.models.layers import named_keys, several_keys
 from rag_jax.models.rows import taken
 from rag_jax.objectives import OBJECTIVES, Formula
 
+# Passages besides the known ones that evidence may make right for a query, the best ones.
+MORE_RIGHT = 3
 # Scores that exist at one time on a device in the contrastive loss, 16 MB for rows and for columns.
 CONTRASTIVE_SCORES = 2**22
 
@@ -80,6 +82,7 @@ class Objective:
     evidence: str = "answer"  # "answer" | "question" | "both": the tokens whose likelihood a listwise objective reads
     evidence_temperature: float = 1.0
     evidence_weight: float = 1.0
+    label_noise: float | None = None  # margin of `losses.corrected_labels`, nats a token; None: labels are right
     label_share: float = 0.0  # of the target of a listwise objective, where a row has a label
     kept_evidence: str = "auto"  # "auto" | "never": whether it may be known before the step
 
@@ -404,6 +407,22 @@ def embed(rag: Rag, params: dict, batch: Batch, keys: Keys) -> Embs:
     return query_emb_bE, encode(ids, mask, several_keys(named_keys(keys, "passage"), S)).reshape(b, S, -1)
 
 
+def labels(rag: Rag, batch: Batch) -> tuple[Int[Array, "b R"], Int[Array, "b W"]]:
+    """Keys of the passages that count as right for each row's query, and of those that are no negatives of it."""
+    if rag.objective.label_noise is None or batch.evidence is None or batch.evidence_none is None:
+        return batch.right_key, batch.right_key
+    b, temperature = len(batch.row), rag.objective.evidence_temperature
+    key_mp = rag.in_groups(batch.pool.key).reshape(b // rag.group_size, -1)
+    key_bp = jnp.repeat(key_mp, rag.group_size, axis=0)
+    known_bp = jnp.any(batch.right_key[:, :, None] == key_bp[:, None], axis=1) & (key_bp >= 0)
+    evidence_bp, none_b = batch.evidence * temperature, batch.evidence_none * temperature
+    right_bp, out_bp = losses.corrected_labels(evidence_bp, none_b, known_bp, rag.objective.label_noise)
+    best_bp = jnp.where(right_bp, jnp.nan_to_num(evidence_bp, nan=0.0, neginf=-1e9) + 1e3, -1.0)
+    found_bR, place_bR = jax.lax.top_k(best_bp, min(batch.right_key.shape[1] + MORE_RIGHT, key_bp.shape[1]))
+    right_key_bR = jnp.where(found_bR > 0, jnp.take_along_axis(key_bp, place_bR, axis=1), -1)
+    return right_key_bR, jnp.concatenate([batch.right_key, jnp.where(out_bp, key_bp, -1)], axis=1)
+
+
 def contrastive_term(rag: Rag, batch: Batch, embs: Embs) -> Term:
     """Symmetric InfoNCE of this device's rows over the global batch: a query over passages, its passages over queries.
 
@@ -414,29 +433,32 @@ def contrastive_term(rag: Rag, batch: Batch, embs: Embs) -> Term:
     (query_emb_bE, pool_emb_bSE), b = embs, len(batch.row)
     from_all, temperature, g, S = rag.shard.from_all, rag.objective.temperature, rag.group_size, pool_emb_bSE.shape[1]
     all_queries_BE, all_passages_PE = from_all(query_emb_bE), from_all(pool_emb_bSE).reshape(-1, query_emb_bE.shape[1])
-    all_right_BR, all_keys_P = from_all(batch.right_key), from_all(batch.pool.key).ravel()
+    right_key_bR, out_key_bW = labels(rag, batch)
+    all_right_BR, all_out_BW, all_keys_P = (from_all(a) for a in (right_key_bR, out_key_bW, batch.pool.key.ravel()))
     B, P, R = len(all_queries_BE), len(all_keys_P), min(all_right_BR.shape[1], g * S)
     is_column_P = (all_keys_P >= 0) & first_copies(all_keys_P)
     group_P, has_label_B = jnp.arange(P) // (g * S), jnp.any(all_right_BR >= 0, axis=1)
 
     def nll(rows: Any) -> Term:
-        query_emb_nE, right_key_nR, position_n = rows
-        known_nP = known_right(right_key_nR, all_keys_P)
-        right_nP = known_nP & (position_n[:, None] // g == group_P)  # of copies that of its own group
+        query_emb_nE, right_key_nR, out_key_nW, position_n = rows
+        out_nP = known_right(out_key_nW, all_keys_P)
+        right_nP = known_right(right_key_nR, all_keys_P) & (
+            position_n[:, None] // g == group_P
+        )  # of copies that of its own group
         by_query_n = losses.right_nll(
-            cosines(query_emb_nE, all_passages_PE) / temperature, right_nP, is_column_P & ~known_nP
+            cosines(query_emb_nE, all_passages_PE) / temperature, right_nP, is_column_P & ~out_nP
         )
         is_there_nR, place_nR = jax.lax.top_k(right_nP.astype(jnp.int32), R)
         place = place_nR.ravel()
         itself = jnp.repeat(position_n, R)[:, None] == jnp.arange(B)
-        asked = known_right(all_right_BR, all_keys_P[place]).T
+        asked = known_right(all_out_BW, all_keys_P[place]).T
         scores = cosines(all_passages_PE[place], all_queries_BE) / temperature
         by_passage_nR = losses.right_nll(scores, itself, has_label_B & ~asked).reshape(-1, R)
         count_n = jnp.sum(is_there_nR, axis=1)
         by_passage_n = jnp.sum(by_passage_nR * is_there_nR, axis=1) / jnp.maximum(count_n, 1)
         return Term(0.5 * (by_query_n + by_passage_n), count_n > 0)
 
-    rows = (query_emb_bE, batch.right_key, rag.shard.positions(b))
+    rows = (query_emb_bE, right_key_bR, out_key_bW, rag.shard.positions(b))
     return map_rows(nll, rows, CONTRASTIVE_SCORES // P)
 
 

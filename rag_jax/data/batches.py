@@ -60,6 +60,7 @@ class Batch(NamedTuple):
     document: Rows = None  # (B,) the document of a row whose passage is not known, -1: none; None: of all rows
     readable: Rows = None  # (B, p) the slots of its group that a row may read; None: all that are not empty
     evidence: Rows = None  # (B, p) of these slots, as `Objective.evidence_of`; NaN: not known. None: the step reads it
+    evidence_none: Rows = None  # (B,) without any passage
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -163,7 +164,7 @@ class Known:
         order = np.argsort(code)
         return cls(code[order], values[order].astype(np.float32), num_passages)
 
-    def values(self, rows: np.ndarray, passages: np.ndarray) -> np.ndarray:
+    def values(self, rows: np.ndarray, passages: np.ndarray | np.integer) -> np.ndarray:
         """Of pairs (broadcast), NaN where it is not known; passage -1 is none."""
         code = np.where(passages < 0, -1, rows.astype(np.int64) * self.num_passages + passages)
         if not len(self.code):
@@ -192,6 +193,7 @@ class Batching:
     negatives: int = 0  # J: a group has 1 + J slots a row
     by_row: bool = False  # a row reads no passages of its group but those that it brings
     evidence: Known | None = None  # known beforehand: no generator reads the batch
+    reads_none: bool = False  # the last passage of what is known stands for none
 
 
 def collate(
@@ -245,8 +247,17 @@ def collate(
         pool=_pool(examples, keys, lengths),
         document=in_document(examples, rows) if len(examples.documents) else None,
         readable=readable(examples, rows, brought, keys, batching),
-        evidence=None if batching.evidence is None else batching.evidence.values(rows[:, None], pools(keys, batching)),
+        **_evidence(rows, keys, batching),
     )
+
+
+def _evidence(rows: np.ndarray, keys: np.ndarray, batching: Batching) -> dict[str, np.ndarray]:
+    if (known := batching.evidence) is None:
+        return {}
+    found = {"evidence": known.values(rows[:, None], pools(keys, batching))}
+    if batching.reads_none:
+        found["evidence_none"] = known.values(rows, np.int64(known.num_passages - 1))
+    return found
 
 
 def fill_groups(right: np.ndarray, brought: np.ndarray, batching: Batching) -> np.ndarray:

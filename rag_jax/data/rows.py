@@ -118,20 +118,26 @@ def _number(value: Any, holds: str, row: int) -> float | None:
     return number
 
 
-def read_corpus(source: str, key: str, columns: Mapping[str, str | None]) -> list[tuple[str, str]]:
-    """(passage, document) of every passage that is not blank, in file order; the document is "" where none is named."""
+def read_corpus(
+    source: str, key: str, columns: Mapping[str, str | None], *, may_miss: bool = False
+) -> list[tuple[str, str]]:
+    """(passage, document) of every passage that is not blank, in file order; the document is "" where none is named.
+
+    `may_miss`: a file without the column of passages has none.
+    """
     passage, document = columns["passage"] or CORPUS_COLUMN, columns.get("document")
     wanted = {"data.columns.passage": passage} | ({} if document is None else {"data.columns.document": document})
-    passages, *documents = _columns(source, key, wanted)
+    passages, *documents = _columns(source, key, wanted, {"data.columns.passage"} if may_miss else ())
     where = f"{key}={source!r}: column"
     texts = _lists(passages, f"{where} {passage!r}")
     names = _texts(documents[0], f"{where} {document!r}") if documents else [""] * len(texts)
     return [(text, name) for row, name in zip(texts, names, strict=True) for text in row]
 
 
-def read_passages(source: str, column: str, key: str) -> list[str]:
+def read_passages(source: str, column: str | None, key: str, *, may_miss: bool = False) -> list[str]:
     """The distinct non-empty passages of one column, in file order."""
-    return list(dict.fromkeys(passage for passage, _ in read_corpus(source, key, {"passage": column})))
+    corpus = read_corpus(source, key, {"passage": column}, may_miss=may_miss)
+    return list(dict.fromkeys(passage for passage, _ in corpus))
 
 
 def read_columns(source: str, key: str, wanted: Mapping[str, str]) -> list[list[str]]:

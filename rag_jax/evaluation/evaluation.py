@@ -20,7 +20,7 @@ from rag_jax import data, files, losses, rag
 from rag_jax.data import segments
 from rag_jax.distributed import sharding
 from rag_jax.evaluation import metrics
-from rag_jax.inference import decoding, disk_index, likelihood, programs, search
+from rag_jax.inference import decoding, disk_index, evidence, likelihood, programs, search
 
 # The sample of rows is the same for every run on the same file, whatever the run's own seed.
 SAMPLE_SEED = 0
@@ -119,17 +119,22 @@ class Result:
     by_row: list[dict[str, Any]]
 
 
-def evaluate(model: rag.Rag, params: dict, rows: EvalRows, index_folder: pathlib.Path | None = None) -> Result:
+def evaluate(
+    model: rag.Rag, params: dict, rows: EvalRows, index_folder: pathlib.Path | None = None, rerank: int = 0
+) -> Result:
     """Retrieve, score the answers, answer. What `params` lacks is left out.
 
     The passages' embeddings are in memory, or on disk in `index_folder`, where those that are there already are used.
     Without a retriever the generator reads each row's own passage, and there are no metrics of ranking; without a
-    generator (or any answer token) there are no metrics of answers.
+    generator (or any answer token) there are no metrics of answers. `rerank`: so many of the passages that were
+    retrieved are put in the order of log p(question | passage) first.
     """
     columns: dict[str, metrics.Column] = {}
     cosine = retrieved = hits = answers = None
     if "retriever" in params:
-        cosine, retrieved = retrieve(model, params, rows, index_folder)
+        cosine, retrieved = retrieve(model, params, rows, index_folder, rerank)
+        if rerank:
+            cosine, retrieved = reranked(model, params, rows, cosine, retrieved, rerank)
         examples = rows.examples
         hits, num_relevant = metrics.relevant_hits(retrieved, examples.right_key[examples.query_key[rows.sample]])
         if num_relevant.any():
@@ -149,7 +154,7 @@ def evaluate(model: rag.Rag, params: dict, rows: EvalRows, index_folder: pathlib
 
 
 def retrieve(
-    model: rag.Rag, params: dict, rows: EvalRows, index_folder: pathlib.Path | None = None
+    model: rag.Rag, params: dict, rows: EvalRows, index_folder: pathlib.Path | None = None, at_least: int = 0
 ) -> tuple[Float[np.ndarray, "Q K"], Int[np.ndarray, "Q K"]]:
     """Cosines and indices of the passages nearest to each sampled query, as many as metrics or generator need."""
     queries, passages = rows.examples.retriever_queries, rows.examples.retriever_passages
@@ -161,7 +166,27 @@ def retrieve(
         corpus: Any = embed(passages, label="passages")
     else:
         corpus = disk_index.build(index_folder, model, params, passages, batch_size=rows.batch_size)
-    return search.top_k(query_emb, corpus, max(metrics.DEPTH, model.objective.candidates))
+    return search.top_k(query_emb, corpus, max(metrics.DEPTH, model.objective.candidates, at_least))
+
+
+def reranked(
+    model: rag.Rag,
+    params: dict,
+    rows: EvalRows,
+    cosine: Float[np.ndarray, "Q K"],
+    retrieved: Int[np.ndarray, "Q K"],
+    num: int,
+) -> tuple[Float[np.ndarray, "Q K"], Int[np.ndarray, "Q K"]]:
+    """Both, the first `num` of each query in the order in which the generator finds the question likely behind them."""
+    prefixes, queries = rows.examples.prefixes, rows.examples.prompt_queries
+    assert prefixes is not None and queries is not None
+    asked, at_a_time = queries.take(rows.examples.query_key[rows.sample]), rows.batch_size * model.objective.candidates
+    order = evidence.by_question(model, params, prefixes, asked, retrieved[:, :num], at_a_time)
+    first = (np.take_along_axis(a[:, :num], order, axis=1) for a in (cosine, retrieved))
+    cosine, retrieved = (
+        np.concatenate([a, b[:, num:]], axis=1) for a, b in zip(first, (cosine, retrieved), strict=True)
+    )
+    return cosine, retrieved
 
 
 def found_in(rows: EvalRows, retrieved: Int[np.ndarray, "Q K"]) -> dict[str, metrics.Column]:
@@ -359,9 +384,11 @@ def by_row(
     return found
 
 
-def record(result: Result, rows: EvalRows, model: rag.Rag, step: int) -> dict[str, Any]:
+def record(result: Result, rows: EvalRows, model: rag.Rag, step: int, rerank: int = 0) -> dict[str, Any]:
     """What `eval/step_N.json` and `--json` hold: metrics by name, what they were counted over and what they mean."""
     counts = rows.counts() | {"candidates": min(model.objective.candidates, len(rows.passages))}
+    if rerank:
+        counts["reranked"] = min(rerank, len(rows.passages))
     best_by = {} if rows.metric == "auto" else {"best_by": f"eval/{rows.metric}"}
     return {
         "step": step, **result.metrics, **best_by, "intervals": result.intervals, "counts": counts,

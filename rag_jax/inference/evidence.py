@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import logging
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -63,30 +64,66 @@ def computed(
     examples: data.Examples,
     rows: Int[np.ndarray, " n"],
     passages: Int[np.ndarray, " n"],
-    parts: list[str],
+    parts: Sequence[str],
     batch_size: int,
 ) -> Float[np.ndarray, "n 2"]:
     """The sums of these parts of each pair, NaN of the others."""
     prefixes, queries, answers = examples.prefixes, examples.prompt_queries, examples.answers
     assert prefixes is not None and queries is not None and answers is not None
-    query, of_row = np.unique(rows, return_inverse=True)
-    asked = [queries[key] for key in examples.query_key[query]]
-    told = [answers[row] if "answer" in parts else answers[row][:0] for row in query]
+    distinct, of_row = np.unique(rows, return_inverse=True)
+    texts = queries.take(examples.query_key[distinct]), answers.take(distinct)
+    return part_sums(model, params, (prefixes, *texts), of_row, passages, parts, batch_size)
+
+
+def part_sums(
+    model: rag.Rag,
+    params: dict,
+    texts: tuple[data.Ragged, data.Ragged, data.Ragged],
+    rows: Int[np.ndarray, " n"],
+    passages: Int[np.ndarray, " n"],
+    parts: Sequence[str],
+    batch_size: int,
+) -> Float[np.ndarray, "n 2"]:
+    """As `computed`, of `texts`: segments of the passages, and of the rows' questions and answers, one a row."""
+    prefixes, questions, answers = texts
     first = 1 if "question" in parts else None  # of the question's tokens, that is summed
-    heads = data.Ragged.of(tokens[:first] for tokens in asked)
-    rest = (tokens[len(tokens) if first is None else first :] for tokens in asked)
-    tails = data.Ragged.of(np.concatenate(parts_of_row) for parts_of_row in zip(rest, told, strict=True))
-    pairs = likelihood.Pairs(prefixes, heads, tails, passages, of_row, of_row)
-    found = np.full((len(rows), len(PARTS)), np.nan, np.float32)
+    asked, told = ([ragged[row] for row in range(len(ragged))] for ragged in (questions, answers))
+    rest = [tokens[len(tokens) if first is None else first :] for tokens in asked]
+    told = [tokens if "answer" in parts else tokens[:0] for tokens in told]
+    heads, tails = (
+        data.Ragged.of(tokens[:first] for tokens in asked),
+        data.Ragged.of(map(np.concatenate, zip(rest, told, strict=True))),
+    )
+    pairs = likelihood.Pairs(prefixes, heads, tails, passages, rows, rows)
     log_probs = np.zeros((len(rows), 0), np.float32)
     if tails.lengths.any():
         log_probs = likelihood.answer_log_probs(model, params, pairs, at_a_time=batch_size, label="evidence")
-    num_asked = part_lengths(examples, rows)[:, PARTS.index("question")] if "question" in parts else 0 * rows
+    num_asked = np.array([len(tokens) for tokens in rest])[rows]
     is_asked = np.arange(log_probs.shape[1]) < num_asked[:, None]
+    found = np.full((len(rows), len(PARTS)), np.nan, np.float32)
     for part, mask in (("answer", ~is_asked), ("question", is_asked)):
         if part in parts:
             found[:, PARTS.index(part)] = (log_probs * mask).sum(axis=1, dtype=np.float64)
     return found
+
+
+def by_question(
+    model: rag.Rag,
+    params: dict,
+    prefixes: data.Ragged,
+    questions: data.Ragged,
+    retrieved: Int[np.ndarray, "Q N"],
+    batch_size: int,
+) -> Int[np.ndarray, "Q N"]:
+    """The order of each question's passages (of `prefixes`) by falling log p(question | passage); of equals, as it was.
+
+    As the question generator of UPR (Sachan et al., 2022) re-ranks them, without its instruction.
+    """
+    num, N = retrieved.shape
+    nothing = data.Ragged.of([()] * num)
+    texts, rows = (prefixes, questions, nothing), np.repeat(np.arange(num), N)
+    sums = part_sums(model, params, texts, rows, retrieved.ravel(), ("question",), batch_size)
+    return np.argsort(-sums[:, PARTS.index("question")].reshape(num, N), axis=1, kind="stable")
 
 
 def part_lengths(examples: data.Examples, rows: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n 2"]:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from rag_jax import data, files, losses, untrusted
 from rag_jax.data import segments
 from rag_jax.errors import UserError
-from rag_jax.inference import answering, decoding, disk_index, likelihood, search
+from rag_jax.inference import answering, decoding, disk_index, evidence, likelihood, search
 from rag_jax.pair import Pair
 
 # Questions that are answered at a time.
@@ -99,12 +99,15 @@ class Trained:
         self.passages, self._passage_emb = distinct, arrays["emb"]
         return were_kept
 
-    def retrieve(self, questions: Sequence[str], k: int = 5) -> list[list[Retrieved]]:
-        """The k passages of highest cosine to each question, best first."""
+    def retrieve(self, questions: Sequence[str], k: int = 5, *, rerank: int = 0) -> list[list[Retrieved]]:
+        """The k passages of highest cosine to each question, best first.
+
+        `rerank`: of so many, the k behind which the generator finds the question most likely, the likeliest first.
+        """
         self._check_in_use()
         if not 1 <= k <= len(self.passages):
             raise UserError(f"k={k}: must be from 1 to the number of passages in use, {len(self.passages)}")
-        cosine, nearest = search.top_k(self.embed_queries(questions), self._passage_emb, k)
+        cosine, nearest = self._nearest(_checked(questions, "questions"), k, rerank)
         return [
             [Retrieved(self.passages[i], float(score)) for i, score in zip(*row, strict=True)]
             for row in zip(nearest, cosine, strict=True)
@@ -124,8 +127,11 @@ class Trained:
         *,
         candidates: int | None = None,
         seed: int = 0,
+        rerank: int = 0,
     ) -> Iterator[Answer]:
         """`answer`, one after the other as they are found; `how`, from how many `candidates`, and the seed of sampling.
+
+        `rerank` as in `retrieve`.
 
         All shapes are of the config or even shares of those: few programs, whatever is asked.
         """
@@ -138,7 +144,8 @@ class Trained:
         for start in range(0, len(asked), size):
             part = asked[start : start + size]
             filled = [*part, *part[:1] * (size - len(part))]
-            yield from self._answers(filled, how, candidates or config.objective.candidates, seed)[: len(part)]
+            found = self._find(filled, candidates or config.objective.candidates, rerank)
+            yield from self._answers(filled, found, how, seed)[: len(part)]
 
     def score(self, questions: Sequence[str], answers: Sequence[str]) -> list[Score]:
         """How likely each answer is to the question beside it, from the question's own K nearest passages."""
@@ -163,9 +170,9 @@ class Trained:
         log_probs = losses.log_marginal(model.objective.formula.likelihood, doc_log_probs, token_log_probs, mask)
         return [Score(float(value), int(num)) for value, num in zip(log_probs, tokens.lengths, strict=True)]
 
-    def _answers(self, asked: list[str], how: answering.Decoding, candidates: int, seed: int) -> list[Answer]:
+    def _answers(self, asked: list[str], found: _Found, how: answering.Decoding, seed: int) -> list[Answer]:
         """Of one batch."""
-        prompt, found = self._prompt(), self._find(asked, candidates)
+        prompt = self._prompt()
         most = search.size_for(len(found.prefixes), found.place.size)
         prefix_len = search.size_for(int(found.prefixes.lengths.max()), prompt.passage_len)
         query_len = search.size_for(int(found.queries.lengths.max()), prompt.query_len)
@@ -194,8 +201,22 @@ class Trained:
             for i in range(len(asked))
         ]
 
-    def _find(self, asked: list[str], k: int) -> _Found:
-        cosine, nearest = search.top_k(self.embed_queries(asked), self._passage_emb, k)
+    def _nearest(
+        self, asked: list[str], k: int, rerank: int
+    ) -> tuple[Float[np.ndarray, "n K"], Int[np.ndarray, "n K"]]:
+        """Cosines and indices of the passages to read, the best first; see `retrieve`."""
+        cosine, nearest = search.top_k(self.embed_queries(asked), self._passage_emb, max(k, rerank))
+        if rerank:
+            used, place = np.unique(nearest, return_inverse=True)
+            (prefixes, _), (queries, _) = data.prompt_segments(self._prompt(), [self.passages[i] for i in used], asked)
+            at_a_time = self.opened.config.eval.batch_size * k
+            places = place.reshape(nearest.shape)
+            order = evidence.by_question(self.opened.model, self.params, prefixes, queries, places, at_a_time)
+            cosine, nearest = (np.take_along_axis(a, order[:, :k], axis=1) for a in (cosine, nearest))
+        return cosine, nearest
+
+    def _find(self, asked: list[str], k: int, rerank: int = 0) -> _Found:
+        cosine, nearest = self._nearest(asked, k, rerank)
         used, place = np.unique(nearest, return_inverse=True)
         texts = [self.passages[i] for i in used]
         (prefixes, _), (queries, _) = data.prompt_segments(self._prompt(), texts, asked)

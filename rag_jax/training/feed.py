@@ -68,14 +68,14 @@ def with_evidence(training: Training, params: dict, plan: mining.Plan) -> tuple[
 def known_of(training: Training, plan: mining.Plan) -> data.Known | None:
     if plan.evidence_code is None or plan.evidence is None:
         return None
-    return data.Known(plan.evidence_code, plan.evidence, len(training.examples.passages))
+    return data.Known(plan.evidence_code, plan.evidence, num_known(training))
 
 
 def evidence_of_all(training: Training, state: TrainState, record: Record) -> data.Known:
     """What the generator says of every row behind what it names, where nothing is mined; kept in the workdir."""
     examples, path = training.examples, training.workdir / "evidence.npz"
     if path.is_file():
-        return data.Known(**files.read(path), num_passages=len(examples.passages))
+        return data.Known(**files.read(path), num_passages=num_known(training))
     may_read = [keys for keys in (examples.own_key, examples.negative_key) if keys is not None]
     with record.pausing("mining"):
         params, rows = optim.join(state.params, state.frozen), np.arange(len(examples))
@@ -85,10 +85,28 @@ def evidence_of_all(training: Training, state: TrainState, record: Record) -> da
     return known
 
 
+def num_known(training: Training) -> int:
+    """Passages of which something may be known, none included."""
+    return len(training.examples.passages) + training.batching.reads_none
+
+
+def behind_none(training: Training) -> data.Examples:
+    """The examples, with no passage as their last one if the objective asks for that."""
+    examples, prompt = training.examples, training.opened.prompt
+    if not training.batching.reads_none:
+        return examples
+    assert prompt is not None and examples.prefixes is not None
+    (nothing, _), _ = data.prompt_segments(prompt, [""], [])
+    prefixes = data.Ragged.of([*(examples.prefixes[i] for i in range(len(examples.prefixes))), nothing[0]])
+    return dataclasses.replace(examples, passages=(*examples.passages, ""), prefixes=prefixes)
+
+
 def known_evidence(training: Training, params: dict, rows: np.ndarray, passages: np.ndarray) -> tuple[data.Known, int]:
     """What the generator says of rows (n,) behind passages (n, _), -1: none, and of how many pairs it was not kept."""
-    examples, opened, config = training.examples, training.opened, training.config
+    examples, opened, config = behind_none(training), training.opened, training.config
     num = len(examples.passages)
+    if training.batching.reads_none:
+        passages = np.concatenate([passages, np.full((len(passages), 1), num - 1, passages.dtype)], axis=1)
     pair_rows, pair_passages = np.divmod(
         np.unique((rows[:, None].astype(np.int64) * num + passages)[passages >= 0]), num
     )
@@ -140,7 +158,7 @@ def spans_of_before(training: Training, start_step: int) -> Iterator[Span]:
             yield step, plan, known_of(training, plan)
         return
     path = training.workdir / "evidence.npz"
-    known = data.Known(**files.read(path), num_passages=len(training.examples.passages)) if path.is_file() else None
+    known = data.Known(**files.read(path), num_passages=num_known(training)) if path.is_file() else None
     yield start_step, None, known
 
 

@@ -113,7 +113,14 @@ def build(config: Config, workdir: pathlib.Path, mesh: Mesh, start_step: int) ->
     read = dataclasses.replace(examples, prefixes=None, prompt_queries=None, answers=None) if keeps else examples
     shapes = data.buckets(read, config.batch_size, objective.candidates, objective.negatives)
     by_row = objective.candidates_from == "row"
-    batching = data.Batching(shapes, config.group_size, objective.negatives, by_row, given)
+    noisy = objective.label_noise is not None
+    if noisy and not keeps:
+        raise UserError(
+            f"objective.label_noise={objective.label_noise}: takes evidence that is kept; freeze the generator "
+            "(optimizer.rate_rules=(('generator/', 0.0), ('.*', 1.0))) and set objective.marginal_weight=0, "
+            "objective.candidates_from=row and objective.kept_evidence=auto"
+        )
+    batching = data.Batching(shapes, config.group_size, objective.negatives, by_row, given, noisy)
     return Training(
         config, workdir, opened, mesh, examples, report, batching, keeps, eval_rows, eval_report, rules, optimizer,
         state, step, is_main=jax.process_index() == 0,
