@@ -49,7 +49,10 @@ def make_rows(num_rows, seed=0, passages=None, prefix_room=0, suffix_room=0, neg
     right = passages.reshape(-1, group_size, 1)
     slots = 1 if negatives is None else 1 + negatives.shape[2]
     key = np.concatenate(
-        [fill_slots(own, None if negatives is None else negatives[i], slots) for i, own in enumerate(right)]
+        [
+            fill_slots(own.tolist(), [[] for _ in own] if negatives is None else negatives[i].tolist(), slots)
+            for i, own in enumerate(right)
+        ]
     )
     there = key[:, :, None] >= 0
     texts = (jnp.where(there, a[key], (jnp.arange(a.shape[1]) == 0).astype(a.dtype)) for a in (*passage, *prefix))
@@ -115,19 +118,20 @@ def candidates_by_hand(cosine, rows, group_size, num_candidates):
     return chosen
 
 
-def contrastive_by_hand(scores, rows, group_size=4):
-    """Sums of exponentials: each passage of the batch once, none that is known to answer the query."""
+def contrastive_by_hand(scores, rows, group_size=4, out=None):
+    """Sums of exponentials: each passage of the batch once, none that is known to answer the query, or is `out`."""
     keys, total = np.asarray(rows.pool.key).ravel(), 0.0
     known = [set(right) - {-1} for right in np.asarray(rows.right_key).tolist()]
+    out = known if out is None else out
     first = [j for j, key in enumerate(keys) if key >= 0 and key not in keys[:j]]
     labelled = [i for i, right in enumerate(right_slots(rows, group_size)) if right]
     for i in labelled:
         own = right_slots(rows, group_size)[i]
-        wrong = [j for j in first if keys[j] not in known[i]]
+        wrong = [j for j in first if keys[j] not in out[i]]
         weights = jnp.exp(scores)
         total -= jnp.log(weights[i, np.array(own)].sum() / weights[i, np.array(own + wrong)].sum())
         for j in own:
-            askers = [i, *(other for other in range(len(known)) if known[other] and keys[j] not in known[other])]
+            askers = [i, *(other for other in range(len(known)) if known[other] and keys[j] not in out[other])]
             total -= jnp.log(weights[i, j] / weights[np.array(askers), j].sum()) / len(own)
     return total / (2 * len(labelled))
 
@@ -135,7 +139,7 @@ def contrastive_by_hand(scores, rows, group_size=4):
 def reference(model, params, rows):
     """Loss and gradients with one full [passage][query][answer] sequence a pair, and all logits."""
     objective = model.objective
-    prefix_ids, prefix_mask = (np.asarray(a).reshape(-1, a.shape[-1]) for a in rows.pool[3:])
+    prefix_ids, prefix_mask = (np.asarray(a).reshape(-1, a.shape[-1]) for a in rows.pool[3:5])
     cosine_of = functools.partial(cosines_by_hand, model, rows=rows)
 
     cosine = np.asarray(jax.jit(cosine_of)(params))
@@ -271,7 +275,7 @@ def test_each_negative_counts_in_both_losses_and_none_that_is_not_there():
 def listwise_reference(model, params, rows):
     """Loss and gradients of a listwise objective: every pair is one full sequence, and all logits are there."""
     objective, B, Ls = model.objective, len(rows.row), rows.suffix_ids.shape[1]
-    prefix_ids, prefix_mask = (np.asarray(a).reshape(-1, a.shape[-1]) for a in rows.pool[3:])
+    prefix_ids, prefix_mask = (np.asarray(a).reshape(-1, a.shape[-1]) for a in rows.pool[3:5])
     sizes, after = prefix_mask.sum(1), np.asarray(rows.suffix_mask.sum(1))
     cosine = np.asarray(jax.jit(functools.partial(cosines_by_hand, model, rows=rows))(params))
     chosen = np.array(candidates_by_hand(cosine, rows, 4, objective.candidates))
@@ -513,6 +517,106 @@ def test_rows_with_several_right_passages_one_or_none(generator, objective):
     expected, expected_gradients = by_hand(model, params, rows)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     assert_trees_close(gradients, expected_gradients, 1e-5)
+
+
+def with_all_evidence(model, params, rows):
+    """The rows with the evidence of every slot of their group, and nothing that a generator would read."""
+    p = rows.pool.key.size // len(rows.row) * model.group_size
+    slots = jnp.tile(jnp.arange(p), (len(rows.row) // model.group_size, model.group_size, 1))
+    read = rag.read_suffixes(model, params, model.in_groups(rows), slots, None)
+    pool = rows.pool._replace(prefix_ids=None, prefix_mask=None)
+    gone = dict.fromkeys(("suffix_ids", "suffix_mask", "answer_start", "answer_mask"))
+    return rows._replace(pool=pool, evidence=model.objective.summed(read), **gone)
+
+
+@pytest.mark.parametrize("name", ["pdist", pytest.param("emdr2", marks=pytest.mark.slow)])
+def test_evidence_that_is_known_beforehand_is_as_good_as_read(name):
+    """What no row may read need not be known; a row of which nothing is known has no term."""
+    objective = dict(name=name, candidates=3, negatives=2, marginal_weight=0.0, evidence_temperature=0.5)
+    model, params = make("gpt2", **objective)
+    model = dataclasses.replace(model, labelled=False, trains_generator=False)
+    rows, frozen = rows_of_all_kinds(), {"generator": params["generator"]}
+    known = with_all_evidence(model, params, rows)
+
+    @jax.jit
+    def of_retriever(retriever, rows):
+        return jax.value_and_grad(lambda r: rag.loss(model, {"retriever": r} | frozen, rows, None)[0])(retriever)
+
+    loss, gradient = of_retriever(params["retriever"], rows)
+    for evidence in (known.evidence, jnp.where(rows.readable, known.evidence, jnp.nan)):
+        again, as_known = of_retriever(params["retriever"], known._replace(evidence=evidence))
+        np.testing.assert_allclose(again, loss, rtol=1e-6)
+        assert_trees_close({"retriever": as_known}, {"retriever": gradient}, 1e-5)
+    terms = functools.partial(rag.loss, dataclasses.replace(model, generator=None), params, key=None)
+    whole = rag.evidence_terms(model, params, known, rag.embed(model, params, known, None), None)["evidence"]
+    without = known._replace(evidence=known.evidence.at[2].set(jnp.nan))
+    expected = (float(whole.nats_B.sum()) - float(whole.nats_B[2])) / 7
+    np.testing.assert_allclose(terms(without)[1]["loss/evidence"], expected, rtol=1e-5)
+
+
+def test_a_document_is_told_from_the_other_passages():
+    """Of rows whose document alone is known; passages of several groups, and of no document, among them."""
+    model, params = make(document_weight=2.0, contrastive_weight=0.0, marginal_weight=0.0)
+    model, rows = dataclasses.replace(model, generator=None), rows_of_all_kinds()
+    keys = np.asarray(rows.pool.key)
+    of_passage, of_row = np.array([0, 0, 1, 1, 1, 2, 2, -1, -1, 3, 0, 0, 2, 1, 0, 3]), [-1, 0, 1, -1, 2, 3, 5, -1]
+    rows = rows._replace(
+        pool=rows.pool._replace(document=jnp.asarray(np.where(keys < 0, -1, of_passage[keys]))),
+        document=jnp.asarray(of_row),
+    )
+    scores = np.exp(np.asarray(cosines_by_hand(model, params, rows), np.float64) / model.objective.temperature)
+    flat, total, count = keys.ravel(), 0.0, 0
+    first = [j for j, key in enumerate(flat) if key >= 0 and key not in flat[:j]]
+    for i, document in enumerate(of_row):
+        within = [j for j in first if document >= 0 and of_passage[flat[j]] == document]
+        count += document >= 0
+        total -= np.log(scores[i, within].sum() / scores[i, first].sum()) if within else 0.0
+    loss, metrics = rag.loss(model, params, rows, None)
+    np.testing.assert_allclose(metrics["loss/document"], total / count, rtol=1e-5)
+    np.testing.assert_allclose(loss, 2 * total / count, rtol=1e-5)
+
+
+def corrected_by_hand(evidence, none, right, margin):
+    known = [k for k, value in enumerate(evidence) if not np.isnan(value)]
+    labels = [k for k in known if right[k]]
+    if not labels:
+        return right, right
+    label = max(evidence[k] for k in labels)
+    explains = {k for k in known if evidence[k] >= label and evidence[k] >= none + margin}
+    drops = any(evidence[k] >= label + margin and not right[k] for k in explains)
+    now = [k in explains or (right[k] and not drops) for k in range(len(right))]
+    return now, [now[k] or right[k] or (k in known and evidence[k] > label - margin) for k in range(len(right))]
+
+
+def test_evidence_corrects_labels():
+    """The rule by loops, and the contrastive loss by sums of exponentials over what it leaves right and wrong."""
+    rng, margin = np.random.default_rng(1), 0.4
+    evidence = np.where(rng.random((8, 12)) < 0.1, np.nan, rng.normal(-2, 0.6, (8, 12))).astype(np.float32)
+    none = rng.normal(-2.2, 0.3, 8).astype(np.float32)
+    model, params = make(
+        name="pdist", candidates=3, negatives=2, marginal_weight=0.0, label_noise=margin, evidence_temperature=0.5,
+        evidence_weight=1e-6,
+    )  # fmt: skip
+    model, rows = dataclasses.replace(model, generator=None), rows_of_all_kinds()
+    keys = np.asarray(rows.pool.key).reshape(2, 12).repeat(4, axis=0)
+    right = (np.asarray(rows.right_key)[:, :, None] == keys[:, None]).any(1) & (keys >= 0)
+    ours = losses.corrected_labels(*map(jnp.asarray, (evidence, none, right)), margin)
+    theirs = [corrected_by_hand(*row, margin) for row in zip(evidence, none, right, strict=True)]
+    for got, expected in zip(ours, zip(*theirs, strict=True), strict=True):
+        np.testing.assert_array_equal(got, np.array(expected))
+    now, out = map(np.array, zip(*theirs, strict=True))
+    assert (now & ~right).any() and (right & ~now).any() and (out & ~now & ~right).any()
+    width = now.sum(axis=1).max()
+    assert width <= rows.right_key.shape[1] + rag.MORE_RIGHT
+    padded = [keys[i][now[i]].tolist() + [-1] * (width - now[i].sum()) for i in range(8)]
+    left_out = [set(keys[i][out[i]].tolist()) | set(np.asarray(rows.right_key)[i].tolist()) for i in range(8)]
+    scores = cosines_by_hand(model, params, rows) / model.objective.temperature
+    expected = contrastive_by_hand(scores, rows._replace(right_key=jnp.asarray(padded)), out=left_out)
+    told = rows._replace(evidence=jnp.asarray(evidence / 0.5), evidence_none=jnp.asarray(none / 0.5))
+    np.testing.assert_allclose(rag.loss(model, params, told, None)[1]["loss/contrastive"], expected, rtol=1e-5)
+    plain = dataclasses.replace(model, objective=dataclasses.replace(model.objective, label_noise=None))
+    untouched = rag.loss(plain, params, told, None)[1]["loss/contrastive"]
+    np.testing.assert_allclose(untouched, contrastive_by_hand(scores, rows), rtol=1e-5)
 
 
 def test_a_row_of_zeros_has_a_zero_embedding_and_a_zero_gradient():

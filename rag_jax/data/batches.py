@@ -269,10 +269,11 @@ def fill_groups(right: np.ndarray, brought: np.ndarray, batching: Batching) -> n
     """
     num_groups, slots = len(right) // batching.group_size, 1 + batching.negatives
     rights, others = (array.reshape(num_groups, batching.group_size, -1).tolist() for array in (right, brought))
-    return np.concatenate([_fill_slots(*group, slots) for group in zip(rights, others, strict=True)])
+    return np.concatenate([fill_slots(*group, slots) for group in zip(rights, others, strict=True)])
 
 
-def _fill_slots(right: list[list[int]], brought: list[list[int]], slots: int) -> np.ndarray:
+def fill_slots(right: list[list[int]], brought: list[list[int]], slots: int) -> np.ndarray:
+    """`fill_groups` of one group, the keys (g, S) of its slots."""
     first: dict[int, int] = {}  # passage -> row
     for row, (passage, *_) in enumerate(right):
         if passage >= 0:
