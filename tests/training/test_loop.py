@@ -47,8 +47,9 @@ def state_of(workdir, step, cache):
         patch.setenv("RAG_JAX_CACHE", str(cache))
         opened = pair.open_pair(config.load_workdir(workdir), workdir)
         abstract = pair.abstract_params(opened)
-        optimizer = optim.make_optimizer(opened.config.optimizer, opened.config.total_steps, abstract)
-        moments = jax.eval_shape(optimizer.init, abstract)
+        trainable, _ = optim.split_frozen(abstract, setup.rate_rules(opened.config, setup.used_roles(opened)))
+        optimizer = optim.make_optimizer(opened.config.optimizer, opened.config.total_steps, trainable)
+        moments = jax.eval_shape(optimizer.init, trainable)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         items = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device),

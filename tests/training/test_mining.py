@@ -1,5 +1,10 @@
-"""Mining in the loop: what it finds and leaves in the workdir, going on from it to the same bits, and harder steps."""
+"""Mining in the loop: what it finds and leaves in the workdir, going on from it to the same bits, and harder steps.
 
+The runs train on rows of all kinds, a third of them with a passage, a third with a document of two passages, a third
+with neither, by evidence that is kept.
+"""
+
+import csv
 import json
 import subprocess
 import time
@@ -18,9 +23,12 @@ STEPS = 8
 ROWS = 30  # mined in the middle of the first epoch and of the second.
 VALUES = {
     "total_steps": STEPS, "mining__every_steps": 3, "eval__every_steps": 0, "checkpoint__every_steps": 2,
-    "checkpoint__keep": 9, "objective__name": "none", "generator__path": None, "objective__negatives": 2,
+    "checkpoint__keep": 9, "objective__name": "pdist", "objective__marginal_weight": 0.0, "objective__negatives": 2,
+    "objective__candidates": 3, "objective__candidates_from": "row", "mining__explore": 1,
+    "optimizer__rate_rules": (("generator/", 0.0), (".*", 1.0)), "data__columns__document": "Doc",
     "dropout": 0.0,  # whose noise is as large as what is compared
 }  # fmt: skip
+COLUMNS = {"query": "Question", "passage": "Abstract", "answer": "Answer", "document": "Doc"}
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +37,29 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, cache):
+def values(tmp_path_factory):
+    """VALUES, and files of the project's rows, of which two in three do not name their passage, and of all passages."""
+    folder = tmp_path_factory.mktemp("kinds")
+    with open(ROOT / "tests/data/rows.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    passages = list(dict.fromkeys(row["Abstract"] for row in rows))
+    document = {passage: f"d{i // 2}" for i, passage in enumerate(passages)}
+    with (folder / "rows.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS.values())
+        for i, row in enumerate(rows):
+            passage, doc = row["Abstract"] if i % 3 == 0 else "", document[row["Abstract"]] if i % 3 == 1 else ""
+            writer.writerow((row["Question"], passage, row["Answer"][:20], doc))
+    with (folder / "corpus.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("Abstract", "Doc"), *document.items()])
+    return VALUES | {"data__train": folder / "rows.csv", "data__passages": folder / "corpus.csv"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache, values):
     """A run of all steps without a stop."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    printed = run(cache, "main", f"--config={TINY}", f"--workdir={workdir}", **VALUES)
+    printed = run(cache, "main", f"--config={TINY}", f"--workdir={workdir}", **values)
     return workdir, printed
 
 
@@ -43,11 +70,12 @@ def plans(workdir, steps=(0, 3, 6)):
 
 
 @pytest.mark.slow
-def test_the_plans_and_their_metrics(whole):
+def test_the_plans_and_their_metrics(whole, values):
     workdir, printed = whole
+    gaps = data.Gaps(passage=True, corpus=(("data.passages", str(values["data__passages"])),))
     rows, _ = data.load_examples(
-        str(ROOT / "tests/data/rows.csv"), key="data.train", bad_rows="drop", retriever=None, prompt=None,
-        columns={"query": "Question", "passage": "Abstract", "answer": "Answer"},
+        str(values["data__train"]), key="data.train", bad_rows="drop", retriever=None, prompt=None, columns=COLUMNS,
+        gaps=gaps,
     )  # fmt: skip
     assert sorted(path.name for path in (workdir / "mining").iterdir()) == [f"step_{m}.npz" for m in (0, 3, 6)]
     met = np.zeros(ROWS, int)
@@ -56,16 +84,28 @@ def test_the_plans_and_their_metrics(whole):
         np.testing.assert_array_equal(plan.met, met)
         met += np.bincount(plan.rows.ravel(), minlength=ROWS)
         assert met.max() - met.min() <= 1
-        assert plan.brought.shape == (3, 8, 2)
-        for group, brought in zip(plan.rows.reshape(-1, 4), plan.brought.reshape(-1, 4 * 2), strict=True):
-            there = brought[brought >= 0]
+        assert plan.brought.shape == (3, 8, 3)
+        for group, brought in zip(plan.rows.reshape(-1, 4), plan.brought.reshape(-1, 4, 3), strict=True):
+            named = rows.passage_key[group] >= 0
+            there = brought[named][brought[named] >= 0]
             assert len(set(there)) == len(there) and not set(there) & set(rows.passage_key[group])
+            assert (brought[named, 2] == -1).all(), "two negatives"
+            for row, own in zip(group[~named], brought[~named].tolist(), strict=True):
+                document = rows.document_key[row]
+                if document >= 0:  # its two passages and no third one
+                    assert sorted(own) == [-1, *sorted(rows.document_passages[document])]
+                else:
+                    assert len(set(own)) == 3 and min(own) >= 0
+        known = data.Known(plan.evidence_code, plan.evidence, len(rows.passages))
+        for row, brought in zip(plan.rows.ravel(), plan.brought.reshape(-1, 3), strict=True):
+            keys = np.array([*rows.own_key[row], *brought])
+            np.testing.assert_array_equal(np.isnan(known.values(row[None], keys)), keys < 0)
     assert met.sum() == 9 * 8
     lines = records(workdir, "mining/")
     assert [line["step"] for line in lines] == [0, 3, 6]
     for line in lines:
         assert line["mining/similarity"] > line["mining/random_similarity"]
-        assert 0 < line["mining/masked_identity"] < 1 and 0 <= line["mining/masked_margin"] < 1
+        assert 0 <= line["mining/masked_identity"] < 1 and 0 <= line["mining/masked_margin"] < 1
         assert 0 < line["mining/random_not_first"] <= 1
         assert line["mining/negatives_similarity"] > line["mining/random_similarity"]
         assert 0 <= line["mining/negatives_missing"] < 0.5
@@ -74,26 +114,31 @@ def test_the_plans_and_their_metrics(whole):
     assert "mining     groups of near passages, anew every 3 steps; kept apart: " in printed
     assert "of training)" in printed
     assert "negatives  2 more that each query brings, of those mined for it" in printed
+    assert "30 rows (10 with a passage, 10 with a document alone, 10 with neither passage nor document)" in printed
+    pairs = [line["mining/evidence_pairs"] for line in lines]
+    computed = [line["mining/evidence_computed"] for line in lines]
+    assert pairs[0] == computed[0] > 0 and computed[2] < pairs[2]  # what was computed before is not again
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_bits(whole, cache, tmp_path):
+def test_a_killed_run_goes_on_to_the_same_bits(whole, cache, values, tmp_path):
     workdir = tmp_path / "run"
-    command = words("main", f"--config={TINY}", f"--workdir={workdir}", **VALUES)
+    # As if on another machine: nothing is kept but what the run itself leaves.
+    elsewhere = tmp_path / "cache"
+    command = words("main", f"--config={TINY}", f"--workdir={workdir}", **values)
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command, cwd=ROOT, env=environment(elsewhere), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     while process.poll() is None and not (workdir / "checkpoints" / "4").exists():
         time.sleep(0.02)
     process.kill()
     process.wait()
-    run(cache, "main", f"--config={TINY}", f"--workdir={workdir}", **VALUES)
+    run(elsewhere, "main", f"--config={TINY}", f"--workdir={workdir}", **values)
     assert records(workdir) == records(whole[0])
     assert records(workdir, "mining/") == records(whole[0], "mining/")
     for ours, theirs in zip(plans(workdir), plans(whole[0]), strict=True):
-        np.testing.assert_array_equal(ours.rows, theirs.rows)
-        np.testing.assert_array_equal(ours.met, theirs.met)
-        np.testing.assert_array_equal(ours.negatives, theirs.negatives)
+        for name, array in vars(ours).items():
+            np.testing.assert_array_equal(array, getattr(theirs, name), err_msg=name)
     ours, theirs = state_of(workdir, STEPS, cache), state_of(whole[0], STEPS, cache)
     for path in ours:
         np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)
@@ -190,11 +235,11 @@ def test_mined_batches_are_harder(cache, tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_train_on_one_plan(whole, cache, tmp_path):
+def test_processes_train_on_one_plan(whole, cache, values, tmp_path):
     workdir = tmp_path / "run"
-    ended = run_together(2, 1, cache, f"--config={TINY}", f"--workdir={workdir}", **VALUES)
+    ended = run_together(2, 1, cache, f"--config={TINY}", f"--workdir={workdir}", **values)
     assert [code for code, _, _ in ended] == [0, 0], ended
-    for name in ("rows", "negatives"):
+    for name in ("rows", "brought"):
         np.testing.assert_array_equal(*(getattr(plans(place)[0], name) for place in (workdir, whole[0])))
     ours, theirs = records(workdir), records(whole[0])
     np.testing.assert_allclose(
