@@ -95,8 +95,39 @@ def test_negatives_that_queries_bring(shape):
 
 @pytest.mark.parametrize("shape", cases([], [(2, 2, 2)], [(1, 8, 1)]))
 def test_evidence(shape):
-    model, params = make("llama", name="pdist", evidence="both", label_share=0.2, evidence_temperature=0.5)
-    assert_same_on(shape, model, params, make_rows(32, passages=[0, 1, 0, *range(2, 31)]))
+    model, params = make(
+        "llama", name="pdist", evidence="both", label_share=0.2, evidence_temperature=0.5, document_weight=0.6
+    )
+    assert_same_on(shape, dataclasses.replace(model, labelled=False), params, rows_of_all_kinds())
+
+
+def rows_of_all_kinds():
+    """Two rows in three do not name their passage; of every other one of these the document is known."""
+    rows = make_rows(32, passages=[0, 1, 0, *range(2, 31)])
+    named, keys = np.arange(32) % 3 == 0, np.asarray(rows.pool.key)
+    document = np.where(keys < 0, -1, keys // 5)
+    of_row = np.where(named | (np.arange(32) % 2 == 0), -1, document[:, 0])
+    groups = document.reshape(-1, 4).repeat(4, axis=0)
+    return rows._replace(
+        right_key=jnp.where(jnp.asarray(named)[:, None], rows.right_key, -1),
+        pool=rows.pool._replace(document=jnp.asarray(document)),
+        document=jnp.asarray(of_row),
+        readable=jnp.asarray((of_row[:, None] < 0) | (groups == of_row[:, None])),
+    )
+
+
+@pytest.mark.parametrize("shape", cases([], [(2, 2, 2)], [(1, 8, 1)]))
+def test_evidence_that_is_known_corrects_labels(shape):
+    model, params = make("gpt2", name="pdist", marginal_weight=0.0, label_noise=0.3, document_weight=0.6)
+    rng = np.random.default_rng(0)
+    evidence, none = rng.normal(-2, 0.5, (32, 4)), rng.normal(-2.2, 0.3, 32)
+    evidence[rng.random((32, 4)) < 0.2] = np.nan
+    known = {"evidence": jnp.asarray(evidence, jnp.float32), "evidence_none": jnp.asarray(none, jnp.float32)}
+    model, rows = dataclasses.replace(model, labelled=False), rows_of_all_kinds()._replace(**known)
+    loss, expected = value_and_grad(model, params, rows)
+    meshed, got, _ = gradients_on(mesh_of(shape), model, params, rows, rules=(("^generator/", 0.0), (".*", 1.0)))
+    np.testing.assert_allclose(meshed, loss, rtol=1e-5)
+    assert_trees_close({"retriever": got["retriever"]}, {"retriever": jax.device_get(expected)["retriever"]}, 1e-5)
 
 
 @pytest.mark.parametrize("shape", cases([], [(2, 2, 2)], [(1, 2, 4), (1, 8, 1)]))
