@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from rag_jax import data, hf, pair
+from rag_jax import data, files, hf, pair
 from rag_jax.training import optim
 from rag_jax.training.setup import Training
 from rag_jax.training.step import Tree
@@ -30,10 +30,19 @@ def summary(training: Training, start_step: int) -> str:
             + ("" if config.data.eval == config.data.train else f"; {training.eval_report}")
         )
     weights = [f"contrastive weight {objective.contrastive_weight:g}", f"marginal weight {objective.marginal_weight:g}"]
-    if objective.formula.divergence:
+    if objective.formula.reads == "scores":
+        weights[1:] = [f"weight of the given scores {objective.evidence_weight:g}"]
+    elif objective.formula.divergence:
         tokens = {"both": "question and answer"}.get(objective.evidence, objective.evidence)
         weights.insert(1, f"weight of the {tokens}'s evidence {objective.evidence_weight:g}")
-    lines["objective"] = f"{objective.name}: {', '.join(weights)}, K = {objective.candidates} candidates a query"
+    if objective.document_weight:
+        weights.append(f"document weight {objective.document_weight:g}")
+    own = " of those that it brings" if objective.candidates_from == "row" else ""
+    lines["objective"] = f"{objective.name}: {', '.join(weights)}, K = {objective.candidates} candidates a query{own}"
+    if training.keeps_evidence:
+        lines["evidence"] = f"of the frozen generator, computed once and kept in {files.folder() / 'evidence'}"
+        if objective.label_noise is not None:
+            lines["evidence"] += f"; it corrects labels by a margin of {objective.label_noise:g}"
     groups = config.batch_size // config.group_size
     lines["batch"] = (
         f"{config.batch_size} queries in {groups} group{'s' if groups > 1 else ''} of {config.group_size}, "
@@ -45,7 +54,8 @@ def summary(training: Training, start_step: int) -> str:
         lines["negatives"] = f"{number} more that each query brings, of {of}"
     if every := config.mining.every_steps:
         margin = config.mining.margin
-        lines["mining"] = f"groups of near passages, anew every {every} steps" + (
+        sought = ", and candidates of rows that name no passage" if not opened.model.labelled else ""
+        lines["mining"] = f"groups of near passages{sought}, anew every {every} steps" + (
             "" if margin is None else f"; kept apart: passages that score above a query's own by more than {margin:g}"
         )
     lines["lengths"] = "; or ".join(describe(shape) for shape in training.batching.shapes)
