@@ -15,6 +15,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,7 @@ OBJECTIVES = {
 }
 # Those to which it matters who is in a batch.
 MINED = ("contrastive only", "both, apart", "token", "sequence")
+UNTRAINED = {"name": "untrained", "mined": False, "seed": None}
 COLUMNS = {
     "recall@1": "eval/recall@1",
     "MRR@10": "eval/mrr@10",
@@ -66,10 +68,11 @@ def main() -> None:
     points = [(name, mined) for name in args.only for mined in (False, *([True] if name in MINED else []))]
     for seed in args.seeds:
         for name, mined in points:
-            if record.of(name, mined, seed) is None:
-                record.add(name, mined, seed, run(args, more, name, mined, seed))
-    if record.of("untrained", False, None) is None:
-        record.add("untrained", False, None, measure(args, more, None))
+            which = {"name": name, "mined": mined, "seed": seed}
+            if record.of(**which) is None:
+                record.add(run(args, more, name, mined, seed), **which)
+    if record.of(**UNTRAINED) is None:
+        record.add(measure(args, more, None), **UNTRAINED)
     print(table(args, points, record))
 
 
@@ -86,12 +89,11 @@ class Record:
                     f"--record={path}: was measured under {line['settings']}, not {settings}; name another"
                 )
 
-    def of(self, name: str, mined: bool, seed: int | None) -> dict | None:
-        which = {"name": name, "mined": mined, "seed": seed}
+    def of(self, **which: Any) -> dict | None:
         return next((line["measured"] for line in self.lines if which.items() <= line.items()), None)
 
-    def add(self, name: str, mined: bool, seed: int | None, measured: dict) -> None:
-        line = {"name": name, "mined": mined, "seed": seed, "settings": self.settings, "measured": measured}
+    def add(self, measured: dict, **which: Any) -> None:
+        line = which | {"settings": self.settings, "measured": measured}
         self.lines.append(line)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
@@ -178,7 +180,7 @@ def minings(workdir: pathlib.Path) -> dict:
 
 
 def table(args: argparse.Namespace, points: list[tuple[str, bool]], record: Record) -> str:
-    untrained = record.of("untrained", False, None)
+    untrained = record.of(**UNTRAINED)
     assert untrained is not None
     counts = untrained["counts"]
     lines = [
@@ -189,7 +191,7 @@ def table(args: argparse.Namespace, points: list[tuple[str, bool]], record: Reco
         row("untrained", [untrained]),
     ]
     for name, mined in points:
-        found = [record.of(name, mined, seed) for seed in args.seeds]
+        found = [record.of(name=name, mined=mined, seed=seed) for seed in args.seeds]
         lines.append(row(name + (", mined groups" if mined else ""), [one for one in found if one is not None]))
     hardest = [line["measured"] for line in record.lines if "groups, first" in line["measured"]]
     if hardest:

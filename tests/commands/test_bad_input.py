@@ -71,7 +71,7 @@ VALUES = {
     "misspelt objective": (
         {"objective__name": "sequnce"},
         [
-            "objective.name='sequnce': must be one of token, sequence, pdist, replug, emdr2, dalm, none; did you mean",
+            "objective.name='sequnce': must be one of token, sequence, pdist, replug, emdr2, distill, dalm, none; ",
             "did you mean sequence?",
         ],
     ),

@@ -117,7 +117,8 @@ def test_rows_unpickle_nothing(tmp_path, marker):
         (folder / extra).write_bytes(pickle.dumps(Evil(marker)))
     for name in ("r.parquet", "r.arrow", "saved"):
         rows = row_files.read_rows(str(tmp_path / name), "data.train", COLUMNS)
-        assert rows == row_files.Rows(*TABLE.values())
+        queries, passages, answers = TABLE.values()
+        assert rows == row_files.Rows(queries, [[text] for text in passages], answers)
     for name in ("r.csv", "r.json", "r.jsonl", "r.parquet", "r.arrow", "r.pkl"):
         (tmp_path / name).write_bytes(pickle.dumps(Evil(marker)))
         with pytest.raises(UserError):

@@ -214,9 +214,10 @@ def test_given_negatives_in_a_batch(tmp_path):
     for name in plain._fields:
         if name != "pool":
             np.testing.assert_array_equal(getattr(batch, name), getattr(plain, name), err_msg=name)
-    for whole, first in zip(batch.pool, plain.pool, strict=True):
+    assert batch.pool.document is None
+    for whole, first in zip(batch.pool[:5], plain.pool[:5], strict=True):
         np.testing.assert_array_equal(whole[:, :1], first)
-    found = data.Pool(*(array[:, 1:] for array in batch.pool))
+    found = data.Pool(*(array[:, 1:] for array in batch.pool[:5]))
     np.testing.assert_array_equal(found.key, examples.negative_key[order])
     passages = real(found.passage_ids.reshape(6, -1), found.passage_mask.reshape(6, -1))
     prefixes = real(found.prefix_ids.reshape(6, -1), found.prefix_mask.reshape(6, -1))
@@ -230,7 +231,7 @@ def test_given_negatives_in_a_batch(tmp_path):
     half = data.collate(examples, order, batching, own=np.array([2]))
     np.testing.assert_array_equal(half.pool.prefix_ids[:, 1:], found.prefix_ids[2:])
     expected = data.shape_of(data.lengths(batch), 3, 2, right=2)
-    assert [(a.shape, a.dtype) for a in batch.pool] == list(expected.pool)
+    assert [(a.shape, a.dtype) for a in batch.pool[:5]] == list(expected.pool[:5])
     assert (batch.right_key.shape, batch.right_key.dtype) == expected.right_key
 
 

@@ -285,6 +285,50 @@ def test_without_a_generator_there_are_no_answers(folder):
     assert "answer" not in result.by_row[0] and len(result.by_row[0]["retrieved"]) == 7
 
 
+def test_reranking_changes_the_order_of_the_first_ones_alone(folder):
+    model, params = build()
+    rows, _ = evaluation.load_rows(config(folder, answers=0), RETRIEVER, PROMPT)
+    plain, again = (evaluation.evaluate(model, params, rows, rerank=rerank) for rerank in (0, 4))
+    moved = 0
+    for before, after in zip(plain.by_row, again.by_row, strict=True):
+        shown = [[found["passage"] for found in line["retrieved"]] for line in (before, after)]
+        assert sorted(shown[0][:4]) == sorted(shown[1][:4]) and shown[0][4:] == shown[1][4:]
+        by_passage = ({found["passage"]: found["score"] for found in line["retrieved"]} for line in (before, after))
+        assert next(by_passage) == next(by_passage)
+        moved += shown[0] != shown[1]
+    assert moved and evaluation.record(again, rows, model, 0, 4)["counts"]["reranked"] == 4
+    assert "reranked" not in evaluation.record(plain, rows, model, 0)["counts"]
+
+
+def test_rows_without_labels_are_evaluated_by_what_is_found(folder, tmp_path):
+    """Ranking counts the labelled rows alone; answers and documents are looked for in the text and by name."""
+    model, params = build()
+    rows = [(q, p if i % 2 else "", a, f"d{i // 3}") for i, (q, p, a) in enumerate(ROWS)]
+    changed = config(folder, answers=0)
+    changed.data.eval = write_csv(tmp_path / "rows.csv", ("Q", "P", "A", "D"), rows)
+    corpus = [(p, f"d{i // 3}") for i, (_, p, _) in enumerate(ROWS)]
+    changed.data.passages = write_csv(tmp_path / "corpus.csv", ("P", "D"), corpus)
+    changed.data.columns.document = "D"
+    evaluated, _ = evaluation.load_rows(changed, RETRIEVER, PROMPT)
+    result = evaluation.evaluate(model, params, evaluated)
+    labelled = [line for line in result.by_row if "recall@1" in line]
+    assert {line["row"] for line in labelled} == {1, 3, 5, 6}, "of the last one's document there is one passage"
+    np.testing.assert_allclose(result.metrics["eval/recall@1"], np.mean([line["recall@1"] for line in labelled]))
+    documents = {}
+    for passage, name in corpus:
+        documents.setdefault(name, set()).add(passage)
+    for line in result.by_row:
+        top = [found["passage"] for found in line["retrieved"]]
+        _, _, answer, document = rows[line["row"]]
+        words = [passage.lower().split() for passage in top]
+        asked = answer.lower().split()
+        for k in (1, 5, 10):
+            assert line[f"document_hit@{k}"] == any(p in documents[document] for p in top[:k])
+            held = any(asked == w[i : i + len(asked)] for w in words[:k] for i in range(len(w)))
+            assert line[f"answer_hit@{k}"] == held, (answer, top[:k])
+    assert 0 < result.metrics["eval/document_hit@1"] < 1
+
+
 def test_a_dropped_row_leaves_its_passage_in_the_corpus(folder, tmp_path):
     long = ("who", "the moon sang", "an answer of more than ten bytes")
     changed = config(folder, passages=False)

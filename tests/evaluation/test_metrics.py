@@ -132,6 +132,17 @@ def test_a_metric_is_its_function_and_a_row(monkeypatch):
     assert "first_word" in metrics.needing("answers") and "first_word" not in metrics.needing("retriever")
 
 
+def test_an_answer_is_looked_for_as_dpr_does():
+    """Words in lower case with their accents taken apart, marks one by one; a part of a word is none."""
+    passage = metrics.dpr_tokens("The Café, 3.5 km away\u00a0-- isn't it?")
+    assert passage == ["the", "cafe\u0301", ",", "3", ".", "5", "km", "away", "-", "-", "isn", "'", "t", "it", "?"]
+    for answer, held in (
+        ("CAFÉ", True), ("cafe", False), ("3.5 km", True), ("5 km", True), ("km 5", False), ("is", False),
+        ("isn't", True), ("it?", True), ("", False), ("the caf", False), ("it ? yes", False),
+    ):  # fmt: skip
+        assert metrics.holds(passage, metrics.dpr_tokens(answer)) == held, answer
+
+
 def test_cut_offs_are_defined_once_and_every_metric_is():
     defined = metrics.definitions()
     assert {"eval/recall@k", "eval/hit_rate@k", "eval/precision@k", "eval/mrr@10", "eval/answer_nll_none"} <= set(

@@ -148,7 +148,8 @@ FINE = {
 def test_rows_that_are_fine(tmp_path, case):
     name, content, expected = FINE[case]
     (tmp_path / name).write_bytes(content)
-    assert read(tmp_path / name) == row_files.Rows(*map(list, expected))
+    queries, passages, answers = map(list, expected)
+    assert read(tmp_path / name) == row_files.Rows(queries, [[text] for text in passages], answers)
 
 
 def load(path, *, batch=1, retriever=True, **changes):

@@ -76,6 +76,17 @@ def test_sums_are_those_of_every_string_alone(opened, params, examples, tmp_path
         assert np.isnan(read[:, 1 - part]).all()
 
 
+def test_passages_are_reranked_by_the_question(opened, params, examples):
+    retrieved = np.array([[2, 0, 1], [0, 1, 2], [1, 2, 0], [0, 2, 1]])
+    questions = examples.prompt_queries.take(examples.query_key)
+    order = evidence.by_question(asking(opened, "answer"), params, examples.prefixes, questions, retrieved, 8)
+    for row in range(4):
+        found = [alone(opened, params, examples, row, passage)[1] for passage in retrieved[row]]
+        # A question of one token has nothing to say: its passages stay as they are.
+        assert order[row].tolist() == sorted(range(3), key=lambda k: -found[k])
+    assert order[2].tolist() == [0, 1, 2] and (order != [0, 1, 2]).any()
+
+
 def test_what_is_kept_is_not_computed_again(opened, params, examples, tmp_path, monkeypatch, caplog):
     """Also for another part, from a run that was cut off, and beside a damaged file, which is told."""
     rows, passages, asked = np.array([0, 1, 2, 3]), np.array([0, 1, 0, 2]), []

@@ -1,0 +1,251 @@
+"""What evidence is worth where labels are missing, coarse, few or wrong: the same rows with their labels taken away.
+
+    python -m benchmarks.labels --rows=TRAIN.csv --held-out=EVAL.csv --models=quickstart/models --out=RUNS
+
+Every line of the table is a run of `rag_jax.main` for each seed and number of steps, in a folder of its own below
+--out, whose retriever is then measured with all held-out rows. Readers are frozen, so what they say of a query and a
+passage is computed once for all runs; it is kept in $RAG_JAX_CACHE. What is finished stays in --record and is not run
+again: the command can be stopped and typed again. `--config.KEY=VALUE` goes to all.
+"""
+
+import argparse
+import csv
+import dataclasses
+import functools
+import json
+import pathlib
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+
+from benchmarks.objectives import ROOT, Record, evaluate
+from rag_jax import config, files, pair
+from rag_jax.inference.trained import Trained
+
+Row = dict[str, str]
+FROZEN = (("generator/", 0.0), (".*", 1.0))
+ALL = {
+    "batch_size": 8, "group_size": 8, "data.query_len": 32, "data.passage_len": 256, "data.prompt_passage_len": 256,
+    "data.prompt_query_len": 32, "data.answer_len": 24, "optimizer.learning_rate": 5e-5, "checkpoint.every_steps": 20,
+    "checkpoint.keep": 1, "eval.every_steps": 0,
+}  # fmt: skip
+LABELS = {"objective.name": "none", "generator.path": "None"}
+EVIDENCE = {
+    "objective.name": "pdist", "objective.evidence": "both", "objective.candidates": 8, "objective.negatives": 4,
+    "objective.candidates_from": "row", "objective.marginal_weight": 0, "optimizer.rate_rules": FROZEN,
+    "mining.margin": "None",
+}  # fmt: skip
+# Where no row has a label the contrastive loss has no term.
+ALONE = EVIDENCE | {"objective.contrastive_weight": 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line of the table: what becomes of the rows' labels, and what trains from them."""
+
+    rows: str  # what becomes of them, a method of Labels
+    values: dict
+    share: float = 1.0  # of the rows, that are changed
+    mined: bool = True
+
+
+LINES = {
+    "labels, random groups": Line("labelled", LABELS, mined=False),
+    "labels, mined groups": Line("labelled", LABELS),
+    "document: a random section as label": Line("random_section", LABELS),
+    "document: the nearest section as label": Line("nearest_section", LABELS),
+    "document: all sections as labels": Line("all_sections", LABELS | {"objective.negatives": 7}),
+    "document: pdist": Line("document_alone", ALONE),
+    "document: pdist, document weight 1": Line("document_alone", ALONE | {"objective.document_weight": 1}),
+    "document: emdr2": Line("document_alone", ALONE | {"objective.name": "emdr2"}),
+    "document: pdist, answer": Line("document_alone", ALONE | {"objective.evidence": "answer"}),
+    "nothing: pdist": Line("nothing", ALONE),
+    "nothing: pdist, answer": Line("nothing", ALONE | {"objective.evidence": "answer"}),
+    "nothing: pdist, 1 drawn at random": Line("nothing", ALONE | {"mining.explore": 1}),
+    "questions alone: pdist": Line("question_alone", ALONE | {"objective.evidence": "question"}),
+    **{
+        f"{share:.0%} of the labels, {name}": Line("nothing", values, 1 - share)
+        for share in (0.05, 0.2)
+        for name, values in (("labels alone", LABELS), ("pdist", EVIDENCE | {"objective.label_share": 0.5}))
+    },
+    **{
+        f"{share:.0%} of the labels wrong, {name}": Line("another_section", values, share)
+        for share in (0.1, 0.3, 0.5)
+        for name, values in (
+            ("labels alone", LABELS),
+            ("pdist, label noise", EVIDENCE | {"objective.label_noise": 0.2}),
+        )
+    },
+}
+METRICS = {"recall@1": "eval/recall@1", "recall@10": "eval/recall@10", "MRR@10": "eval/mrr@10"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=str(ROOT / "configs" / "minilm_smollm2.py"))
+    parser.add_argument("--rows", type=pathlib.Path, required=True, help="labelled rows to train on, a CSV file")
+    parser.add_argument("--held-out", type=pathlib.Path, required=True, help="rows to evaluate on, of other passages")
+    parser.add_argument("--document", default="Story", help="their column of documents")
+    parser.add_argument("--models", type=pathlib.Path, required=True, help="a folder with minilm and smollm2-135m")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="where the runs are kept")
+    parser.add_argument("--record", type=pathlib.Path, help="OUT/measured.jsonl if not given")
+    parser.add_argument("--num-rows", type=int, default=1440, help="of --rows, drawn once for all runs")
+    parser.add_argument("--steps", type=int, nargs="+", default=[60, 180])
+    parser.add_argument("--mine-every", type=int, default=60, help="steps")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--only", nargs="+", default=list(LINES), help="lines whose names begin so")
+    args, more = parser.parse_known_args()
+    names = [name for name in LINES if name.startswith(tuple(args.only))]
+    settings = {"rows": args.num_rows, "mine every": args.mine_every, "config": more}
+    record = Record(args.record or args.out / "measured.jsonl", settings)
+    args.out.mkdir(parents=True, exist_ok=True)
+    labels = Labels(args)
+    if record.of(name="untrained") is None:
+        record.add(measure(args, args.models / "minilm"), name="untrained")
+    for seed in args.seeds:
+        for steps in args.steps:
+            for name in names:
+                which = {"name": name, "steps": steps, "seed": seed}
+                if record.of(**which) is None:
+                    record.add(run(args, more, labels, name, steps, seed), **which)
+    print(table(args, names, record))
+
+
+def read(path: pathlib.Path) -> list[Row]:
+    csv.field_size_limit(2**31 - 1)
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+class Labels:
+    """The rows that are trained on, and what may become of their labels: a method each, by its name in `Line.rows`."""
+
+    def __init__(self, args: argparse.Namespace):
+        rows = read(args.rows)
+        self.args, self.document = args, args.document
+        sections: dict[str, dict[str, None]] = {}
+        for row in rows:
+            sections.setdefault(row[self.document], {})[row["Abstract"]] = None
+        self.sections = {document: list(passages) for document, passages in sections.items()}
+        self.rows = random.Random(0).sample(rows, args.num_rows)
+
+    def corpus(self) -> list[Row]:
+        return [{"Abstract": text, self.document: name} for name, of in self.sections.items() for text in of]
+
+    def of(self, line: Line) -> list[dict]:
+        """The rows of a line; of those that it changes so many are drawn."""
+        change: Callable[[Row], dict] = getattr(self, line.rows)
+        changed = set(random.Random(1).sample(range(len(self.rows)), round(line.share * len(self.rows))))
+        return [change(row) if i in changed else row for i, row in enumerate(self.rows)]
+
+    def labelled(self, row: Row) -> dict:
+        return row
+
+    def document_alone(self, row: Row) -> dict:
+        return row | {"Abstract": ""}
+
+    def nothing(self, row: Row) -> dict:
+        return row | {"Abstract": "", self.document: ""}
+
+    def question_alone(self, row: Row) -> dict:
+        return self.nothing(row) | {"Answer": ""}
+
+    def all_sections(self, row: Row) -> dict:
+        return row | {"Abstract": self.sections[row[self.document]]}
+
+    def random_section(self, row: Row) -> dict:
+        return row | {"Abstract": random.Random(row["Question"]).choice(self.sections[row[self.document]])}
+
+    def another_section(self, row: Row) -> dict:
+        others = [text for text in self.sections[row[self.document]] if text != row["Abstract"]]
+        return row | {"Abstract": random.Random(row["Question"]).choice(others or [row["Abstract"]])}
+
+    def nearest_section(self, row: Row) -> dict:
+        """What the retriever likes best before it is trained."""
+        query, of = self.query_emb[row["Question"]], self.sections[row[self.document]]
+        return row | {"Abstract": max(of, key=lambda text: float(query @ self.passage_emb[text]))}
+
+    @functools.cached_property
+    def untrained(self) -> Trained:
+        values = {"retriever.path": str(self.args.models / "minilm")} | LABELS
+        opened = pair.open_pair(config.load(self.args.config, values))
+        return Trained(opened, pair.pretrained_params(opened), 0)
+
+    @functools.cached_property
+    def query_emb(self) -> dict:
+        texts = [row["Question"] for row in self.rows]
+        return dict(zip(texts, self.untrained.embed_queries(texts), strict=True))
+
+    @functools.cached_property
+    def passage_emb(self) -> dict:
+        texts = [text for row in self.rows for text in self.sections[row[self.document]]]
+        return dict(zip(texts, self.untrained.embed_passages(texts), strict=True))
+
+
+def run(args: argparse.Namespace, more: list[str], labels: Labels, name: str, steps: int, seed: int) -> dict:
+    """Trains from the rows of a line and measures the retriever; the run's checkpoints are then removed."""
+    line, folder = LINES[name], "".join(c if c.isalnum() else "_" for c in name)
+    workdir, rows, corpus = (
+        args.out / part for part in (f"{folder}_{steps}_{seed}", f"{folder}.jsonl", "corpus.jsonl")
+    )
+    for path, content in ((rows, labels.of(line)), (corpus, labels.corpus())):
+        files.write_whole(path, "".join(json.dumps(row) + "\n" for row in content))
+    values = ALL | {
+        "data.train": rows,
+        "data.passages": corpus,
+        "data.columns.document": args.document,
+        "retriever.path": args.models / "minilm",
+        "generator.path": args.models / "smollm2-135m",
+        "total_steps": steps,
+        "seed": seed,
+        "mining.every_steps": args.mine_every if line.mined else 0,
+    }
+    print(workdir.name, file=sys.stderr, flush=True)
+    words = [f"--config.{key}={value}" for key, value in (values | line.values).items()]
+    command = [sys.executable, "-m", "rag_jax.main", f"--config={args.config}", f"--workdir={workdir}", *words, *more]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    exported = workdir / "exported"
+    shutil.rmtree(exported, ignore_errors=True)  # of a measurement that was stopped; an export overwrites nothing
+    command = [sys.executable, "-m", "rag_jax.export", f"--workdir={workdir}", f"--out={exported}"]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    measured = measure(args, exported / "retriever")
+    shutil.rmtree(exported)
+    shutil.rmtree(workdir / "checkpoints")
+    return measured
+
+
+def measure(args: argparse.Namespace, retriever: pathlib.Path) -> dict:
+    """Retrieval with all held-out rows."""
+    values = ALL | LABELS | {"data.eval": args.held_out, "eval.rows": 0, "retriever.path": retriever}
+    return evaluate([f"--config={args.config}", *(f"--config.{key}={value}" for key, value in values.items())])
+
+
+def table(args: argparse.Namespace, names: list[str], record: Record) -> str:
+    """Means over seeds, and half of their spread; a column for each number of steps and metric."""
+    untrained = record.of(name="untrained")
+    assert untrained is not None
+    heads = [f"{metric}, {steps}" for steps in args.steps for metric in METRICS]
+    lines = [
+        f"{args.num_rows:,} rows of {args.rows.name}, {len(args.seeds)} seed(s), {args.steps} steps; "
+        f"{untrained['counts']['queries']:,} held-out queries, {untrained['counts']['passages']:,} passages",
+        f"{'':<44}" + "".join(f"{head:>18}" for head in heads),
+        f"{'untrained':<44}"
+        + "".join(f"{untrained[metric]:>18.3f}" for _ in args.steps for metric in METRICS.values()),
+    ]
+    for name in names:
+        cells = []
+        for steps in args.steps:
+            found = [record.of(name=name, steps=steps, seed=seed) for seed in args.seeds]
+            for metric in METRICS.values():
+                values = [measured[metric] for measured in found if measured is not None]
+                spread = f" ±{(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "-")
+        lines.append(f"{name:<44}" + "".join(f"{cell:>18}" for cell in cells))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
