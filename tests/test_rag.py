@@ -222,7 +222,8 @@ def test_duplicate_passages_are_read_last_and_never_negatives(generator):
     assert_trees_close(gradients, expected_gradients, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["token", pytest.param("sequence", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["token", "sequence"])
 def test_a_second_copy_of_a_passage_takes_no_probability(name):
     """Groups of four with three distinct passages: a fourth candidate can only be a copy."""
     rows = make_rows(8, passages=[0, 1, 0, 2, 3, 4, 3, 5])
@@ -350,7 +351,7 @@ def cosines_by_hand(model, params, rows):
 
 
 LISTWISE = [
-    pytest.param("gpt2", {"name": "pdist", "evidence": "both", "label_share": 0.3}, id="pdist"),
+    pytest.param("gpt2", {"name": "pdist", "evidence": "both", "label_share": 0.3}, id="pdist", marks=pytest.mark.slow),
     pytest.param("llama", {"name": "replug", "evidence": "answer"}, id="replug", marks=pytest.mark.soak),
     pytest.param("mistral", {"name": "emdr2", "evidence": "question"}, id="emdr2", marks=pytest.mark.soak),
 ]
@@ -710,6 +711,7 @@ def test_chunks_change_nothing_with_dropout(monkeypatch):
     assert_trees_close(again_gradients, gradients, 1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_of_a_row_is_its_own():
     """The control of the test above: rows that change places keep the noise of the place, so the loss is another."""
     model, params = make("gpt2")

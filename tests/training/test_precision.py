@@ -59,6 +59,7 @@ def lowered_step(**overrides):
 FLOAT32, BFLOAT16 = ("f32", "f32"), ("bf16", "bf16")
 
 
+@pytest.mark.slow
 def test_every_product_of_a_float32_run_is_as_exact_as_asked():
     highest = lowered_step()  # what the shipped config says
     assert set(highest) == {(FLOAT32, "HIGHEST")}
