@@ -206,7 +206,9 @@ def test_a_run_with_given_negatives(cache, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
     values = dict(
         data__train=tmp_path / "rows.jsonl", data__eval=None, data__columns__negative="Wrong", objective__negatives=2,
-        objective__candidates=9, total_steps=2, checkpoint__every_steps=0, eval__every_steps=0,
+        objective__candidates=9, total_steps=2, checkpoint__every_steps=0, eval__every_steps=0, objective__name="pdist",
+        objective__marginal_weight=0.0, objective__candidates_from="row", objective__label_noise=0.1,
+        optimizer__rate_rules=(("generator/", 0.0), (".*", 1.0)),
     )  # fmt: skip
     printed = run_here(cache, "main", f"--config={TINY}", f"--workdir={tmp_path / 'run'}", **values)
     # "p n" is a passage of query "q n" and of "r n", and none of "s n".
@@ -214,6 +216,11 @@ def test_a_run_with_given_negatives(cache, tmp_path):
     assert "negatives  2 more that each query brings, of those given in column 'Wrong'" in printed
     losses = [line["loss/total"] for line in records(tmp_path / "run")]
     assert len(losses) == 2 and np.isfinite(losses).all()
+    # All that may be read is known beforehand: behind each row's passage, what it brings, and none.
+    assert "; it corrects labels by a margin of 0.1" in printed
+    code = np.load(tmp_path / "run" / "mining" / "evidence.npz")["code"]
+    given = 36 - 14 - sum(n % 4 == 0 for n in range(6) for _ in rows)
+    assert len(code) == 2 * 18 + given, (len(code), given)
 
 
 @pytest.mark.slow
