@@ -108,13 +108,11 @@ class Objective:
     def evidence_of(self, sums: Sequence[Any], counts: Sequence[Any]) -> Any:
         """Evidence from the sum of log p over each part's tokens and how many they are (arrays of any kind).
 
-        Of a distribution over candidates the mean over the answer's tokens, over the question's or the sum of both
-        means, by `evidence_temperature`; of a marginal, which is a probability of them all, the sum over the tokens.
+        Of a distribution over candidates the mean over all of these tokens, divided by `evidence_temperature`; of a
+        marginal, which is a probability of them all, the sum.
         """
-        if self.formula.divergence == "emdr2":
-            return sum(sums[1:], sums[0])
-        means = [of_part / count.clip(1) for of_part, count in zip(sums, counts, strict=True)]
-        return sum(means[1:], means[0]) / self.evidence_temperature
+        total, count = sum(sums[1:], sums[0]), sum(counts[1:], counts[0])
+        return total if self.formula.divergence == "emdr2" else total / count.clip(1) / self.evidence_temperature
 
     def doc_log_probs(self, cosine_BK: Float[Any, "B K"]) -> Float[Array, "B K"]:
         """log p(k | query) over the candidates that are read, from their cosines."""

@@ -304,7 +304,7 @@ def listwise_reference(model, params, rows):
     if objective.name == "emdr2":
         evidence = sum(sums)
     else:
-        evidence = sum(s / m.sum(1)[:, None] for s, m in zip(sums, masks, strict=True)) / objective.evidence_temperature
+        evidence = sum(sums) / sum(m.sum(1) for m in masks)[:, None] / objective.evidence_temperature
     target = np.exp(evidence) / np.exp(evidence).sum(1, keepdims=True)
     is_right = np.array([[j in right for j in row] for right, row in zip(right_slots(rows, 4), chosen, strict=True)])
     label = is_right / np.maximum(is_right.sum(1, keepdims=True), 1)

@@ -210,7 +210,7 @@ def listwise_by_hand(torch_models, real_models, rows):
         label = torch.nn.functional.one_hot(torch.tensor(i), len(rows)).to(p.dtype)
         for name in LISTWISE:
             parts = {"both": [question, answers], "answer": [answers], "question": [question]}[LISTWISE[name]]
-            said = sum(part.detach().mean(1) for part in parts) / EVIDENCE_TEMPERATURE
+            said = torch.cat([part.detach() for part in parts], 1).mean(1) / EVIDENCE_TEMPERATURE
             target = LABEL_SHARE * label + (1 - LABEL_SHARE) * torch.softmax(said, 0)
             nats = {
                 "pdist": (target * (target.log() - p[i].log())).sum(),
