@@ -58,8 +58,9 @@ def measure(size: on_device.Size) -> None:
         build(size.retriever, transformers.AutoModel), build(size.generator, transformers.AutoModelForCausalLM)
     ]  # fmt: skip
     batch = on_device.full_batch(size, min(model.config.vocab_size for model in models))
+    arrays = batch._asdict() | {name: array[:, 0] for name, array in batch.pool._asdict().items() if array is not None}
     ids = {
-        name: torch.as_tensor(getattr(batch, f"{name}_ids").astype(np.int64), device=DEVICE)
+        name: torch.as_tensor(arrays[f"{name}_ids"].astype(np.int64), device=DEVICE)
         for name in ("query", "passage", "prefix", "suffix")
     }
     parameters = [p for model in models for p in model.parameters()]

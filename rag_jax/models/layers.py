@@ -35,15 +35,16 @@ PREPARED = "prepared"
 ATTENDED = "attended"
 
 
-def _products(primitive: Any, *args: Any, **params: Any) -> bool:
-    """Products with weights, not those of attention; but cuDNN's results, with what no name can be given to."""
-    is_product = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
-    return is_product or primitive.name == "dot_product_attention_fwd_wrapper"
-
-
 def _products_and_attention(primitive: Any, *args: Any, **params: Any) -> bool:
-    """These and what fused attention returns: no more than one of the former."""
-    return _products(primitive, *args, **params) or (primitive.name == "name" and params["name"] == ATTENDED)
+    """Products with weights, not those of attention, but what its fused kernels return: no more than one of the former.
+
+    cuDNN's returns, besides, what its gradient needs and no name can be given to.
+    """
+    return (
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
+        or (primitive.name == "name" and params["name"] == ATTENDED)
+        or primitive.name == "dot_product_attention_fwd_wrapper"
+    )
 
 
 # What of a layer's forward pass stays in memory for its backward pass; the rest is computed again.
@@ -52,8 +53,6 @@ REMAT: dict[str, Callable[..., bool]] = {
     "dots": _products_and_attention,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-# In a loop over layers, which copies what stays: attention is cheaper to compute again than to keep.
-REMAT_IN_LOOP = REMAT | {"dots": _products}
 
 
 def matrix_product(x: Float[Array, "... in"], kernel: Float[Array, "in out"]) -> Float[Array, "... out"]:
@@ -236,8 +235,7 @@ def scan(
     if computing.remat != "none" or (deferred and not computing.unrolls):
         # Also without rematerialisation, where only what was deferred is made again: kept for the backward pass, all
         # layers would be whole at one time after all. A loop needs no barrier between the first and the second time.
-        policies = REMAT if computing.unrolls else REMAT_IN_LOOP
-        step = jax.checkpoint(step, policy=policies[computing.remat], prevent_cse=computing.unrolls)
+        step = jax.checkpoint(step, policy=REMAT[computing.remat], prevent_cse=computing.unrolls)
     inputs = params, xs, jnp.arange(num_layers)
     if not computing.unrolls:
         return jax.lax.scan(step, carry, inputs)

@@ -118,7 +118,7 @@ def build(config: Config, workdir: pathlib.Path, mesh: Mesh, start_step: int) ->
         raise UserError(
             f"objective.label_noise={objective.label_noise}: takes evidence that is kept; freeze the generator "
             "(optimizer.rate_rules=(('generator/', 0.0), ('.*', 1.0))) and set objective.marginal_weight=0, "
-            "objective.candidates_from=row and objective.kept_evidence=auto"
+            "objective.candidates_from=row and objective.kept_evidence=auto; on CPUs start one process alone"
         )
     batching = data.Batching(shapes, config.group_size, objective.negatives, by_row, given, noisy)
     return Training(
@@ -180,7 +180,12 @@ def generator_learns(config: Config, trainable: Tree) -> bool:
 
 
 def keeps_evidence(config: Config, objective: rag.Objective, trainable: Tree) -> bool:
-    """Whether what the generator says of a pair never changes, and all that a step may ask it is known beforehand."""
+    """Whether what the generator says of a pair never changes, and all that a step may ask it is known beforehand.
+
+    Not by several processes on CPUs: their collectives (gloo) have been seen to meet in another order in such a step.
+    """
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        return False
     is_read_alone = bool(objective.formula.divergence) and objective.marginal_weight == 0
     is_frozen = not jax.tree.leaves(trainable.get("generator"))
     by_row = config.objective.candidates_from == "row"

@@ -111,7 +111,10 @@ def test_the_plans_and_their_metrics(whole, values):
         assert 0 <= line["mining/negatives_missing"] < 0.5
     first = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])
     assert first["step"] == 0 and first["time/mining_share"] == 1  # nothing trained yet
-    assert "mining     groups of near passages, anew every 3 steps; kept apart: " in printed
+    assert (
+        "mining     groups of near passages, and candidates of rows that name no passage, anew every 3 steps; "
+        in printed
+    )
     assert "of training)" in printed
     assert "negatives  2 more that each query brings, of those mined for it" in printed
     assert "30 rows (10 with a passage, 10 with a document alone, 10 with neither passage nor document)" in printed
