@@ -111,7 +111,8 @@ class Objective:
         Of a distribution over candidates the mean over all of these tokens, divided by `evidence_temperature`; of a
         marginal, which is a probability of them all, the sum.
         """
-        total, count = sum(sums[1:], sums[0]), sum(counts[1:], counts[0])
+        total: Any = sum(sums[1:], sums[0])
+        count: Any = sum(counts[1:], counts[0])
         return total if self.formula.divergence == "emdr2" else total / count.clip(1) / self.evidence_temperature
 
     def doc_log_probs(self, cosine_BK: Float[Any, "B K"]) -> Float[Array, "B K"]:
