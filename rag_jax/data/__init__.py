@@ -24,6 +24,7 @@ from rag_jax.data.segments import (
     RetrieverText,
     WholeString,
     answer_segments,
+    joined,
     pad,
     prompt_segments,
     retriever_tokens,
@@ -31,7 +32,7 @@ from rag_jax.data.segments import (
 
 __all__ = [
     "Batch", "Batching", "Examples", "Gaps", "Known", "Lengths", "Pool", "Prompt", "Ragged", "Report", "RetrieverText",
-    "Rows", "WholeString", "answer_segments", "buckets", "collate", "fingerprint", "given_scores", "iterate", "lengths",
-    "load_examples", "longest", "order", "pad", "padding_share", "prompt_segments", "read_passages", "read_rows",
-    "retriever_tokens", "shape_of", "take",
+    "Rows", "WholeString", "answer_segments", "buckets", "collate", "fingerprint", "given_scores", "iterate", "joined",
+    "lengths", "load_examples", "longest", "order", "pad", "padding_share", "prompt_segments", "read_passages",
+    "read_rows", "retriever_tokens", "shape_of", "take",
 ]  # fmt: skip

@@ -105,10 +105,8 @@ def row_lengths(
 
 def longest(examples: Examples) -> Lengths:
     """The one shape that every batch fits, rounded up to a multiple of 8: any row may bring any passage."""
-    needed = {name: int(lengths.max(initial=0)) for name, lengths in row_lengths(examples, _all_rows(examples)).items()}
-    for name, ragged in (("passage", examples.retriever_passages), ("prefix", examples.prefixes)):
-        needed[name] = 0 if ragged is None else int(ragged.lengths.max(initial=0))
-    return _padded(needed)
+    needed = row_lengths(examples, np.arange(len(examples))) | _passage_lengths(examples)
+    return _padded({name: int(lengths.max(initial=0)) for name, lengths in needed.items()})
 
 
 def buckets(examples: Examples, batch_size: int, candidates: int, negatives: int = 0) -> tuple[Lengths, ...]:
@@ -119,13 +117,11 @@ def buckets(examples: Examples, batch_size: int, candidates: int, negatives: int
     What will be mined is not known yet: a batch is taken to hold that many more passages like the rows', or, where rows
     name none, like all that there are.
     """
-    needed = row_lengths(examples, _all_rows(examples), examples.negative_key, num_own=1)
+    needed = row_lengths(examples, np.arange(len(examples)), examples.negative_key, num_own=1)
     mined = 0 if examples.negative_key is not None else negatives
     drawn = dict.fromkeys(needed, batch_size) | dict.fromkeys(OF_POOL, batch_size * (1 + mined))
     if (examples.passage_key < 0).any():
-        for name, ragged in (("passage", examples.retriever_passages), ("prefix", examples.prefixes)):
-            if ragged is not None:
-                needed[name] = ragged.lengths
+        needed |= _passage_lengths(examples)
     shapes = [longest(examples)]
     for held in (0.95, 0.5):
         share = {name: held ** (1 / times) for name, times in drawn.items()}
@@ -135,8 +131,10 @@ def buckets(examples: Examples, batch_size: int, candidates: int, negatives: int
     return tuple(shapes)
 
 
-def _all_rows(examples: Examples) -> np.ndarray:
-    return np.arange(len(examples))
+def _passage_lengths(examples: Examples) -> dict[str, np.ndarray]:
+    """Of all passages, as many tokens as each model reads of them."""
+    ragged = zip(OF_POOL, (examples.retriever_passages, examples.prefixes), strict=True)
+    return {name: of.lengths for name, of in ragged if of is not None}
 
 
 def _tokens(shape: Lengths, candidates: int, negatives: int) -> int:
@@ -192,7 +190,7 @@ class Batching:
     group_size: int = 1
     negatives: int = 0  # J: a group has 1 + J slots a row
     by_row: bool = False  # a row reads no passages of its group but those that it brings
-    evidence: Known | None = None  # known beforehand: no generator reads the batch
+    evidence: Known | None = None  # known beforehand; for examples without what a generator reads
     reads_none: bool = False  # the last passage of what is known stands for none
 
 
@@ -212,8 +210,6 @@ def collate(
     rows = np.asarray(rows, np.int32)
     if brought is None:
         brought = np.zeros((len(rows), 0), np.int32) if examples.negative_key is None else examples.negative_key[rows]
-    if batching.evidence is not None:
-        examples = dataclasses.replace(examples, prefixes=None, prompt_queries=None, answers=None)
     keys = fill_groups(examples.own_key[rows], brought, batching)
     needed = row_lengths(examples, rows, keys, num_own=1)
     fits = (s for s in batching.shapes if all(values.max() <= getattr(s, name) for name, values in needed.items()))

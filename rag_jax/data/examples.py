@@ -79,6 +79,10 @@ class Examples:
         found[passages[counts > 1]] = -1
         return found
 
+    def without_prompts(self) -> "Examples":
+        """Without what a generator reads."""
+        return dataclasses.replace(self, prefixes=None, prompt_queries=None, answers=None)
+
     def is_within(self, documents: np.ndarray, passages: np.ndarray) -> np.ndarray:
         """Whether the passages stand in the documents (keys, broadcast); nothing stands in -1, and -1 nowhere."""
         base = len(self.passages) + 1
@@ -320,14 +324,16 @@ def _distinct_texts(rows: Rows, corpus: Sequence[tuple[str, str]], num_negatives
     corpus_keys = [index.setdefault(passage, len(index)) for passage, _ in corpus]
 
     names = rows.documents or [""] * len(rows)
-    documents = {name: i for i, name in enumerate(dict.fromkeys(n for n in (*names, *(d for _, d in corpus)) if n))}
+    documents = {
+        name: i for i, name in enumerate(dict.fromkeys(n for n in (*names, *(d for _, d in corpus)) if n.strip()))
+    }
     document_key = np.array([documents.get(name, -1) for name in names], np.int32)
     within: list[dict[int, None]] = [{} for _ in documents]
     for document, passages in zip(document_key.tolist(), own, strict=True):
         if document >= 0:
             within[document].update(dict.fromkeys(passages))
     for passage, (_, name) in zip(corpus_keys, corpus, strict=True):
-        if name:
+        if name in documents:
             within[documents[name]][passage] = None
 
     of_query: list[dict[int, None]] = [{} for _ in queries]

@@ -216,6 +216,12 @@ def _encode(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[list[i
     return tokenizer(list(texts), padding=False, **options)["input_ids"]
 
 
+def joined(first: Ragged, second: Ragged) -> Ragged:
+    """The rows of both."""
+    starts = np.concatenate([first.starts, second.starts[1:] + first.starts[-1]])
+    return Ragged(np.concatenate([first.tokens, second.tokens]), starts)
+
+
 def padded_length(lengths: np.ndarray, max_len: int) -> int:
     """The longest of the lengths rounded up, at most `max_len`."""
     return min(round_up(int(lengths.max(initial=1))), max_len)

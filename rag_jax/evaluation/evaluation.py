@@ -105,11 +105,6 @@ def load_rows(
     return rows, report
 
 
-def _joined(first: Any, second: data.Ragged) -> data.Ragged:
-    starts = np.concatenate([first.starts, second.starts[1:] + first.starts[-1]])
-    return data.Ragged(np.concatenate([first.tokens, second.tokens]), starts)
-
-
 @dataclasses.dataclass(frozen=True)
 class Result:
     """All metrics, by their names in the record, their intervals, and what became of each sampled row."""
@@ -194,7 +189,7 @@ def found_in(rows: EvalRows, retrieved: Int[np.ndarray, "Q K"]) -> dict[str, met
     examples, sample, columns = rows.examples, rows.sample, {}
     top = retrieved[:, : max(metrics.CUTOFFS)]
     documents = examples.document_key[sample]
-    if len(examples.documents):
+    if (documents >= 0).any():
         hits, known = examples.is_within(documents[:, None], top), (documents >= 0).astype(np.float64)
         columns |= {name: (values, known) for name, values in metrics.found("document", hits).items()}
     answers = [metrics.dpr_tokens(examples.rows.answers[row]) for row in sample]
@@ -289,7 +284,7 @@ def answer_nll(
     queries, answers = examples.prompt_queries, examples.answers
     assert queries is not None and answers is not None and examples.prefixes is not None
     assert rows.empty_prefix is not None
-    prefixes, K = _joined(examples.prefixes, rows.empty_prefix), candidates.shape[1]
+    prefixes, K = data.joined(examples.prefixes, rows.empty_prefix), candidates.shape[1]
     none, is_known = np.full(len(candidates), len(examples.prefixes)), rows.gold >= 0
     with_gold = retrieves and bool(is_known.any())
     read = np.stack([*candidates.T, none, *([np.where(is_known, rows.gold, none)] if with_gold else [])], axis=1)

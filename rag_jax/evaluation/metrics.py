@@ -86,7 +86,9 @@ def summarise(columns: Mapping[str, Column]) -> tuple[dict[str, float], dict[str
         both = np.stack(parts, axis=1).astype(np.float64)
         rng = np.random.default_rng(SEED)
         sums = np.stack([np.bincount(rng.integers(0, size, size), minlength=size) @ both for _ in range(RESAMPLES)])
-        low, high = np.quantile(sums[:, : len(names)] / sums[:, len(names) :], [0.025, 0.975], axis=0)
+        with np.errstate(invalid="ignore"):  # draws of which no query counts for a metric say nothing of it
+            drawn = sums[:, : len(names)] / sums[:, len(names) :]
+        low, high = np.nanquantile(drawn, [0.025, 0.975], axis=0)
         intervals |= {name: [float(low[i]), float(high[i])] for i, name in enumerate(names)}
     return means, {name: intervals[name] for name in columns}
 

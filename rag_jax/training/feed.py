@@ -70,7 +70,7 @@ def batches(training: Training, spans: Iterator[Span]) -> Iterator[tuple[data.Ba
     for first, plan, evidence in spans:
         left, batching = config.total_steps - first, known.batching(training, evidence)
         source = data.iterate(
-            training.examples,
+            known.read_by_steps(training, evidence),
             batching,
             batch_size=config.batch_size,
             seed=config.seed,
@@ -113,7 +113,7 @@ def batch_of(training: Training, step: int) -> data.Batch:
     _, plan, evidence = next(spans_of_before(training, step - 1))
     brought = None if plan is None or plan.brought is None else plan.brought[0]
     batching = known.batching(training, evidence)
-    return data.collate(training.examples, rows_of(training, step), batching, brought=brought)
+    return data.collate(known.read_by_steps(training, evidence), rows_of(training, step), batching, brought=brought)
 
 
 class Programs:

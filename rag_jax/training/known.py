@@ -57,6 +57,11 @@ def batching(training: Training, known: data.Known | None) -> data.Batching:
     return training.batching if known is None else dataclasses.replace(training.batching, evidence=known)
 
 
+def read_by_steps(training: Training, known: data.Known | None) -> data.Examples:
+    """The examples as batches are made of them: where evidence is known no generator reads."""
+    return training.examples.without_prompts() if known is not None else training.examples
+
+
 def _num_passages(training: Training) -> int:
     """Passages of which something may be known, none included."""
     return len(training.examples.passages) + training.batching.reads_none
@@ -69,7 +74,7 @@ def _with_none(training: Training) -> data.Examples:
         return examples
     assert prompt is not None and examples.prefixes is not None
     (nothing, _), _ = data.prompt_segments(prompt, [""], [])
-    prefixes = data.Ragged.of([*(examples.prefixes[i] for i in range(len(examples.prefixes))), nothing[0]])
+    prefixes = data.joined(examples.prefixes, nothing)
     return dataclasses.replace(examples, passages=(*examples.passages, ""), prefixes=prefixes)
 
 

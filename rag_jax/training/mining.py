@@ -112,15 +112,16 @@ def candidates(
         found[anywhere, : nearest.shape[1]] = nearest
     rng = np.random.default_rng([config.seed, step, len(examples)])
     for row in unknown:
-        among = np.arange(len(passage_emb))
-        if examples.document_key[row] >= 0:
-            among = examples.document_passages[examples.document_key[row]]
-            order = np.argsort(-(passage_emb[among] @ query_emb[examples.query_key[row]]), kind="stable")[:num]
-            found[row, : len(order)] = among[order]
+        of_document = examples.document_passages[key] if (key := examples.document_key[row]) >= 0 else None
+        if of_document is not None:
+            scores = passage_emb[of_document] @ query_emb[examples.query_key[row]]
+            order = np.argsort(-scores, kind="stable")[:num]
+            found[row, : len(order)] = of_document[order]
         if explore:
-            near = found[row, : num - explore]
-            drawn = rng.choice(among, size=min(num, len(among)), replace=False)
-            drawn = drawn[~np.isin(drawn, near)][:explore]
+            num_others = len(passage_emb) if of_document is None else len(of_document)
+            drawn = rng.choice(num_others, size=min(num, num_others), replace=False)
+            drawn = drawn if of_document is None else of_document[drawn]
+            drawn = drawn[~np.isin(drawn, found[row, : num - explore])][:explore]
             found[row, num - explore :] = np.pad(drawn, (0, explore - len(drawn)), constant_values=-1)
     return agreed(found)
 

@@ -110,7 +110,7 @@ def build(config: Config, workdir: pathlib.Path, mesh: Mesh, start_step: int) ->
     objective = config.objective
     keeps = keeps_evidence(config, opened.model.objective, state.params)
     given = data.given_scores(examples, objective.evidence_temperature) if reads_scores(config) else None
-    read = dataclasses.replace(examples, prefixes=None, prompt_queries=None, answers=None) if keeps else examples
+    read = examples.without_prompts() if keeps else examples
     shapes = data.buckets(read, config.batch_size, objective.candidates, objective.negatives)
     by_row = objective.candidates_from == "row"
     noisy = objective.label_noise is not None

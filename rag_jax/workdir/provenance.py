@@ -19,7 +19,7 @@ Inputs = dict[str, dict[str, Any]]
 def of_run(config: Any, examples: data.Examples) -> Inputs:
     """Rows by number and fingerprint; the models that are local folders by a digest of each file."""
     found: Inputs = {"data.train": {"rows": len(examples), "fingerprint": data.fingerprint(examples)}}
-    if len(examples.corpus_key):
+    if config.data.passages is not None and len(examples.corpus_key):
         texts = [examples.passages[key] for key in examples.corpus_key.tolist()]
         found["data.passages"] = {"passages": len(texts), "fingerprint": files.content_key(texts)[:16]}
     for role in ROLES:

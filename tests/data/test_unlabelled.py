@@ -16,7 +16,7 @@ PROMPT = data.Prompt(byte_tokenizer(), "{passage}", " {query}", " {answer}", 12,
 ROWS = [
     ("known", "p0", "yes", "d0"),
     ("chunk", "", "yes", "d1"),  # of two passages
-    ("anywhere", " ", "yes", ""),
+    ("anywhere", " ", "yes", " "),
     ("only one", "", "yes", "d2"),  # its document holds one passage: that is it
     ("known", "", "no", ""),  # the first row's query
     ("lost", "", "yes", "d9"),  # of which there is no passage

@@ -327,6 +327,7 @@ def test_rows_without_labels_are_evaluated_by_what_is_found(folder, tmp_path):
             held = any(asked == w[i : i + len(asked)] for w in words[:k] for i in range(len(w)))
             assert line[f"answer_hit@{k}"] == held, (answer, top[:k])
     assert 0 < result.metrics["eval/document_hit@1"] < 1
+    assert np.isfinite(list(result.intervals.values())).all(), "also where a draw holds no labelled row"
 
 
 def test_a_dropped_row_leaves_its_passage_in_the_corpus(folder, tmp_path):
