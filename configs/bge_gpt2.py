@@ -46,6 +46,8 @@ def get_config() -> ConfigDict:
     config.retriever = retriever = ConfigDict()
     retriever.path = "BAAI/bge-small-en"
     retriever.pooling = "auto"
+    retriever.similarity = "auto"
+    retriever.truncate_dim = None
     retriever.query_prefix = "Represent this sentence for searching relevant passages: "
     retriever.passage_prefix = None
     retriever.remat = "dots"

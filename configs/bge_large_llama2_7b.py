@@ -50,6 +50,8 @@ def get_config() -> ConfigDict:
     config.retriever = retriever = ConfigDict()
     retriever.path = "BAAI/bge-large-en"
     retriever.pooling = "auto"
+    retriever.similarity = "auto"
+    retriever.truncate_dim = None
     retriever.query_prefix = "Represent this sentence for searching relevant passages: "
     retriever.passage_prefix = None
     retriever.remat = "full"

@@ -54,6 +54,8 @@ def get_config() -> ConfigDict:
     config.retriever = retriever = ConfigDict()
     retriever.path = "quickstart/models/minilm"
     retriever.pooling = "auto"
+    retriever.similarity = "auto"
+    retriever.truncate_dim = None
     retriever.query_prefix = None
     retriever.passage_prefix = None
     retriever.remat = "dots"

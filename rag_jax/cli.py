@@ -45,6 +45,13 @@ def threads_for(xla_flags: str) -> str | None:
 
 
 PREFIX = "--config."
+
+
+def path(text: str) -> pathlib.Path:
+    """A flag's path. A shell leaves the ~ of --workdir=~/run as it is; UserError where nobody's home is meant."""
+    return untrusted.path(text, text) if text.startswith("~") else pathlib.Path(text)
+
+
 # Errors of a path that the user gave: not bugs of ours.
 FOR_THE_USER = (
     errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC,
@@ -90,10 +97,10 @@ def parse(flags: Parser, argv: Sequence[str] | None = None) -> tuple[argparse.Na
 
 def add_choice_of_models(flags: argparse.ArgumentParser) -> None:
     """The flags that `chosen_config` reads."""
-    flags.add_argument("--workdir", type=pathlib.Path, metavar="DIR", help="a run, with the config saved in it")
+    flags.add_argument("--workdir", type=path, metavar="DIR", help="a run, with the config saved in it")
     flags.add_argument("--step", metavar="N|best|latest", help="which of its checkpoints; the latest if not given")
     flags.add_argument("--config", metavar="FILE.py", help="the models that a config names, untrained")
-    flags.add_argument("--models", type=pathlib.Path, metavar="DIR", help="in their place, those of an export")
+    flags.add_argument("--models", type=path, metavar="DIR", help="in their place, those of an export")
 
 
 def chosen_config(args: argparse.Namespace, overrides: dict[str, str]) -> Any:

@@ -159,6 +159,12 @@ KEYS: dict[str, Key] = {
     "prompt.answer": Key(str, holds("{answer}"), "template of the answer segment"),
     "retriever.path": Key(str | None, not_empty, "Hugging Face folder, hub name, or random:bert|gpt2|llama|qwen3"),
     "retriever.pooling": Key(str, one_of("auto", "cls", "mean", "last"), "auto: what the model's folder says"),
+    "retriever.similarity": Key(
+        str, one_of("auto", "cosine", "dot"), "of two embeddings; auto: what the model's folder says, else cosine"
+    ),
+    "retriever.truncate_dim": Key(
+        int | None, at_least(1), "leading channels that are the embedding; None: what the model's folder says, else all"
+    ),
     "retriever.query_prefix": Key(str | None, anything, "put before queries; None: what the model's folder says"),
     "retriever.passage_prefix": Key(str | None, anything, "put before passages; None: what the model's folder says"),
     "retriever.remat": Key(str, one_of(*REMAT), REMAT_MEANING),
@@ -181,8 +187,8 @@ KEYS: dict[str, Key] = {
     "objective.negatives": Key(
         int, at_least(0), "J, further passages that each query brings, from data.columns.negative or mined; 0: none"
     ),
-    "objective.temperature": Key(float, positive, "divides the cosine in the contrastive loss"),
-    "objective.marginal_temperature": Key(float, positive, "divides the cosine in the marginal"),
+    "objective.temperature": Key(float, positive, "divides the similarity in the contrastive loss"),
+    "objective.marginal_temperature": Key(float, positive, "divides the similarity in the marginal"),
     "objective.contrastive_weight": Key(float, at_least(0), "of the contrastive loss in the total"),
     "objective.document_weight": Key(
         float,

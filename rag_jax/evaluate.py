@@ -5,7 +5,6 @@ python -m rag_jax.evaluate --config=FILE.py [--models=DIR]
 """
 
 import json
-import pathlib
 from typing import Any
 
 from rag_jax import cli, config
@@ -14,7 +13,7 @@ from rag_jax import cli, config
 def main() -> None:
     flags = cli.parser("evaluate", __doc__)
     cli.add_choice_of_models(flags)
-    flags.add_argument("--index", type=pathlib.Path, metavar="DIR", help="keep the passages' embeddings on disk, there")
+    flags.add_argument("--index", type=cli.path, metavar="DIR", help="keep the passages' embeddings on disk, there")
     flags.add_argument(
         "--rerank", type=int, default=0, metavar="N", help="order the N nearest by log p(question | passage); 0: do not"
     )

@@ -22,8 +22,8 @@ DTYPES = ("float32", "float16", "bfloat16", "source")
 
 def main() -> None:
     flags = cli.parser("export", __doc__)
-    flags.add_argument("--workdir", required=True, type=pathlib.Path, metavar="DIR", help="a run")
-    flags.add_argument("--out", required=True, type=pathlib.Path, metavar="OUT", help="a folder that is not there yet")
+    flags.add_argument("--workdir", required=True, type=cli.path, metavar="DIR", help="a run")
+    flags.add_argument("--out", required=True, type=cli.path, metavar="OUT", help="a folder that is not there yet")
     flags.add_argument("--step", metavar="N|best|latest", help="which of its checkpoints; the latest if not given")
     flags.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights; source: as they came in")
     args, overrides = cli.parse(flags)
@@ -54,11 +54,7 @@ def export(loaded: Any, workdir: pathlib.Path, out: pathlib.Path, step: str | in
         for role, source in opened.sources.items():
             folder = made / role
             folder.mkdir()
-            pooling = None
-            text = opened.retriever_text
-            if role == "retriever" and text is not None:
-                longest = max(text.query_len, text.passage_len)
-                pooling = hf.Pooling(opened.model.pooling, text.query_prefix, text.passage_prefix, longest)
+            pooling = pair.pooling(loaded, source) if role == "retriever" else None
             hf.save_model(source, params[role], folder, dtype, pooling)
             (folder / "README.md").write_text(card(loaded, role, found), encoding="utf-8")
         changes = NO_ROWS | {f"{role}.path": role for role in opened.sources}

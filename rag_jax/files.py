@@ -7,6 +7,7 @@ import logging
 import os
 import pathlib
 import secrets
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
@@ -15,17 +16,26 @@ import numpy as np
 import tokenizers
 
 from rag_jax import untrusted
+from rag_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]
 
 # Raise it when the meaning of the arrays or the way they are made changes.
-FORMAT = 1
+FORMAT = 2
 
 
 def folder() -> pathlib.Path:
-    """$RAG_JAX_CACHE, or ~/.cache/rag_jax."""
-    text = os.environ.get("RAG_JAX_CACHE") or "~/.cache/rag_jax"
-    return untrusted.path(text, f"RAG_JAX_CACHE={text}")
+    """$RAG_JAX_CACHE, or ~/.cache/rag_jax; of a user without a home a folder of their own among temporary files."""
+    if text := os.environ.get("RAG_JAX_CACHE"):
+        return untrusted.path(text, f"RAG_JAX_CACHE={text}")
+    if os.path.expanduser("~") != "~":
+        return untrusted.path("~/.cache/rag_jax", "~/.cache/rag_jax")
+    own = pathlib.Path(tempfile.gettempdir()) / f"rag_jax-{os.getuid()}"
+    own.mkdir(mode=0o700, exist_ok=True)
+    about = own.lstat()
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid():  # what it holds is trusted
+        raise UserError(f"{own}: is not yours, and this user has no home; set RAG_JAX_CACHE to a folder")
+    return own
 
 
 def content_key(*parts: Any) -> str:

@@ -14,12 +14,13 @@ RECORDS = ("checkpoints", "metrics.jsonl", "tensorboard", "eval", "models", "fai
 def main() -> int:
     flags = cli.parser("main", __doc__)
     flags.add_argument("--config", required=True, metavar="FILE.py", help="file that defines get_config()")
-    flags.add_argument("--workdir", required=True, type=pathlib.Path, metavar="DIR", help="where the run is kept")
+    flags.add_argument("--workdir", required=True, type=cli.path, metavar="DIR", help="where the run is kept")
     args, overrides = cli.parse(flags)
     run_config = config.load(args.config, overrides)
     config.require(run_config, "data.train")
     check_workdir(args.workdir)
     processes.start()
+    processes.check_platform()
 
     from rag_jax.training import loop  # here: it takes seconds to load, and everything above answers at once
 

@@ -97,18 +97,47 @@ def composite(config: Any, sources: dict[str, hf.Source], device: fit.Device | N
     device = device or this_device()
     configs = {role: model_config(config, role, source, device) for role, source in sources.items()}
     graphs = {role: models.abstract(configs[role])[0] for role in sources}
-    pooling = config.retriever.pooling
-    if pooling == "auto":
-        pooling = sources["retriever"].pooling.mode if "retriever" in sources else "mean"
+    embedding = pooling(config, sources["retriever"]) if "retriever" in sources else hf.Pooling("mean")
+    if embedding.similarity == "dot" and config.objective.name == "dalm":
+        raise UserError(
+            "objective.name=dalm: compares by cosines, and retriever.similarity is dot; set it to cosine, or choose "
+            "another objective"
+        )
     return rag.Rag(
         rag.Objective(**config.objective.to_dict()),
         graphs.get("retriever"),
         graphs.get("generator"),
-        pooling,
+        embedding.mode,
         config.group_size,
         jnp.dtype(config.dtype),
         config.retriever.chunk_size,
         *_at_a_time(config, configs, device),
+        similarity=embedding.similarity,
+        truncate_dim=embedding.truncate_dim,
+    )
+
+
+def pooling(config: Any, source: hf.Source) -> hf.Pooling:
+    """How a retriever reads, and how its states become an embedding: as the config says, else as its folder says."""
+    section, folder_says = config.retriever, source.pooling
+    query, passage = OBJECTIVES[config.objective.name].prefixes or (
+        folder_says.query_prefix,
+        folder_says.passage_prefix,
+    )
+    width = section.truncate_dim or folder_says.truncate_dim
+    if width is not None and width > source.model_config.width:
+        raise UserError(
+            f"retriever.truncate_dim={width}: retriever.path={source.path!r} has {source.model_config.width} channels; "
+            "give fewer"
+        )
+    return hf.Pooling(
+        folder_says.mode if section.pooling == "auto" else section.pooling,
+        query if section.query_prefix is None else section.query_prefix,
+        passage if section.passage_prefix is None else section.passage_prefix,
+        max(config.data.query_len, config.data.passage_len),
+        folder_says.similarity if section.similarity == "auto" else section.similarity,
+        width,
+        folder_says.lower_case,
     )
 
 
@@ -166,13 +195,11 @@ def dropouts(model_config: models.ModelConfig) -> dict[str, float]:
 def retriever_text(config: Any, sources: dict[str, hf.Source]) -> data.RetrieverText | None:
     if "retriever" not in sources:
         return None
-    source, section = sources["retriever"], config.retriever
-    folder_says = (source.pooling.query_prefix, source.pooling.passage_prefix)
-    query, passage = OBJECTIVES[config.objective.name].prefixes or folder_says
+    reads = pooling(config, sources["retriever"])
     return data.RetrieverText(
-        source.tokenizer,
-        query if section.query_prefix is None else section.query_prefix,
-        passage if section.passage_prefix is None else section.passage_prefix,
+        sources["retriever"].tokenizer,
+        reads.query_prefix,
+        reads.passage_prefix,
         config.data.query_len,
         config.data.passage_len,
     )

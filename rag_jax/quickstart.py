@@ -45,7 +45,7 @@ SPLIT_SEED = 0
 
 def main() -> None:
     parser = cli.parser("quickstart", __doc__)
-    parser.add_argument("--dir", type=pathlib.Path, default=pathlib.Path("quickstart"), help="where everything goes")
+    parser.add_argument("--dir", type=cli.path, default=pathlib.Path("quickstart"), help="where everything goes")
     args, overrides = cli.parse(parser)
     quickstart(args.dir, overrides)
 

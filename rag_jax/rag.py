@@ -160,6 +160,8 @@ class Rag:
     labelled: bool = True  # of every row a passage is known that answers its query
     shard: Shard = Shard()
     gather: Gather | None = None  # brings shared parameters together; None: they are whole
+    similarity: str = "cosine"  # "cosine" | "dot", of embeddings
+    truncate_dim: int | None = None  # leading channels that are an embedding; None: all
 
     def model(self, name: str, params: dict) -> Any:
         """A model over float32 parameters; those of its layers are made ready one layer at a time.
@@ -173,6 +175,11 @@ class Rag:
         if self.gather is not None or self.dtype != jnp.float32:
             stacked = layers.deferred(stacked, lambda path, leaf: self._ready((name, "layers", *path), leaf))
         return nnx.merge(getattr(self, name), rest | {"layers": stacked})
+
+    @property
+    def embedding(self) -> dict[str, Any]:
+        """How `encode` makes an embedding, by the names of its arguments."""
+        return {name: getattr(self, name) for name in ("pooling", "similarity", "truncate_dim")}
 
     def in_groups(self, rows: Any) -> Any:
         """Arrays of rows with a leading axis of groups."""
@@ -246,9 +253,12 @@ def encode(
     mask_BL: Bool[Array, "B L"],
     pooling: str,
     dropout_keys: Key[Array, " B"] | None = None,
+    similarity: str = "cosine",
+    truncate_dim: int | None = None,
 ) -> Float[Array, "B E"]:
-    """Pooled and L2-normalised embeddings, float32."""
-    return normalised(pool(retriever(ids_BL, mask_BL, dropout_keys), mask_BL, pooling))
+    """Pooled embeddings, float32, so that their inner product is the similarity: of a cosine they are L2-normalised."""
+    emb_BE = pool(retriever(ids_BL, mask_BL, dropout_keys), mask_BL, pooling)[:, :truncate_dim]
+    return emb_BE if similarity == "dot" else normalised(emb_BE)
 
 
 def normalised(emb_nE: Float[Array, "n E"]) -> Float[Array, "n E"]:
@@ -276,9 +286,10 @@ def choose_candidates(
     cosine_gp: Float[Array, "g p"], right_gp: Bool[Array, "g p"], num_candidates: int
 ) -> Int[Array, "g K"]:
     """Each row's right passages, then the others, by falling score; -inf comes last."""
-    # Cosines lie within [-1, 1]: 4 puts what is right first without touching the order of the others.
-    order_gp = jax.lax.stop_gradient(cosine_gp) + 4.0 * right_gp
-    return jax.lax.top_k(order_gp, num_candidates)[1].astype(jnp.int32)
+    score_gp = jax.lax.stop_gradient(cosine_gp)
+    falling_gp = jnp.where(jnp.isnan(score_gp), -jnp.inf, -score_gp)  # NaN first: it must not go unnoticed
+    order_gp = jnp.lexsort((falling_gp, ~(right_gp & (score_gp > -jnp.inf))))
+    return order_gp[:, :num_candidates].astype(jnp.int32)
 
 
 def answer_log_probs(
@@ -387,7 +398,7 @@ def encode_in_chunks(
 
     def chunk(chunk_rows: Any) -> Float[Array, "n E"]:
         ids, mask, chunk_keys = chunk_rows
-        return encode(retriever, ids, mask, rag.pooling, chunk_keys)
+        return encode(retriever, ids, mask, dropout_keys=chunk_keys, **rag.embedding)
 
     return map_rows(chunk, (ids_nL, mask_nL, keys), rag.chunk_size or len(ids_nL))
 

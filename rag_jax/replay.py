@@ -19,7 +19,7 @@ NORMS = ("|query|", "|passages|")
 
 def main() -> None:
     flags = cli.parser("replay", __doc__)
-    flags.add_argument("--workdir", required=True, type=pathlib.Path, metavar="DIR", help="a run")
+    flags.add_argument("--workdir", required=True, type=cli.path, metavar="DIR", help="a run")
     flags.add_argument("--step", required=True, type=int, metavar="N", help="the step; those of failed/step_N.json")
     args, overrides = cli.parse(flags)
     loaded = config.load_workdir(args.workdir, overrides | {"eval.every_steps": 0})

@@ -11,6 +11,7 @@ from rag_jax.errors import UserError
 # No file of settings is larger; tokenizers, which may be, are read by their own library.
 JSON_BYTES = 64 * 2**20
 HIDDEN = "***"
+LFS = b"version https://git-lfs"
 MOST_SHOWN = 10_000
 # What secrets look like; the groups around them stay.
 SECRETS = re.compile(
@@ -100,11 +101,22 @@ def path(text: str, where: str) -> pathlib.Path:
     return expanded
 
 
+def refuse_pointer(path: pathlib.Path, where: str) -> None:
+    """UserError, beginning with `where`, for what Git LFS leaves in the place of a large file it did not fetch."""
+    with path.open("rb") as file:
+        if file.read(len(LFS)) == LFS:
+            raise UserError(
+                f"{where} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull` in "
+                f"{path.parent.absolute()}, or download it from the hub"
+            )
+
+
 def read_json(path: pathlib.Path, where: str) -> Any:
     """The content of a JSON file; UserError, beginning with `where`, for a file that is not JSON or absurdly large."""
     try:
         if path.stat().st_size > JSON_BYTES:
             raise UserError(f"{where} is larger than {JSON_BYTES >> 20} MiB; fetch it again")
+        refuse_pointer(path, where)
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{where} cannot be read (not a valid JSON file: {one_line(error)}); fetch it again") from None

@@ -3,14 +3,17 @@
 A tokenizer here is a fast one of `transformers`; every function tokenises all its texts in one batched call.
 """
 
+import copy
 import dataclasses
 import functools
+import json
 import string
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import tokenizers
 
 from rag_jax.errors import UserError
 
@@ -103,7 +106,7 @@ def prompt_segments(
     )
     with_bos = Ragged.of([*bos, *segment] for segment in passage_segments)
     query_segments, query_cut = template_tokens(
-        prompt.tokenizer, prompt.query, queries, prompt.query_len, "prompt_query_len"
+        reading_on(prompt.tokenizer), prompt.query, queries, prompt.query_len, "prompt_query_len"
     )
     return (with_bos, passage_cut), (Ragged.of(query_segments), query_cut)
 
@@ -115,7 +118,8 @@ def answer_segments(prompt: Prompt, answers: Sequence[str]) -> Ragged:
     """
     eos = eos_id(prompt.tokenizer)
     around = split_template(prompt.answer)
-    _, rows = _beginnings(prompt.tokenizer, answers, prompt.answer_len, around, add_special_tokens=False)
+    tokenizer = reading_on(prompt.tokenizer)
+    _, rows = _beginnings(tokenizer, answers, prompt.answer_len, around, add_special_tokens=False)
     return Ragged.of([*ids, eos] if answer.strip() else [] for answer, ids in zip(answers, rows, strict=True))
 
 
@@ -133,6 +137,33 @@ def string_segments(whole: WholeString, rows: Iterable[tuple[str, str, str]]) ->
     answer_start = np.array([len(head) - 1 for head in head_ids], np.int32)
     ragged, cut = retriever_tokens(whole.tokenizer, strings, "", whole.max_len)
     return ragged, answer_start, cut
+
+
+@functools.lru_cache(maxsize=16)
+def reading_on(tokenizer: Any) -> Any:
+    """The tokenizer as it reads on within a text, without the blank that some kinds put before the text's beginning.
+
+    SentencePiece's do so, and byte-level ones on demand. With it, segments would not have the tokens of the whole.
+    """
+
+    def changed(part: Any) -> Any:
+        if isinstance(part, list):
+            return [changed(one) for one in part if not (isinstance(one, dict) and one.get("type") == "Prepend")]
+        if not isinstance(part, dict):
+            return part
+        never = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}
+        return {name: changed(one) for name, one in part.items()} | never.get(str(part.get("type")), {})
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    (normalizer,), pre_tokenizer = changed([state["normalizer"]]) or [None], changed(state["pre_tokenizer"])
+    if (normalizer, pre_tokenizer) == (state["normalizer"], state["pre_tokenizer"]):
+        return tokenizer
+    state |= {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer}
+    other = tokenizers.Tokenizer.from_str(json.dumps(state))
+    copied = copy.deepcopy(tokenizer)
+    copied.backend_tokenizer.normalizer = other.normalizer
+    copied.backend_tokenizer.pre_tokenizer = other.pre_tokenizer
+    return copied
 
 
 def bos_ids(tokenizer: Any) -> list[int]:

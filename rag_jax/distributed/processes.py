@@ -56,9 +56,37 @@ def start() -> None:
     where: tuple[Any, ...] = ()
     if given:
         where = (os.environ[VARIABLES[0]], *(int(numbers[name]) for name in VARIABLES[1:]))
+        past_proxies(os.environ[VARIABLES[0]])
         rendezvous.meet(*where, timeout_s=float(timeout))
     with _giving_up_after(int(timeout)):
         jax.distributed.initialize(*where, initialization_timeout=int(timeout), heartbeat_timeout_seconds=HEARTBEAT_S)
+
+
+def past_proxies(coordinator: str) -> None:
+    """Processes call each other directly, whatever proxy the environment names for the world outside.
+
+    gRPC, by which jax's do, asks `no_grpc_proxy` first, then `no_proxy`.
+    """
+    before = next((os.environ[name] for name in ("no_grpc_proxy", "no_proxy", "NO_PROXY") if os.environ.get(name)), "")
+    host = coordinator.rpartition(":")[0].strip("[]")
+    os.environ["no_grpc_proxy"] = ",".join(filter(None, [before, host]))
+
+
+def check_platform() -> None:
+    """UserError where the environment asks for a kind of device that jax does not find."""
+    import jax
+
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError) as error:
+        asked = os.environ.get("JAX_PLATFORMS")
+        if not asked:
+            raise
+        reason = untrusted.one_line(error) if str(error) else "jax has no such plugin here"
+        raise UserError(
+            f"JAX_PLATFORMS={asked}: no such device can be used ({reason}); install its jax, "
+            "pip install -e '.[cuda]' or '.[tpu]' (docs/installing.md), or unset JAX_PLATFORMS"
+        ) from None
 
 
 def _asked() -> bool:

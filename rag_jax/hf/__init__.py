@@ -5,10 +5,12 @@ import json
 import pathlib
 import re
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
+import tokenizers
 import transformers
 
 from rag_jax import files, models, untrusted
@@ -28,7 +30,8 @@ class Source:
     """A model's folder, everything but its weights read."""
 
     path: str  # as the config has it
-    folder: pathlib.Path
+    folder: pathlib.Path  # of its config and weights
+    around: pathlib.Path  # of sentence-transformers' files: the same, or the one above
     model_type: str  # Hugging Face's
     model_config: models.ModelConfig
     tokenizer: Any
@@ -42,18 +45,27 @@ class Source:
 
 def open_model(path: str, key: str, role: str) -> Source:
     """The model that the config key `key` names, as "retriever" or "generator". UserError for what cannot be used."""
-    folder, where = folders.resolve(path, key), f"{key}={path!r}"
-    folders.small_files(folder, where)
+    around, where = folders.resolve(path, key), f"{key}={path!r}"
+    folder = folders.model_folder(around)
+    for each in (around, folder):
+        folders.small_files(each, where)
     model_type, model_config = configs.read_config(folder, where)
     if role == "generator" and not model_config.causal:
+        if FAMILIES[model_type].config.causal:
+            raise UserError(
+                f"{where}: its config.json says is_causal=false: it was made an encoder, which cannot generate; give "
+                "another model"
+            )
         able = [name for name, family in FAMILIES.items() if family.config.causal]
         raise UserError(f"{where}: a {model_type} model cannot generate; give one of type {', '.join(able)}")
     if role == "retriever":
         model_config = model_config.without_head()  # not read, not kept, not written
     tokenizer = _tokenizer(folder, where, model_config.vocab_size)
-    pooling = read_pooling(folder, FAMILIES[model_type].pooling, where)
+    pooling = read_pooling(around, FAMILIES[model_type].pooling, where)
+    if role == "retriever" and pooling.lower_case:
+        _lower_case(tokenizer)
     dtype = _rest_dtype(folder) or weights.file_dtype(folder, model_type, model_config)
-    return Source(path, folder, model_type, model_config, tokenizer, pooling, dtype)
+    return Source(path, folder, around, model_type, model_config, tokenizer, pooling, dtype)
 
 
 def open_config(path: str, key: str, role: str) -> Source:
@@ -63,11 +75,12 @@ def open_config(path: str, key: str, role: str) -> Source:
         folder = pathlib.Path(path)
         model_config = configs.from_hf(transformers.AutoConfig.for_model(model_type, **sizes).to_dict(), [])
     else:
-        folder = folders.resolve(path, key)
+        folder = folders.model_folder(folders.resolve(path, key))
         model_type, model_config = configs.read_config(folder, f"{key}={path!r}")
     if role == "retriever":
         model_config = model_config.without_head()
-    return Source(path, folder, model_type, model_config, None, Pooling(FAMILIES[model_type].pooling), "float32")
+    pooling = Pooling(FAMILIES[model_type].pooling)
+    return Source(path, folder, folder, model_type, model_config, None, pooling, "float32")
 
 
 def save_model(
@@ -78,12 +91,15 @@ def save_model(
     `dtype` is that of the weights: "float32", "float16", "bfloat16", or "source" for what they came in.
     """
     dtype = source.dtype if dtype == "source" else dtype
-    _copy(source.folder, folder)
+    _copy(source, folder)
     _without_code(folder)
     theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     theirs["architectures"] = [_architecture(source, is_retriever=pooling is not None)]
     theirs.pop("torch_dtype", None)
     theirs["dtype"] = dtype
+    theirs.pop("quantization_config", None)  # the weights are plain
+    if isinstance(theirs.get("pad_token_id"), int) and theirs["pad_token_id"] >= source.model_config.vocab_size:
+        theirs["pad_token_id"] = None  # no embedding stands there, and PyTorch refuses to make such a layer
     files.write_json(folder / "config.json", theirs)
     if pooling is not None:
         write_pooling(folder, pooling, source.model_config.width)
@@ -95,7 +111,7 @@ def save_model(
 def copy_small_files(source: Source, folder: pathlib.Path) -> None:
     """All of a model but its weights: with a checkpoint's parameters it can be evaluated and exported again."""
     folder.mkdir(parents=True, exist_ok=True)
-    _copy(source.folder, folder)
+    _copy(source, folder)
     rest = weights.load_rest(source.folder, source.model_type)
     safetensors.numpy.save_file(rest, folder / weights.REST, {"dtype": source.dtype})
 
@@ -113,11 +129,42 @@ def _tokenizer(folder: pathlib.Path, where: str, vocab_size: int) -> Any:
         raise UserError(f"{where}: its tokenizer has no fast version; give a folder that holds tokenizer.json")
     if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):  # what transformers makes of no files
         raise UserError(f"{where}: no tokenizer in {folder}; save the model's own there, with its tokenizer.json")
+    tokenizer = _without_more(tokenizer, vocab_size, around)
     # The special tokens around texts are not always part of its vocabulary.
     largest = max([*tokenizer.get_vocab().values(), *around], default=0)
     if largest >= vocab_size:
         raise UserError(f"{where}: its tokenizer has ids up to {largest}, but the model only {vocab_size} embeddings")
     return tokenizer
+
+
+def _without_more(tokenizer: Any, vocab_size: int, around: Sequence[int]) -> Any:
+    """Without the added tokens that the model has no embedding for, such as a pad token that came later.
+
+    They are then read as the texts that they are. Those that stand around texts stay, to be refused.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    lost = {
+        token["content"]
+        for token in state["added_tokens"]
+        if token["id"] >= vocab_size and token["id"] not in {*around, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    }
+    if not lost or lost & state["model"].get("vocab", {}).keys():
+        return tokenizer
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in lost]
+    kept = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if str(token) not in lost}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(state)),
+        name_or_path=tokenizer.name_or_path,
+        truncation_side=tokenizer.truncation_side,
+        **kept,
+    )
+
+
+def _lower_case(tokenizer: Any) -> None:
+    """Makes a tokenizer read its texts in lower case, as sentence-transformers does."""
+    backend = tokenizer.backend_tokenizer
+    before = [] if backend.normalizer is None else [backend.normalizer]
+    backend.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.Lowercase(), *before])
 
 
 def _rest_dtype(folder: pathlib.Path) -> str | None:
@@ -134,10 +181,11 @@ def _rest_dtype(folder: pathlib.Path) -> str | None:
     return dtype
 
 
-def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
-    for name, path in folders.small_files(source, str(source)).items():
-        (target / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, target / name)
+def _copy(source: Source, target: pathlib.Path) -> None:
+    for folder in (source.around, source.folder):
+        for name, path in folders.small_files(folder, str(folder)).items():
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target / name)
 
 
 def _architecture(source: Source, *, is_retriever: bool) -> str:

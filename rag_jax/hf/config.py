@@ -33,6 +33,11 @@ def read_config(folder: pathlib.Path, where: str) -> tuple[str, ModelConfig]:
     `where` is how messages name the folder, such as `retriever.path='...'`.
     """
     if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"{where}: holds an adapter (PEFT), not a model; merge it into its base (peft's merge_and_unload, then "
+                "save_pretrained of model and tokenizer) and give that folder"
+            )
         raise UserError(f"{where}: no config.json in {folder}; give the folder of a Hugging Face model")
     _check_file(untrusted.read_json(folder / "config.json", f"{where}: its config.json"), where)
     try:
@@ -91,6 +96,8 @@ def from_hf(theirs: Mapping[str, Any], problems: list[str]) -> Any:
     if is_size(ours["width"]) and is_size(ours["num_heads"]):
         ours |= {name: value(ours) for name, value in family.absent.items() if ours[name] is None}
     ours |= family.read(theirs, problems)
+    if any(field.name == "causal" for field in dataclasses.fields(family.config)):
+        ours["causal"] = theirs.get("is_causal", True)
     _check_values(family.config, ours, problems)
     if problems:
         return None
@@ -107,6 +114,8 @@ def to_hf(config: ModelConfig, model_type: str) -> dict[str, Any]:
     for key, ours in family.fields.items():
         value = getattr(config, ours if isinstance(ours, str) else ours[0])
         theirs[key] = names[value] if ours == "activation" else value
+    if family.config.causal and not config.causal:
+        theirs["is_causal"] = False
     return theirs | family.write(config)
 
 

@@ -287,6 +287,7 @@ FAMILIES: dict[str, Family] = {
             "scale_attn_by_inverse_layer_idx": False,
             "add_cross_attention": False,
             "tie_word_embeddings": True,
+            "is_causal": True,
         },
         absent={"mlp_width": lambda ours: 4 * ours["width"]},
     ),

@@ -13,6 +13,7 @@ from rag_jax.hf import tiny, weights
 RANDOM = "random:"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
+TORCH_FILES = ["pytorch_model*.bin"]  # fetched where there is no safetensors
 # Relative names.
 SMALL_FILES = (
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|modules"
@@ -57,8 +58,22 @@ def small_files(folder: pathlib.Path, where: str) -> dict[str, pathlib.Path]:
             target = path.resolve()
             if not target.is_relative_to(home) and target.name != path.name:
                 raise UserError(f"{where}: {name} is a link out of the folder, to {target}; put a copy in its place")
+            untrusted.refuse_pointer(path, f"{where}: {name}")
             found[name] = path
     return found
+
+
+def model_folder(folder: pathlib.Path) -> pathlib.Path:
+    """Where config, tokenizer and weights are: in old folders of sentence-transformers one below, `0_Transformer`."""
+    if (folder / "config.json").is_file() or not (folder / "modules.json").is_file():
+        return folder
+    modules = untrusted.read_json(folder / "modules.json", str(folder / "modules.json"))
+    for module in modules if isinstance(modules, list) else ():
+        path = module.get("path") if isinstance(module, dict) else None
+        if isinstance(path, str) and re.fullmatch(r"[\w-]{1,80}", path) and (folder / path / "config.json").is_file():
+            if str(module.get("type")).endswith(".Transformer"):
+                return folder / path
+    return folder
 
 
 def _random(path: str, key: str) -> pathlib.Path:
@@ -101,7 +116,10 @@ def _lacks(folder: pathlib.Path) -> str | None:
 
 def _downloaded(name: str, key: str) -> pathlib.Path:
     try:
-        folder = pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=OTHERS))
+        for wanted in (HUB_FILES, HUB_FILES + TORCH_FILES):
+            found = huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=OTHERS)
+            if not _lacks(folder := pathlib.Path(found)):
+                return folder
         if lacking := _lacks(folder):
             raise UserError(
                 f"{key}={name!r}: is not complete in the hub's cache: {lacking}; if its download broke off, connect "

@@ -3,7 +3,41 @@
 Facts of the models' hub pages. What stands here is enough for shapes and FLOPs; a run reads the real folder.
 """
 
+import json
+import pathlib
+import re
 from typing import Any
+
+# Of queries and passages, as their model cards ask for them; by what a name holds, the first that matches.
+PREFIXES: dict[str, tuple[str, str]] = {
+    r"e5-mistral|-instruct": ("", ""),  # an instruction of the user's own
+    r"(^|[-_/])e5-": ("query: ", "passage: "),
+    r"bge-(small|base|large)-en|arctic-embed|mxbai-embed": (
+        "Represent this sentence for searching relevant passages: ",
+        "",
+    ),
+    r"bge-(small|base|large)-zh": ("为这个句子生成表示以用于检索相关文章：", ""),
+    r"nomic-embed|modernbert-embed": ("search_query: ", "search_document: "),
+    r"embeddinggemma": ("task: search result | query: ", "title: none | text: "),
+    r"qwen3-embedding": (
+        "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:",
+        "",
+    ),
+}
+
+
+def prefixes_of(path: str, folder: pathlib.Path) -> tuple[str, str] | None:
+    """Those that a well-known retriever is trained with, by its name or by the one that its config.json remembers."""
+    try:
+        remembered = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        remembered = None
+    for name in filter(None, (path, str(folder), remembered)):
+        for pattern, prefixes in PREFIXES.items():
+            if re.search(pattern, str(name).lower()):
+                return prefixes if any(prefixes) else None
+    return None
+
 
 _BERT = {"vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2}
 

@@ -13,22 +13,26 @@ MODES = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
 FLAGS = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "lasttoken"}
 QUERY_PROMPTS = ("query", "s2p_query")
 PASSAGE_PROMPTS = ("passage", "document", "corpus")
+SIMILARITIES = {"cosine": "cosine", "dot": "dot", "dot_score": "dot"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Pooling:
-    """What a model's folder says about its embeddings; those of training are always normalised."""
+    """What a model's folder says about its embeddings."""
 
     mode: str  # "cls" | "mean" | "last"
     query_prefix: str = ""
     passage_prefix: str = ""
     max_len: int | None = None  # tokens
+    similarity: str = "cosine"  # "cosine" | "dot": that of embeddings as they are
+    truncate_dim: int | None = None  # leading channels of an embedding that count; None: all
+    lower_case: bool = False  # texts are read in lower case, whatever the tokenizer does
 
 
 def read_pooling(folder: pathlib.Path, default: str, where: str) -> Pooling:
     """What the folder says; `default` mode and no prefixes where it says nothing."""
     problems: list[str] = []
-    mode = default
+    mode, normalises = default, False
     for module in _read(folder, "modules.json", where, list):
         if not isinstance(module, dict):
             raise UserError(f"{where}: modules.json must be a list of objects; fetch it again")
@@ -41,26 +45,56 @@ def read_pooling(folder: pathlib.Path, default: str, where: str) -> Pooling:
         elif kind == "Pooling":
             mode = _mode(_read(folder, f"{module.get('path', '')}/config.json", where, dict), problems)
         elif kind not in ("Transformer", "Normalize"):
-            problems.append(f"modules.json: a module {kind[:80]} (supported: Transformer, Pooling, Normalize)")
-    prompts = _read(folder, "config_sentence_transformers.json", where, dict).get("prompts") or {}
+            problems.append(
+                f"modules.json: a module {kind[:80]}, which is part of the model (supported: Transformer, Pooling, "
+                "Normalize)"
+            )
+        normalises |= kind == "Normalize"
+    settings = _read(folder, "config_sentence_transformers.json", where, dict)
+    prompts = settings.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
         problems.append(
             f"config_sentence_transformers.json: prompts={untrusted.short(prompts)} must map names to texts"
         )
         prompts = {}
-    max_len = _read(folder, "sentence_bert_config.json", where, dict).get("max_seq_length")
+    similarity = settings.get("similarity_fn_name") or "cosine"
+    if str(similarity) not in SIMILARITIES:
+        problems.append(
+            f"config_sentence_transformers.json: similarity_fn_name={untrusted.short(similarity)} (supported: "
+            f"{', '.join(SIMILARITIES)})"
+        )
+    width = settings.get("truncate_dim")
+    if width is not None and not (isinstance(width, int) and width > 0):
+        problems.append(
+            f"config_sentence_transformers.json: truncate_dim={untrusted.short(width)} must be a number of channels "
+            "above 0"
+        )
+    reading = _read(folder, "sentence_bert_config.json", where, dict)
+    max_len = reading.get("max_seq_length")
     if max_len is not None and (not isinstance(max_len, int) or max_len < 1):
         problems.append(
             f"sentence_bert_config.json: max_seq_length={untrusted.short(max_len)} must be a number of tokens above 0"
         )
     if problems:
-        raise UserError(f"{where}: {'; '.join(problems)}; set retriever.pooling and remove modules.json to go on")
-    return Pooling(mode, _first(prompts, QUERY_PROMPTS), _first(prompts, PASSAGE_PROMPTS), max_len)
+        raise UserError(f"{where}: {'; '.join(problems)}; give another model")
+    return Pooling(
+        mode,
+        _first(prompts, QUERY_PROMPTS),
+        _first(prompts, PASSAGE_PROMPTS),
+        max_len,
+        # The inner product of unit vectors is their cosine, but of some of their channels it is not.
+        "cosine" if normalises and width is None else SIMILARITIES[str(similarity)],
+        width,
+        reading.get("do_lower_case") is True,
+    )
 
 
 def write_pooling(folder: pathlib.Path, pooling: Pooling, width: int) -> None:
     """The files from which `SentenceTransformer(folder)` embeds as training did."""
-    modules = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    if pooling.similarity == "cosine":
+        modules.append(("2_Normalize", "Normalize"))
+        (folder / "2_Normalize").mkdir(exist_ok=True)
     # The old names of types, flags and sizes: releases from 2.2 on read them.
     types = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
@@ -70,10 +104,15 @@ def write_pooling(folder: pathlib.Path, pooling: Pooling, width: int) -> None:
     others = {"pooling_mode_max_tokens": False, "pooling_mode_mean_sqrt_len_tokens": False}
     files.write_json(folder / "modules.json", types)
     files.write_json(folder / "1_Pooling/config.json", {"word_embedding_dimension": width, **flags, **others})
-    prompts = {"query": pooling.query_prefix, "document": pooling.passage_prefix}
-    files.write_json(folder / "config_sentence_transformers.json", {"prompts": prompts, "similarity_fn_name": "cosine"})
-    files.write_json(folder / "sentence_bert_config.json", {"max_seq_length": pooling.max_len, "do_lower_case": False})
-    (folder / "2_Normalize").mkdir(exist_ok=True)
+    settings: dict[str, Any] = {
+        "prompts": {"query": pooling.query_prefix, "document": pooling.passage_prefix},
+        "similarity_fn_name": pooling.similarity,
+    }
+    if pooling.truncate_dim is not None:
+        settings["truncate_dim"] = pooling.truncate_dim
+    files.write_json(folder / "config_sentence_transformers.json", settings)
+    reading = {"max_seq_length": pooling.max_len, "do_lower_case": pooling.lower_case}
+    files.write_json(folder / "sentence_bert_config.json", reading)
 
 
 def _mode(config: dict[str, Any], problems: list[str]) -> str:

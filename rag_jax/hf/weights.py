@@ -17,11 +17,14 @@ import safetensors.numpy
 from rag_jax import models, untrusted
 from rag_jax.errors import UserError
 from rag_jax.files import write_json
+from rag_jax.hf import torch_file
 from rag_jax.hf.families import FAMILIES, Family, Rule
 
 DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 DTYPE_NAMES = tuple(np.dtype(kind).name for kind in DTYPES.values())
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+OTHERS = (".bin", ".pt", ".pth", ".h5", ".gguf", ".msgpack")  # kinds of weights that are not read
 # What training leaves alone, kept in a workdir where the weights themselves are in checkpoints.
 REST = "rest.safetensors"
 SHARD_BYTES = 5 * 10**9
@@ -190,8 +193,9 @@ def _tensors(folder: pathlib.Path, family: Family) -> dict[str, _Tensor]:
     """Every tensor of the folder by the name that the family's rules know it under; reads the files' headers."""
     tensors: dict[str, _Tensor] = {}
     for path in files(folder):
+        untrusted.refuse_pointer(path, str(path))
         try:
-            with safetensors.safe_open(path, "np") as file:
+            with _opened(path) as file:
                 for name in file.keys():
                     part = file.get_slice(name)
                     known = canonical(name, family)
@@ -220,11 +224,15 @@ def _reading() -> Iterator[Callable[[_Tensor, Any], np.ndarray]]:
 
         def read(tensor: _Tensor, where: Any) -> np.ndarray:
             if tensor.path not in files:
-                files[tensor.path] = stack.enter_context(safetensors.safe_open(tensor.path, "np"))
+                files[tensor.path] = stack.enter_context(_opened(tensor.path))
             file = files[tensor.path]
             return file.get_tensor(tensor.name) if where is ... else file.get_slice(tensor.name)[where]
 
         yield read
+
+
+def _opened(path: pathlib.Path) -> Any:
+    return torch_file.opened(path) if path.suffix == ".bin" else safetensors.safe_open(path, "np")
 
 
 def canonical(name: str, family: Family) -> str:
@@ -236,28 +244,28 @@ def canonical(name: str, family: Family) -> str:
 
 
 def files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The files that hold a folder's weights; UserError for none, for others than safetensors, for some missing."""
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if (folder / REST).is_file():
-        return [folder / REST]
-    if not (folder / INDEX).is_file():
-        others = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt"))
-        found = f"only {', '.join(others[:3])}, which can run code when read" if others else "no weights"
+    """The files that hold a folder's weights, as safetensors if it can be; UserError for none, for some missing."""
+    single = [name for name in (SINGLE, REST, INDEX, TORCH, TORCH_INDEX) if (folder / name).is_file()][:1]
+    if single and single[0] not in (INDEX, TORCH_INDEX):
+        return [folder / single[0]]
+    if not single:
+        others = sorted(path.name for path in folder.iterdir() if path.suffix in OTHERS)
+        found = f"only {', '.join(others[:3])}" if others else "no weights"
         raise UserError(
             f"{folder} holds {found}; needed is {SINGLE} or {INDEX} (`save_pretrained` of transformers writes it)"
         )
+    index, suffix = folder / single[0], "safetensors" if single[0] == INDEX else "bin"
     try:
-        content = untrusted.read_json(folder / INDEX, str(folder / INDEX))
+        content = untrusted.read_json(index, str(index))
         names = sorted(set(content["weight_map"].values()))
         outside = [name for name in names if name != pathlib.PurePath(name).name]
-        others = [name for name in names if not re.fullmatch(r"[^/\0]{1,200}\.safetensors", name)]
+        others = [name for name in names if not re.fullmatch(rf"[^/\0]{{1,200}}\.{suffix}", name)]
         if others and not outside:
             raise ValueError
     except (UserError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{folder / INDEX} is not an index of safetensors files; fetch it again") from None
+        raise UserError(f"{index} is not an index of {suffix} files; fetch it again") from None
     if outside:
-        raise UserError(f"{folder / INDEX} points outside of its folder, to {outside[0][:MOST_CHARS]}")
+        raise UserError(f"{index} points outside of its folder, to {outside[0][:MOST_CHARS]}")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder} lacks {', '.join(missing)}, named in {INDEX}; fetch it again")

@@ -114,7 +114,7 @@ def passages_key(tokens: segments.Ragged) -> str:
 
 def retriever_key(model: rag.Rag, params: dict) -> str:
     """Of all the retriever's parameters, to the bit and wherever they lie, and of how it pools and computes."""
-    parts: dict[str, Any] = {"pooling": model.pooling, "dtype": str(np.dtype(model.dtype))}
+    parts: dict[str, Any] = model.embedding | {"dtype": str(np.dtype(model.dtype))}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params["retriever"]):
         name = jax.tree_util.keystr(path)
         parts[name] = [list(leaf.shape), *map(int, jax.device_get(_sums(leaf)))]
@@ -157,7 +157,7 @@ def _width(model: rag.Rag, params: dict) -> int:
     """E, from shapes alone."""
 
     def embed(params: dict, ids: Int[Array, "B L"]) -> Float[Array, "B E"]:
-        return rag.encode(model.model("retriever", params), ids, ids > 0, model.pooling)
+        return rag.encode(model.model("retriever", params), ids, ids > 0, **model.embedding)
 
     return jax.eval_shape(embed, params, jax.ShapeDtypeStruct((1, 1), jnp.int32)).shape[1]
 

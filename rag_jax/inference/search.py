@@ -49,13 +49,13 @@ def full_batches(order: Int[np.ndarray, " n"], batch_size: int) -> Iterator[tupl
 def embed(
     model: rag.Rag, params: dict, tokens: segments.Ragged, *, batch_size: int, label: str, longest: int = 0
 ) -> Float[np.ndarray, "n E"]:
-    """Normalised embeddings of tokenised texts, in their order, on every process; every process must call.
+    """Embeddings of tokenised texts, in their order, on every process; every process must call.
 
     Texts of similar length share a batch, and the devices on which the parameters lie share the batches. A batch is
     padded to a share of `longest` (0: of the longest text), so that other texts are read by the same programs.
     """
     where, split = programs.placement(params, "retriever"), ((sharding.BATCH,) * 2, (sharding.BATCH,))
-    encode = programs.compiled(_encode, model, where, split, pooling=model.pooling)
+    encode = programs.compiled(_encode, model, where, split, **model.embedding)
     batch_size = -(-min(batch_size, len(tokens)) // where.shards) * where.shards
     lengths = tokens.lengths
     longest = longest or int(lengths.max())
@@ -70,9 +70,9 @@ def embed(
 
 
 def _encode(
-    retriever: Any, ids: Int[Array, "b L"], mask: Bool[Array, "b L"], *, pooling: str
+    retriever: Any, ids: Int[Array, "b L"], mask: Bool[Array, "b L"], **embedding: Any
 ) -> tuple[Float[Array, "b E"]]:
-    return (rag.encode(retriever, ids, mask, pooling),)
+    return (rag.encode(retriever, ids, mask, **embedding),)
 
 
 def top_k(

@@ -33,7 +33,7 @@ class ModelConfig:
     layer_kinds: tuple[
         int, ...
     ] = ()  # of each layer, which of the family's kinds of layers it is; (): all of the first
-    causal: ClassVar[bool]  # a token sees what stands before it and no more, so the model can generate
+    causal: bool  # a token sees what stands before it and no more, so the model can generate
 
     @property
     def heads(self) -> tuple[int, int, int]:

@@ -195,7 +195,7 @@ class Decoder(nnx.Module):
             if layer_cache is not None:
                 keys_values = layer_cache if rows is None else jax.tree.map(lambda a: a[rows], layer_cache)
                 context = Context(keys_values, Seen(filled, view.window, offset=length))
-            own = Seen(attention_mask, view.window, causal=True)
+            own = Seen(attention_mask, view.window, causal=self.config.causal)
             x, keys_values = layer(x, own, rope=view.rope, context=context, kernel=kernel, dropout_keys=keys)
             return x, keys_values if keep else None
 

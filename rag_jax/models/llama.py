@@ -1,12 +1,11 @@
 """The Llama family in one file: Llama 2 and 3, TinyLlama, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3.
 
-They differ in sizes and in six facts, all in `LlamaConfig`: grouped heads, biases, query-key norms, rope scaling,
-sliding windows, and whether the output matrix is tied to the word embedding.
+They differ in sizes and in seven facts, all in `LlamaConfig`: grouped heads, biases, query-key norms, rope scaling,
+sliding windows, whether the output matrix is tied to the word embedding, and whether it was made an encoder.
 """
 
 import dataclasses
 import math
-from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,8 +40,6 @@ class LayerKind:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig(ModelConfig):
-    causal: ClassVar[bool] = True
-
     vocab_size: int  # V
     num_layers: int  # N
     num_heads: int  # H
@@ -65,6 +62,7 @@ class LlamaConfig(ModelConfig):
     computing: Computing = Computing()
     layer_kinds: tuple[int, ...] = ()  # places in `kinds`, one a layer; (): all are of the first
     further_kinds: tuple[LayerKind, ...] = ()  # besides what stands above, such as local layers among global ones
+    causal: bool = True  # not of an encoder: each of its tokens sees all
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
@@ -152,8 +150,13 @@ class Llama(Decoder):
         return self.embed.word(ids)
 
     def _views(self, positions: Int[Array, "B L"]) -> list[layers.View]:
-        head_dim = self.config.head_dim
-        return [layers.View(rope(kind, head_dim, positions), kind.sliding_window) for kind in self.config.kinds]
+        def view(kind: LayerKind) -> layers.View:
+            window = kind.sliding_window
+            if window is not None and not self.config.causal:
+                window += 1  # an encoder of `transformers` sees so many tokens on either side, besides the own one
+            return layers.View(rope(kind, self.config.head_dim, positions), window)
+
+        return [view(kind) for kind in self.config.kinds]
 
     def head_kernel(self) -> Float[Array, "V D"]:
         return self.embed.word.embedding[...] if self.config.tied_head else self.head.kernel[...].T

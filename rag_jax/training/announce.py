@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from rag_jax import data, files, hf, pair
+from rag_jax.hf import known
 from rag_jax.training import optim
 from rag_jax.training.setup import Training
 from rag_jax.training.step import Tree
@@ -99,7 +100,27 @@ def model_line(training: Training, role: str, source: hf.Source) -> str:
     trainable, frozen = count(training.state.params), count(training.state.frozen)
     text = f"{training.config[role].path} ({source.model_type}), {(trainable + frozen) / 1e6:,.1f} M parameters"
     text += f", {trainable / (trainable + frozen):.0%} trained"
-    return f"{text}, {training.opened.model.pooling} pooling" if role == "retriever" else text
+    return f"{text}, {reading(training)}" if role == "retriever" else text
+
+
+def reading(training: Training) -> str:
+    """How the retriever reads and what its embeddings are, with a hint where its family is used with other prefixes."""
+    opened = training.opened
+    source, how = opened.sources["retriever"], pair.pooling(training.config, opened.sources["retriever"])
+    text = f"{how.mode} pooling"
+    if how.truncate_dim is not None:
+        text += f", the first {how.truncate_dim} channels"
+    text += f", {how.similarity}" if how.similarity != "cosine" else ""
+    text += ", in lower case" if how.lower_case else ""
+    prefixes = how.query_prefix, how.passage_prefix
+    text += ", no prefixes" if not any(prefixes) else f", prefixes {prefixes[0]!r} and {prefixes[1]!r}"
+    usual = known.prefixes_of(training.config.retriever.path, source.folder)
+    if usual and not any(prefixes):
+        text += (
+            f" (such models are trained with retriever.query_prefix={usual[0]!r} and "
+            f"retriever.passage_prefix={usual[1]!r}; without them they find less)"
+        )
+    return text
 
 
 def attention_line(training: Training) -> str:

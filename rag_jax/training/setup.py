@@ -71,10 +71,13 @@ def resumable(config: Config, workdir: pathlib.Path) -> bool:
         if not checkpoints.steps():
             return False
     before, now = configs.flat(configs.load_workdir(workdir)), configs.flat(config)
+    moved = provenance.compared(workdir, config)
     changed = [
         f"{name} was {before[name]!r} and is {now[name]!r}"
         for name in now
-        if before[name] != now[name] and not any(name == key or name.startswith(f"{key}.") for key in MAY_CHANGE)
+        if before[name] != now[name]
+        and name not in moved
+        and not any(name == key or name.startswith(f"{key}.") for key in MAY_CHANGE)
     ]
     if changed:
         raise UserError(

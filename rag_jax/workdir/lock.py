@@ -1,7 +1,9 @@
 """One writer a workdir."""
 
 import contextlib
+import errno
 import fcntl
+import logging
 import os
 import pathlib
 import socket
@@ -10,6 +12,8 @@ from collections.abc import Iterator
 from rag_jax.errors import UserError
 
 NAME = ".lock"
+# Of file systems that have no locks, such as Lustre without the option flock.
+WITHOUT = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
 @contextlib.contextmanager
@@ -25,6 +29,15 @@ def only_writer(workdir: pathlib.Path) -> Iterator[None]:
             raise UserError(
                 f"--workdir={workdir}: {holder} trains there; stop it first, or give another folder"
             ) from None
+        except OSError as error:
+            if error.errno not in WITHOUT:
+                raise
+            logging.warning(
+                "--workdir=%s: its file system has no locks (%s), so nothing keeps a second process from training "
+                "there; see to it yourself",
+                workdir,
+                error.strerror,
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

@@ -10,7 +10,7 @@ from rag_jax.errors import UserError
 from rag_jax.objectives import ROLES
 
 NAME = "inputs.json"
-SUFFIXES = (".safetensors", ".json", ".txt", ".model")
+SUFFIXES = (".safetensors", ".bin", ".json", ".txt", ".model")
 # Of a large file not all is read: so many blocks of that size, evenly spread, the first and the last among them.
 BLOCKS, BLOCK_BYTES = 64, 1 << 16
 Inputs = dict[str, dict[str, Any]]
@@ -54,6 +54,16 @@ def check(workdir: pathlib.Path, config: Any, now: Inputs) -> None:
             f"--workdir={workdir} holds a run of other rows or models: {'; '.join(sorted(changed))}; "
             "bring back what it began with to go on, or give another --workdir"
         )
+
+
+def compared(workdir: pathlib.Path, config: Any) -> set[str]:
+    """Keys of rows and models that `check` compares by content, so that they may have moved."""
+    try:
+        before = json.loads((workdir / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # which `check` will say
+        return set()
+    folders = {f"{role}.path" for role in ROLES if pathlib.Path(config[role].path or "").expanduser().is_dir()}
+    return before.keys() & ({"data.train"} | folders) if isinstance(before, dict) else set()
 
 
 def write(workdir: pathlib.Path, found: Inputs) -> None:

@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 from data_helpers import BOS, EOS, byte_tokenizer, word_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import models, normalizers, pre_tokenizers
 
 from rag_jax.data import segments
 from rag_jax.errors import UserError
@@ -28,6 +31,48 @@ def prompt(**changes):
 
 def rows_of(ragged):
     return [ragged[i].tolist() for i in range(len(ragged))]
+
+
+def sentencepiece_like(normalizer=None, pre_tokenizer=None):
+    """Token of a character, whose blank is drawn; as Llama's tokenizers put one before a text."""
+    pieces = ["<unk>", "<s>", "</s>", *map(chr, range(33, 127)), "▁", "\n", "Ġ", "Ċ"]
+    backend = tokenizers.Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>"))
+    backend.add_special_tokens(["<s>", "</s>"])
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    if pre_tokenizer is not None:
+        backend.pre_tokenizer = pre_tokenizer
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+BLANK = normalizers.Replace(" ", "▁")
+WITH_A_BLANK = {
+    "Llama 2": sentencepiece_like(normalizers.Sequence([normalizers.Prepend("▁"), BLANK])),
+    "alone": sentencepiece_like(normalizers.Prepend("▁"), pre_tokenizers.Metaspace(prepend_scheme="never")),
+    "first": sentencepiece_like(pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="first")),
+    "always": sentencepiece_like(
+        pre_tokenizer=pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="always", split=False)])
+    ),
+    "byte-level": sentencepiece_like(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)),
+}
+
+
+@pytest.mark.parametrize("kind", WITH_A_BLANK)
+def test_segments_together_have_the_tokens_of_the_whole(kind):
+    tokenizer = WITH_A_BLANK[kind]
+    whole = "A fox.\nQ: who?\nA: the fox"
+    as_one = tokenizer(whole, add_special_tokens=False).input_ids
+    assert tokenizer.convert_ids_to_tokens(as_one)[0] in "▁Ġ"
+    own = prompt(tokenizer=tokenizer, passage="{passage}", answer_len=20)
+    (prefixes, _), (queries, _) = segments.prompt_segments(own, ["A fox."], ["who?"])
+    answers = segments.answer_segments(own, ["the fox"])
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert [*prefixes[0], *queries[0], *answers[0]] == [bos, *as_one, eos]
+    assert segments.reading_on(tokenizer) is not tokenizer
+
+
+def test_most_tokenizers_read_on_as_they_begin():
+    assert segments.reading_on(BYTES) is BYTES and segments.reading_on(WORDS) is WORDS
 
 
 def test_segments_are_the_filled_templates_with_bos_first_and_eos_last():

@@ -49,6 +49,8 @@ def environment_of(index, count, devices, cache, port, **more):
         "JAX_NUM_PROCESSES": str(count),
         "JAX_PROCESS_ID": str(index),
         "RAG_JAX_START_TIMEOUT_S": "60",
+        # Of the world outside; nobody listens there.
+        **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9"),
     }
     return environment(cache) | there | more
 

@@ -356,7 +356,7 @@ def broken_weights(case, folder):
     (folder / weights.SINGLE).unlink()
     if case == "only pickle":
         (folder / "pytorch_model.bin").write_bytes(b"")
-        return r"holds only pytorch_model\.bin, which can run code when read; needed is model\.safetensors"
+        return r"pytorch_model\.bin is refused, for it holds not an archive as PyTorch writes it .*; nothing in it was"
     if case == "none":
         return r"holds no weights; needed is model\.safetensors or model\.safetensors\.index\.json"
     weights.save_params(draw(LLAMA), folder, "llama", LLAMA, np.float32, shard_bytes=4000)
@@ -718,7 +718,7 @@ def test_prompts_and_length(tmp_path, prompts, query, passage):
         (
             {"pooling_mode": "mean"},
             [("2_Dense", "Dense")],
-            r"a module Dense \(supported: Transformer, Pooling, Normali",
+            r"a module Dense, which is part of the model \(supported: Transformer, Pooling, Normali",
         ),
         (flags(cls_token=True, mean_tokens=True), [], "pooling by cls and mean "),
         (flags(max_tokens=True), [], r"pooling by pooling_mode_max_tokens \(supported: cls, mean, lasttoken\)"),
@@ -738,18 +738,42 @@ def test_pooling_that_is_refused(tmp_path, content, extra, message):
 
 def test_several_problems_of_pooling_in_one_message(tmp_path):
     write_modules(tmp_path, flags(max_tokens=True), [("2_Dense", "Dense"), ("3_LayerNorm", "LayerNorm")])
-    with pytest.raises(
-        UserError, match="max_tokens.*module Dense.*module LayerNorm.*; set retriever.pooling and remove"
-    ):
+    with pytest.raises(UserError, match="max_tokens.*module Dense.*module LayerNorm.*; give another model"):
         hf.pooling.read_pooling(tmp_path, "mean", WHERE)
 
 
 @pytest.mark.parametrize("mode", ["cls", "mean", "last"])
 def test_written_pooling_is_read_back(tmp_path, mode):
-    for pooling in (hf.Pooling(mode), hf.Pooling(mode, "query: ", "Grüße: ", 64)):
+    dot = hf.Pooling(mode, similarity="dot", truncate_dim=8, lower_case=True)
+    for pooling in (hf.Pooling(mode), hf.Pooling(mode, "query: ", "Grüße: ", 64), dot):
         hf.write_pooling(tmp_path, pooling, 16)
         for default in ("mean", "last"):
             assert hf.pooling.read_pooling(tmp_path, default, WHERE) == pooling
+
+
+@pytest.mark.parametrize(
+    ("settings", "normalises", "expected"),
+    [
+        ({}, False, "cosine"),
+        ({"similarity_fn_name": None}, False, "cosine"),
+        ({"similarity_fn_name": "dot"}, False, "dot"),
+        ({"similarity_fn_name": "dot"}, True, "cosine"),  # of unit vectors it is the same
+        ({"similarity_fn_name": "dot", "truncate_dim": 4}, True, "dot"),  # of some of their channels it is not
+    ],
+)
+def test_similarity_that_a_folder_names(tmp_path, settings, normalises, expected):
+    write_modules(tmp_path, {"pooling_mode": "mean"}, [("2_Normalize", "Normalize")] if normalises else [])
+    write_json(tmp_path / "config_sentence_transformers.json", settings)
+    found = hf.pooling.read_pooling(tmp_path, "mean", WHERE)
+    assert (found.similarity, found.truncate_dim) == (expected, settings.get("truncate_dim"))
+
+
+@pytest.mark.parametrize("settings", [{"similarity_fn_name": "manhattan"}, {"truncate_dim": 0}, {"truncate_dim": "8"}])
+def test_embeddings_that_are_not_ours(tmp_path, settings):
+    write_json(tmp_path / "config_sentence_transformers.json", settings)
+    ((name, value),) = settings.items()
+    with pytest.raises(UserError, match=f"config_sentence_transformers.json: {name}={value!r}"):
+        hf.pooling.read_pooling(tmp_path, "mean", WHERE)
 
 
 # Exports as others read them.
