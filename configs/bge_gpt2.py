@@ -31,6 +31,9 @@ def get_config() -> ConfigDict:
     data.passages = None
     data.columns = columns = ConfigDict({"query": "Question", "passage": "Abstract", "answer": "Answer"})
     columns.update({"negative": None, "document": None, "passage_score": None, "negative_score": None})
+    data.eval_columns = dict.fromkeys(("query", "passage", "answer", "document"))
+    data.passages_columns = dict.fromkeys(("passage", "document"))
+    data.format = "auto"
     data.query_len = 50
     data.passage_len = 128
     data.prompt_passage_len = 160

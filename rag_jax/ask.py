@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rag_jax import cli, data, untrusted
-from rag_jax.data import rows, segments
+from rag_jax.data import rows, segments, tables
 from rag_jax.errors import UserError
 from rag_jax.objectives import OBJECTIVES, ROLES
 
@@ -131,8 +131,8 @@ def given_questions(args: argparse.Namespace, loaded: Any) -> list[str] | None:
     if args.question:
         raise UserError("give either a question or --questions=FILE, not both")
     path, where = pathlib.Path(args.questions), f"--questions={args.questions}"
-    if path.is_dir() or path.suffix.lower() in rows.READERS:
-        (texts,) = rows.read_columns(args.questions, "--questions", {"data.columns.query": loaded.data.columns.query})
+    if path.is_dir() or tables.kind_of(path) is not None:
+        texts = rows.read_queries(args.questions, "--questions", loaded.data.columns.to_dict())
     elif path.is_file():
         try:
             texts = path.read_text(encoding="utf-8-sig").splitlines()
@@ -181,7 +181,8 @@ def corpus(args: argparse.Namespace, loaded: Any) -> tuple[str, ...]:
     for key, source in sources.items():
         if source is not None:  # rows that name no passage may have no column of them either
             may_miss = key != "data.passages" and sources.get("data.passages") is not None
-            texts.append(data.read_passages(source, column, key, may_miss=may_miss))
+            columns = data.columns_of(loaded.data, "data.passages" if key == "--passages" else key)
+            texts.append(data.read_passages(source, columns, key, may_miss=may_miss))
     passages = tuple(dict.fromkeys(itertools.chain(*texts)))
     if not passages:
         given = (

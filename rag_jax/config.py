@@ -24,6 +24,12 @@ MOST = 2**31
 ATTENTION = ("plain", "cudnn", "pallas")
 REMAT = ("none", "dots", "full")
 REMAT_MEANING = "what layers recompute in the backward pass: nothing, all but products with weights, everything"
+# The names of `data.formats`, which would bring numpy and tokenizers along.
+LAYOUTS = (
+    "beir", "chat", "contexts", "dpr", "flagembedding", "ms-marco", "passages", "query and passage",
+    "question and answer", "question and passage", "sentence-transformers", "squad", "tevatron", "text",
+    "title and text",
+)  # fmt: skip
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 Rules = tuple[tuple[str, float], ...]
@@ -147,6 +153,22 @@ KEYS: dict[str, Key] = {
     ),
     "data.columns.negative_score": Key(
         str | None, not_empty, "column of the given negatives' scores, of distill: a number or a list of numbers a row"
+    ),
+    **{
+        f"data.eval_columns.{part}": Key(str | None, not_empty, f"that of data.eval's {part}; None: as in data.columns")
+        for part in ("query", "passage", "answer", "document")
+    },
+    **{
+        f"data.passages_columns.{part}": Key(
+            str | None, not_empty, f"that of data.passages' {part}; None: as in data.columns"
+        )
+        for part in ("passage", "document")
+    },
+    "data.format": Key(
+        str,
+        one_of("auto", "columns", *LAYOUTS),
+        "what the rows are: auto: by data.columns if these are there, else what their columns are recognised as; "
+        "columns: by data.columns alone; or a layout by its name",
     ),
     "data.query_len": Key(int, at_least(3), "retriever tokens of a query"),
     "data.passage_len": Key(int, at_least(3), "retriever tokens of a passage"),

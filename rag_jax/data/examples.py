@@ -24,6 +24,7 @@ class Gaps:
     passage: bool = False
     answer: bool = False
     corpus: tuple[tuple[str, str], ...] = ()  # (config key, source): read where a row names no passage
+    columns: Mapping[str, Any] | None = None  # of the corpus, where they are others than those of the rows
     always: bool = False  # read it even where every row names one; the passages of dropped rows are of it too
 
 
@@ -122,6 +123,7 @@ class Report:
     from_cache: bool
     negatives: str = ""  # what became of those that are given
     corpus: int = 0  # distinct passages, besides the rows' own
+    notes: tuple[str, ...] = ()  # how rows and corpus were read, where that is not plain
 
     def __str__(self) -> str:
         def counts(numbers: Mapping[str, int], word: str) -> str:
@@ -137,14 +139,14 @@ class Report:
             parts.append(f"too long and cut: {counts(self.cut, '')}")
         if self.negatives:
             parts.append(self.negatives)
-        return "; ".join(parts)
+        return "; ".join([*parts, *self.notes])
 
 
 def load_examples(
     source: str,
     *,
     key: str,
-    columns: Mapping[str, str | None],
+    columns: Mapping[str, Any],
     bad_rows: str,
     retriever: RetrieverText | None,
     prompt: Prompt | None,
@@ -152,6 +154,7 @@ def load_examples(
     min_rows: int = 1,
     negatives: int = 0,
     gaps: Gaps = Gaps(),
+    layout: str = "auto",
 ) -> tuple[Examples, Report]:
     """Tokenised rows of `source` for the models that are used, and what became of the rows.
 
@@ -171,14 +174,16 @@ def load_examples(
         with_answers=with_answers,
         with_negatives=negatives > 0,
         passages_may_miss=gaps.passage and bool(gaps.corpus),
+        layout=layout,
     )
+    notes = [*read.notes]
     needed = {"passage": not gaps.passage, "answer": with_answers and not gaps.answer}
     kept, dropped = row_files.empty_fields(read, [part for part, is_needed in needed.items() if is_needed])
     rows = read.take(kept) if dropped else read
     rows, labelled = choose_negatives(rows, negatives)
     corpus: list[tuple[str, str]] = []
     if gaps.always or not all(rows.passages):
-        corpus = _read_corpus(gaps, columns, read if gaps.always else rows)
+        corpus = _read_corpus(gaps, columns, read if gaps.always else rows, notes)
 
     untokenised = _distinct_texts(rows, corpus, negatives)
     if len(rows) and not untokenised.passages:
@@ -217,15 +222,20 @@ def load_examples(
         from_cache=from_cache,
         negatives=_negatives_line(examples.negative_key, labelled),
         corpus=len(examples.passages) - len(_named(examples)),
+        notes=tuple(notes),
     )
     return examples, report
 
 
-def _read_corpus(gaps: Gaps, columns: Mapping[str, str | None], read: Rows) -> list[tuple[str, str]]:
-    """(passage, document) of the corpus, after those of the rows that were read."""
+def _read_corpus(gaps: Gaps, columns: Mapping[str, Any], read: Rows, notes: list[str]) -> list[tuple[str, str]]:
+    """(passage, document) of the corpus, after those of the rows that were read; how it was read is noted."""
     documents = read.documents or [""] * len(read)
     own = [(text, name) for texts, name in zip(read.passages, documents, strict=True) for text in texts]
-    return own + [pair for key, source in gaps.corpus for pair in row_files.read_corpus(source, key, columns)]
+    for key, source in gaps.corpus:
+        pairs, how = row_files.read_corpus(source, key, gaps.columns or columns)
+        own += pairs
+        notes += [f"{key}: {note}" for note in how]
+    return own
 
 
 def _kinds(examples: Examples) -> dict[str, int]:

@@ -73,7 +73,7 @@ def load_rows(
     config: Any, retriever: data.RetrieverText | None, prompt: data.Prompt | None
 ) -> tuple[EvalRows, data.Report]:
     """The rows of `data.eval`; all its passages, and those of `data.passages` where given."""
-    source, columns, section = config.data.eval, config.data.columns.to_dict(), config.eval
+    source, columns, section = config.data.eval, data.columns_of(config.data, "data.eval"), config.eval
     if columns["answer"] is None:  # nothing that a generator could be measured by
         prompt = None
     corpus = () if config.data.passages is None else (("data.passages", config.data.passages),)
@@ -85,7 +85,13 @@ def load_rows(
         retriever=retriever,
         prompt=prompt,
         # A row that is dropped for its answer still has a passage to be found or confused.
-        gaps=data.Gaps(passage=retriever is not None and bool(corpus), corpus=corpus, always=True),
+        gaps=data.Gaps(
+            passage=retriever is not None and bool(corpus),
+            corpus=corpus,
+            columns=data.columns_of(config.data, "data.passages"),
+            always=True,
+        ),
+        layout=config.data.format if config.data.eval == config.data.train else "auto",
     )
     empty_prefix = None
     if prompt is not None:
@@ -192,13 +198,16 @@ def found_in(rows: EvalRows, retrieved: Int[np.ndarray, "Q K"]) -> dict[str, met
     if (documents >= 0).any():
         hits, known = examples.is_within(documents[:, None], top), (documents >= 0).astype(np.float64)
         columns |= {name: (values, known) for name, values in metrics.found("document", hits).items()}
-    answers = [metrics.dpr_tokens(examples.rows.answers[row]) for row in sample]
-    if any(answers):
+    accepted = [[metrics.dpr_tokens(text) for text in accepted_answers(examples.rows, row)] for row in sample]
+    if any(any(answers) for answers in accepted):
         tokens = {key: metrics.dpr_tokens(examples.passages[key]) for key in np.unique(top)}
         hits = np.array(
-            [[metrics.holds(tokens[key], answer) for key in of] for of, answer in zip(top, answers, strict=True)]
+            [
+                [any(metrics.holds(tokens[key], answer) for answer in answers) for key in of]
+                for of, answers in zip(top, accepted, strict=True)
+            ]
         )
-        known = np.array([float(bool(answer)) for answer in answers])
+        known = np.array([float(any(answers)) for answers in accepted])
         columns |= {name: (values, known) for name, values in metrics.found("answer", hits).items()}
     return columns
 
@@ -340,8 +349,13 @@ def greedy_answers(
     return texts
 
 
+def accepted_answers(rows: data.Rows, row: int) -> list[str]:
+    """The right answers of a row, the one that is trained on first."""
+    return rows.accepted[row] if rows.accepted and rows.accepted[row] else [rows.answers[row]]
+
+
 def answer_metrics(rows: EvalRows, generated: list[str]) -> dict[str, metrics.Column]:
-    gold = [rows.examples.rows.answers[row] for row in rows.sample[: len(generated)]]
+    gold = [accepted_answers(rows.examples.rows, row) for row in rows.sample[: len(generated)]]
     ones = np.ones(len(generated))
     return {name: (values, ones) for name, values in metrics.answers(generated, gold).items()}
 
@@ -365,6 +379,8 @@ def by_row(
         line = {"row": int(row), "query": texts.queries[row]}
         if rows.examples.prefixes is not None:
             line["answer"] = texts.answers[row]
+            if len(also := accepted_answers(texts, row)[1:]):
+                line["also_accepted"] = also
         if answers is not None and i < len(answers):
             line["generated"] = answers[i]
         line |= {name: round(float(value), 6) for name, value in own.items()}

@@ -224,8 +224,11 @@ def found(what: str, hits: Hits) -> dict[str, Float[np.ndarray, " Q"]]:
     return {f"{what}_hit@{k}": np.any(hits[:, :k], axis=1).astype(np.float64) for k in CUTOFFS}
 
 
-def answers(generated: Sequence[str], gold: Sequence[str]) -> dict[str, Float[np.ndarray, " n"]]:
-    """All metrics of each generated answer."""
+def answers(generated: Sequence[str], gold: Sequence[Sequence[str]]) -> dict[str, Float[np.ndarray, " n"]]:
+    """All metrics of each generated answer: the best over those that are accepted."""
     pairs = list(zip(generated, gold, strict=True))
     scores = {name: metric.answer for name, metric in METRICS.items() if metric.answer is not None}
-    return {name: np.array([score(*pair) for pair in pairs]) for name, score in scores.items()}
+    return {
+        name: np.array([max(score(answer, each) for each in accepted) for answer, accepted in pairs])
+        for name, score in scores.items()
+    }

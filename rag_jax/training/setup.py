@@ -25,7 +25,8 @@ from rag_jax.workdir.checkpoint import Checkpoints
 
 # Keys that may differ between a run and its continuation; all others change what the checkpoint means.
 MAY_CHANGE = (
-    "total_steps", "mesh", "checkpoint", "guard", "log", "eval", "data.eval", "data.passages", "retriever.remat",
+    "total_steps", "mesh", "checkpoint", "guard", "log", "eval", "data.eval", "data.passages", "data.eval_columns",
+    "data.passages_columns", "retriever.remat",
     "retriever.chunk_size", "generator.remat",
 )  # fmt: skip
 
@@ -95,7 +96,7 @@ def build(config: Config, workdir: pathlib.Path, mesh: Mesh, start_step: int) ->
     examples, report = data.load_examples(
         config.data.train,
         key="data.train",
-        columns=config.data.columns.to_dict(),
+        columns=data.columns_of(config.data, "data.train"),
         bad_rows=config.data.bad_rows,
         retriever=opened.retriever_text if "retriever" in used or config.mining.every_steps else None,
         prompt=prompt if "generator" in used else None,
@@ -103,6 +104,7 @@ def build(config: Config, workdir: pathlib.Path, mesh: Mesh, start_step: int) ->
         min_rows=config.batch_size,
         negatives=config.objective.negatives if config.data.columns.negative else 0,
         gaps=gaps(opened, used),
+        layout=config.data.format,
     )
     labelled = bool((examples.passage_key >= 0).all())
     opened = dataclasses.replace(opened, model=dataclasses.replace(opened.model, labelled=labelled))
@@ -143,6 +145,7 @@ def gaps(opened: pair.Pair, used: set[str]) -> data.Gaps:
         passage=tells_apart and config.mining.every_steps > 0,
         answer=bool(objective.formula.divergence) and objective.evidence != "answer",
         corpus=corpus,
+        columns=data.columns_of(config.data, "data.passages"),
         always=config.mining.negatives_from == "corpus",
     )
 

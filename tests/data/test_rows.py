@@ -151,7 +151,7 @@ def test_empty_fields_are_counted_by_the_first_one():
 
 def test_passages_are_distinct_and_in_order(tmp_path):
     (tmp_path / "p.csv").write_text('Abstract\nb\na\nb\n""\nc\n')
-    assert row_files.read_passages(str(tmp_path / "p.csv"), "Abstract", "data.passages") == ["b", "a", "c"]
+    assert row_files.read_passages(str(tmp_path / "p.csv"), {"passage": "Abstract"}, "data.passages") == ["b", "a", "c"]
 
 
 HEADER = "Question,Abstract,Answer\n"
@@ -177,7 +177,7 @@ BAD = {
     "not parquet": ("r.parquet", b"nothing of the kind", r"cannot be read as parquet: "),
     "not arrow": ("r.arrow", b"nothing of the kind", r"cannot be read as arrow: "),
     "unknown kind": ("r.xlsx", b"PK", r"is of an unknown kind: name it .csv, .tsv"),
-    "a list": ("r.jsonl", b'{"Question": "q", "Abstract": "p", "Answer": ["a"]}', r"'Answer' holds a list in row 1"),
+    "a list": ("r.jsonl", b'{"Question": ["q"], "Abstract": "p", "Answer": "a"}', r"'Question' holds a list in row 1"),
 }
 
 

@@ -126,7 +126,7 @@ def test_a_metric_is_its_function_and_a_row(monkeypatch):
 
     row = metrics.Metric("share of first words", True, frozenset({"generator", "answers"}), False, None, first_word)
     monkeypatch.setitem(metrics.METRICS, "first_word", row)
-    found = metrics.answers(["a cat", "the dog"], ["a dog", "dog"])
+    found = metrics.answers(["a cat", "the dog"], [["a dog"], ["fox", "dog"]])
     assert found["first_word"].tolist() == [1, 0] and set(found) == {"em", "f1", "first_word"}
     assert metrics.definitions()["eval/first_word"] == "share of first words"
     assert "first_word" in metrics.needing("answers") and "first_word" not in metrics.needing("retriever")
