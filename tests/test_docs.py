@@ -177,7 +177,7 @@ def test_the_lists_name_nothing_that_is_gone():
     reasons = " ".join([*NOT_RUN.values(), *ONLY_PARSED.values()])
     assert [path for path in re.findall(r"tests/[\w/]+\.py", reasons) if not (ROOT / path).exists()] == []
     targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
-    made = {" ".join(words_of(text)) for text in texts if text.startswith("make ")}
+    made = {" ".join(words_of(text)[:2]) for text in texts if text.startswith("make ")}
     assert made <= {f"make {target}" for target in targets}
 
 

@@ -446,7 +446,7 @@ def _separated(usual: Dialect) -> Callable[[pathlib.Path, str], Table]:
         except UserError as error:
             header, problem = [], error
         # Text between tabs is mostly not quoted, and one quote at the beginning of a field would then swallow rows.
-        if problem is not None or dialect.separator == "\t":
+        if dialect.separator == "\t":
             plain = _unquoted(path, where, dialect)
             if plain is not None and (rows is None or len(plain[1]) > len(rows)):
                 dialect = dataclasses.replace(dialect, quotes=False)

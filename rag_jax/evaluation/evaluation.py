@@ -349,7 +349,7 @@ def greedy_answers(
     return texts
 
 
-def accepted_answers(rows: data.Rows, row: int) -> list[str]:
+def accepted_answers(rows: data.Rows, row: int | np.integer) -> list[str]:
     """The right answers of a row, the one that is trained on first."""
     return rows.accepted[row] if rows.accepted and rows.accepted[row] else [rows.answers[row]]
 

@@ -86,8 +86,9 @@ ROWS = {
     ),
     "a home that is none": ("~no-such-user-here/r.csv", None, "there is no such user's folder; write the full path"),
     "too long a name": ("x" * 300 + ".csv", None, "File name too long; give another path or fix it"),
-    "an archive": ("r.zip", b"PK\x03\x04", "of an unknown kind: name it .csv, .tsv, .json, .jsonl, .parquet, .arrow"),
-    "a compressed file": ("r.csv.gz", b"\x1f\x8b", "is of an unknown kind: name it .csv"),
+    "an archive": ("r.zip", b"PK\x03\x04", "of an unknown kind: name it .csv, .tsv, .json, .jsonl, .ndjson, .parq"),
+    "a compressed file": ("r.csv.gz", b"\x1f\x8b", "is cut off or damaged (Compressed file ended before"),
+    "a compressed picture": ("r.png.gz", b"\x1f\x8b", "is of an unknown kind: name it .csv"),
 }
 
 

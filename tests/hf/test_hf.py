@@ -59,6 +59,7 @@ CONFIGS = {
     "qwen2-tied": ("qwen2", change(QWEN2, tied_head=True)),
     "qwen2-local": ("qwen2", change(QWEN2, layer_kinds=(0, 1), further_kinds=(LayerKind(1e4, None, 7),))),
     "qwen3": ("qwen3", QWEN3),
+    "qwen3-encoder": ("qwen3", change(QWEN3, causal=False)),
     "qwen3-window": ("qwen3", change(QWEN3, sliding_window=7)),
     "qwen3-biases": ("qwen3", change(QWEN3, qkv_bias=True, out_bias=True, rope_scaling=RopeScaling("linear", 4.0))),
 }
@@ -316,7 +317,8 @@ def test_what_is_not_trained_survives_a_workdir(random_model, tmp_path, name, dt
     assert not (copy / weights.SINGLE).exists()
     shutil.rmtree(folder)
     again = open_model(copy)
-    assert dataclasses.replace(again, path="", folder=source.folder, tokenizer=None) == dataclasses.replace(
+    there = {"folder": source.folder, "around": source.around}
+    assert dataclasses.replace(again, path="", tokenizer=None, **there) == dataclasses.replace(
         source, path="", tokenizer=None
     )
     assert again.tokenizer("some text").input_ids == source.tokenizer("some text").input_ids
@@ -334,7 +336,7 @@ def broken_weights(case, folder):
         (folder / weights.SINGLE).write_bytes(data[: len(data) // 2])
         return "model.safetensors is not a complete safetensors file .*fetch it again"
     if case == "no header":
-        (folder / weights.SINGLE).write_bytes(b"version https://git-lfs.github.com/spec/v1")
+        (folder / weights.SINGLE).write_bytes(b"<html>not found</html>")
         return "model.safetensors is not a complete safetensors file"
     if case == "ill-fitting":
         del tensors["model.layers.1.mlp.up_proj.weight"]
