@@ -167,7 +167,7 @@ KEYS: dict[str, Key] = {
     "data.format": Key(
         str,
         one_of("auto", "columns", *LAYOUTS),
-        "what the rows are: auto: by data.columns if these are there, else what their columns are recognised as; "
+        "what data.train is: auto: by data.columns if these are there, else what their columns are recognised as; "
         "columns: by data.columns alone; or a layout by its name",
     ),
     "data.query_len": Key(int, at_least(3), "retriever tokens of a query"),

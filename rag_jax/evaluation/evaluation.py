@@ -91,7 +91,7 @@ def load_rows(
             columns=data.columns_of(config.data, "data.passages"),
             always=True,
         ),
-        layout=config.data.format if config.data.eval == config.data.train else "auto",
+        layout="columns" if config.data.format == "columns" else "auto",  # a layout's name is that of data.train
     )
     empty_prefix = None
     if prompt is not None:
