@@ -34,12 +34,14 @@ ALL = {
 }  # fmt: skip
 LABELS = {"objective.name": "none", "generator.path": "None"}
 EVIDENCE = {
-    "objective.name": "pdist", "objective.evidence": "both", "objective.candidates": 8, "objective.negatives": 4,
+    "objective.name": "pdist", "objective.evidence": "both", "objective.evidence_temperature": 0.1,
+    "objective.candidates": 8, "objective.negatives": 4,
     "objective.candidates_from": "row", "objective.marginal_weight": 0, "optimizer.rate_rules": FROZEN,
     "mining.margin": "None",
 }  # fmt: skip
-# Where no row has a label the contrastive loss has no term.
-ALONE = EVIDENCE | {"objective.contrastive_weight": 0}
+# Where no row has a label the contrastive loss has no term. A softmax of the temperature that the loss for labels has.
+ALONE = EVIDENCE | {"objective.contrastive_weight": 0, "objective.marginal_temperature": 0.05}
+DOCUMENT = ALONE | {"objective.document_weight": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +60,11 @@ LINES = {
     "document: a random section as label": Line("random_section", LABELS),
     "document: the nearest section as label": Line("nearest_section", LABELS),
     "document: all sections as labels": Line("all_sections", LABELS | {"objective.negatives": 7}),
-    "document: pdist": Line("document_alone", ALONE),
-    "document: pdist, document weight 1": Line("document_alone", ALONE | {"objective.document_weight": 1}),
-    "document: emdr2": Line("document_alone", ALONE | {"objective.name": "emdr2"}),
-    "document: pdist, answer": Line("document_alone", ALONE | {"objective.evidence": "answer"}),
+    "document: pdist": Line("document_alone", DOCUMENT),
+    "document: pdist, twice the rate": Line("document_alone", DOCUMENT | {"optimizer.learning_rate": 1e-4}),
+    "document: pdist, its own sections alone": Line("document_alone", ALONE),
+    "document: emdr2": Line("document_alone", DOCUMENT | {"objective.name": "emdr2"}),
+    "document: pdist, answer": Line("document_alone", DOCUMENT | {"objective.evidence": "answer"}),
     "nothing: pdist": Line("nothing", ALONE),
     "nothing: pdist, answer": Line("nothing", ALONE | {"objective.evidence": "answer"}),
     "nothing: pdist, 1 drawn at random": Line("nothing", ALONE | {"mining.explore": 1}),

@@ -14,17 +14,28 @@ RECORDS = ("checkpoints", "metrics.jsonl", "tensorboard", "eval", "models", "fai
 def main() -> int:
     flags = cli.parser("main", __doc__)
     flags.add_argument("--config", required=True, metavar="FILE.py", help="file that defines get_config()")
-    flags.add_argument("--workdir", required=True, type=cli.path, metavar="DIR", help="where the run is kept")
+    flags.add_argument("--workdir", type=cli.path, metavar="DIR", help="where the run is kept")
+    flags.add_argument(
+        "--dry-run", "--dry_run", action="store_true", help="show what would be read and needed, and train nothing"
+    )
     args, overrides = cli.parse(flags)
+    if args.workdir is None and not args.dry_run:
+        raise UserError("the following arguments are required: --workdir; see python -m rag_jax.main --help")
+    workdir: pathlib.Path = args.workdir or pathlib.Path("DIR")  # of a dry run, which writes nothing
     run_config = config.load(args.config, overrides)
     config.require(run_config, "data.train")
-    check_workdir(args.workdir)
+    check_workdir(workdir)
     processes.start()
     processes.check_platform()
+    if args.dry_run:
+        from rag_jax.training import dry_run
+
+        print(dry_run.dry_run(run_config, workdir), flush=True)
+        return 0
 
     from rag_jax.training import loop  # here: it takes seconds to load, and everything above answers at once
 
-    ended_by = loop.train(run_config, args.workdir)
+    ended_by = loop.train(run_config, workdir)
     return 128 + ended_by if ended_by else 0  # as a shell tells of a signal
 
 

@@ -80,7 +80,7 @@ def test_how_a_command_ends(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "the following arguments are required: --config, --workdir"),
+        ([], "the following arguments are required: --config"),
         (["--config=none.py", "--workdir=x"], "--config=none.py: no such file"),
         (["--config=configs/tiny.py", "--workdir=x", "--config.sead=1"], "unknown key sead; did you mean seed?"),
         (["--config=configs/bge_gpt2.py", "--workdir=x"], "data.train=None: give it a value"),
