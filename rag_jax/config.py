@@ -26,7 +26,8 @@ REMAT = ("none", "dots", "full")
 REMAT_MEANING = "what layers recompute in the backward pass: nothing, all but products with weights, everything"
 # The names of `data.formats`, which would bring numpy and tokenizers along.
 LAYOUTS = (
-    "beir", "chat", "contexts", "dpr", "flagembedding", "ms-marco", "passages", "query and passage",
+    "beir", "chat", "contexts", "dpr", "flagembedding", "ms-marco", "passages", "prepared documents",
+    "query and passage",
     "question and answer", "question and passage", "sentence-transformers", "squad", "tevatron", "text",
     "title and text",
 )  # fmt: skip

@@ -47,6 +47,7 @@ ORDER = ("main", "export", "evaluate")
 ONLY_PARSED = {
     "ask": "decoding takes long to compile; tests/commands/test_ask.py and tests/test_api.py run it",
     "replay": "compiles the step twice more; tests/training/test_watch.py runs it",
+    "prepare": "tests/documents/test_documents.py runs it",
     "plan": "compilers that are not installed everywhere; tests/planning/test_plan.py runs it",
 }
 # So that a run takes a second: no generator, and few steps.

@@ -15,20 +15,21 @@ LAYERS = (
     ("errors",),
     ("untrusted", "planning", "objectives"),
     ("files", "losses"),
-    ("models", "data", "distributed"),
+    ("models", "data", "distributed", "documents"),
     ("hf", "rag", "workdir"),
     ("pair",),
     ("inference",),
     ("evaluation",),
     ("config",),
     ("cli", "training"),
-    ("main", "evaluate", "export", "ask", "plan", "quickstart", "replay"),
+    ("main", "evaluate", "export", "ask", "plan", "prepare", "quickstart", "replay"),
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
-COMMANDS = {"main", "evaluate", "export", "ask", "plan", "quickstart", "replay"}
+COMMANDS = {"main", "evaluate", "export", "ask", "plan", "prepare", "quickstart", "replay"}
 # Beyond the order above: what these may not import although it lies below, or is not ours.
 MAY_NOT = {
     "data": {"jax", "jaxlib", "flax", "optax", "orbax"},
+    "documents": {"jax", "jaxlib", "flax", "optax", "orbax", "transformers"},
     "planning": {"jax", "jaxlib", "flax", "optax", "orbax"},
     "models": {"transformers", "tokenizers", "datasets", "ml_collections", "safetensors", "rag_jax.losses"},
     "losses": {"flax", "optax", "transformers", "ml_collections"},

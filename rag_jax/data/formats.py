@@ -72,6 +72,7 @@ FORMATS = (
 )
 # Of a corpus alone.
 CORPORA = (
+    _format("prepared documents", "passage title section document position", passage="passage", document="document"),
     _format("beir", "_id title text", passage="{title} {text}"),
     _format("beir", "_id text", passage="text"),
     _format("tevatron", "docid title text", passage="{title} {text}"),

@@ -1,0 +1,57 @@
+"""Passages that say the same as an earlier one: equal but for case and blanks, or nearly (MinHash; Broder, 1997)."""
+
+import functools
+import hashlib
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+# Words that are compared together, hash functions, and how many of these must agree in one place to be looked at.
+SHINGLE, HASHES, BAND = 5, 64, 4
+# Share of equal signatures from which on passages are taken for copies: of their shingles about as many are common.
+ALIKE = 0.8
+
+
+def signature(text: str) -> np.ndarray:
+    """(HASHES,) uint32: of sets of shingles that overlap by a share, that share of it is equal."""
+    found = re.findall(r"\w+", text.lower())
+    shingles = {" ".join(found[i : i + SHINGLE]) for i in range(max(len(found) - SHINGLE + 1, 1))}
+    digests = [int.from_bytes(hashlib.blake2b(s.encode(), digest_size=8).digest(), "little") for s in shingles]
+    numbers = np.array(digests, np.uint64)[:, None]
+    factors, terms = _functions()
+    # Multiply-shift (Dietzfelbinger et al., 1997): modulo 2^64, of which the upper half is kept.
+    return ((numbers * factors + terms) >> np.uint64(32)).min(axis=0).astype(np.uint32)
+
+
+@functools.cache
+def _functions() -> tuple[np.ndarray, np.ndarray]:
+    draw = np.random.default_rng(0)
+    factors, terms = draw.integers(0, 2**64, (2, HASHES), np.uint64)
+    return factors | np.uint64(1), terms
+
+
+def firsts(signatures: np.ndarray, digests: Sequence[bytes]) -> np.ndarray:
+    """(n,) bool: passages that are no copy of an earlier one. `digests`: of the whole texts."""
+    keep = np.ones(len(signatures), bool)
+    seen: dict[bytes, int] = {}
+    for i, digest in enumerate(digests):
+        keep[i] = seen.setdefault(digest, i) == i
+    for start in range(0, HASHES, BAND):
+        band = np.ascontiguousarray(signatures[:, start : start + BAND]).view(f"V{4 * BAND}").ravel()
+        order = np.argsort(band.view([("", np.uint32)] * BAND), kind="stable")
+        same = np.flatnonzero(band[order][1:] == band[order][:-1])
+        for run in np.split(same, np.flatnonzero(np.diff(same) > 1) + 1) if len(same) else []:
+            members = order[run[0] : run[-1] + 2]
+            first = [members[0]]
+            for other in members[1:]:
+                if any((signatures[one] == signatures[other]).mean() >= ALIKE for one in first[:8]):
+                    keep[other] = False
+                else:
+                    first.append(other)
+    return keep
+
+
+def digest(text: str) -> bytes:
+    """Of a text's words, in lower case."""
+    return hashlib.blake2b(" ".join(text.lower().split()).encode(), digest_size=16).digest()
