@@ -556,14 +556,15 @@ def _open_quote(path: pathlib.Path, where: str, dialect: Dialect) -> int:
 
 def _of_json(path: pathlib.Path, where: str) -> Table:
     """One object a line, a list of objects, or an object that holds such a list or its columns."""
-    lines = [(number, line) for number, line in enumerate(_lines(path, where), start=1) if line.strip()]
-    if not lines:
+    lines = ((number, line) for number, line in enumerate(_lines(path, where), start=1) if line.strip())
+    begin = list(itertools.islice(lines, 2))
+    if not begin:
         return of_columns({})
-    first = lines[0][1].lstrip()
-    if not first.startswith("[") and not (first.startswith("{") and _is_whole(lines)):
-        records = [(number, _json_line(line, number, where)) for number, line in lines]
+    first = begin[0][1].lstrip()
+    if not first.startswith("[") and not (first.startswith("{") and _is_whole(begin)):
+        records = [(number, _json_line(line, number, where)) for number, line in itertools.chain(begin, lines)]
         return of_columns(_of_records(records, "line", where))
-    content = _parsed("".join(line for _, line in lines), where)
+    content = _parsed("".join(line for _, line in itertools.chain(begin, lines)), where)
     if isinstance(content, dict) and all(isinstance(value, list) for value in content.values()) and content:
         if len({len(values) for values in content.values()}) == 1 and not _are_objects(next(iter(content.values()))):
             return of_columns(content, "an object of columns")
@@ -584,7 +585,7 @@ def _of_json(path: pathlib.Path, where: str) -> Table:
 
 
 def _is_whole(lines: Sequence[tuple[int, str]]) -> bool:
-    """Whether a file that begins with { is one object, not one a line."""
+    """Whether a file that begins with these lines, the first with {, is one object, not one a line."""
     try:
         json.loads(lines[0][1])
     except (ValueError, RecursionError):

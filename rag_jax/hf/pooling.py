@@ -69,6 +69,11 @@ def read_pooling(folder: pathlib.Path, default: str, where: str) -> Pooling:
             f"config_sentence_transformers.json: truncate_dim={untrusted.short(width)} must be a number of channels "
             "above 0"
         )
+    elif width is not None and normalises and SIMILARITIES.get(str(similarity)) == "dot":
+        problems.append(
+            "config_sentence_transformers.json: similarity_fn_name=dot with truncate_dim, of unit vectors that are cut "
+            "(supported: cosine, or dot without Normalize)"
+        )
     reading = _read(folder, "sentence_bert_config.json", where, dict)
     max_len = reading.get("max_seq_length")
     if max_len is not None and (not isinstance(max_len, int) or max_len < 1):
@@ -82,8 +87,7 @@ def read_pooling(folder: pathlib.Path, default: str, where: str) -> Pooling:
         _first(prompts, QUERY_PROMPTS),
         _first(prompts, PASSAGE_PROMPTS),
         max_len,
-        # The inner product of unit vectors is their cosine, but of some of their channels it is not.
-        "cosine" if normalises and width is None else SIMILARITIES[str(similarity)],
+        "cosine" if normalises else SIMILARITIES[str(similarity)],  # of unit vectors they are the same
         width,
         reading.get("do_lower_case") is True,
     )

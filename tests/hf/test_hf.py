@@ -760,7 +760,8 @@ def test_written_pooling_is_read_back(tmp_path, mode):
         ({"similarity_fn_name": None}, False, "cosine"),
         ({"similarity_fn_name": "dot"}, False, "dot"),
         ({"similarity_fn_name": "dot"}, True, "cosine"),  # of unit vectors it is the same
-        ({"similarity_fn_name": "dot", "truncate_dim": 4}, True, "dot"),  # of some of their channels it is not
+        ({"similarity_fn_name": "dot", "truncate_dim": 4}, False, "dot"),
+        ({"truncate_dim": 4}, True, "cosine"),
     ],
 )
 def test_similarity_that_a_folder_names(tmp_path, settings, normalises, expected):
@@ -768,6 +769,13 @@ def test_similarity_that_a_folder_names(tmp_path, settings, normalises, expected
     write_json(tmp_path / "config_sentence_transformers.json", settings)
     found = hf.pooling.read_pooling(tmp_path, "mean", WHERE)
     assert (found.similarity, found.truncate_dim) == (expected, settings.get("truncate_dim"))
+
+
+def test_unit_vectors_that_are_cut_have_no_inner_product_of_ours(tmp_path):
+    write_modules(tmp_path, {"pooling_mode": "mean"}, [("2_Normalize", "Normalize")])
+    write_json(tmp_path / "config_sentence_transformers.json", {"similarity_fn_name": "dot", "truncate_dim": 4})
+    with pytest.raises(UserError, match="similarity_fn_name=dot with truncate_dim, of unit vectors that are cut"):
+        hf.pooling.read_pooling(tmp_path, "mean", WHERE)
 
 
 @pytest.mark.parametrize("settings", [{"similarity_fn_name": "manhattan"}, {"truncate_dim": 0}, {"truncate_dim": "8"}])
