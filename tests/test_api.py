@@ -22,8 +22,9 @@ from rag_jax.training import loop
 
 QUESTIONS = ["How deep is the village well?", "Who owns the orchard?", "What does the harbour lamp burn?"]
 ROWS = ROOT / "tests" / "data" / "rows.csv"
+# At five times this rate the retriever collapses in two steps, and which passages are nearest is a matter of rounding.
 CHANGES = {
-    "total_steps": 2, "eval.every_steps": 2, "eval.answers": 0, "eval.rows": 8, "optimizer.learning_rate": 0.05,
+    "total_steps": 2, "eval.every_steps": 2, "eval.answers": 0, "eval.rows": 8, "optimizer.learning_rate": 0.01,
     "objective.marginal_temperature": 0.05, "retriever.query_prefix": "ask: ",
 }  # fmt: skip
 

@@ -143,12 +143,15 @@ def _without_more(tokenizer: Any, vocab_size: int, around: Sequence[int]) -> Any
     They are then read as the texts that they are. Those that stand around texts stay, to be refused.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
+    # The unknown one stands for whatever a text holds.
+    needed = {*around, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
+    unknown = state["model"].get("unk_token")
     lost = {
         token["content"]
         for token in state["added_tokens"]
-        if token["id"] >= vocab_size and token["id"] not in {*around, tokenizer.bos_token_id, tokenizer.eos_token_id}
+        if token["id"] >= vocab_size and token["id"] not in needed and token["content"] != unknown
     }
-    if not lost or lost & state["model"].get("vocab", {}).keys():
+    if not lost or not isinstance(state["model"].get("vocab"), dict) or lost & state["model"]["vocab"].keys():
         return tokenizer
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in lost]
     kept = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if str(token) not in lost}
