@@ -16,8 +16,7 @@ from rag_jax.errors import UserError
 
 Asked = str | tuple[str, ...]
 STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
-# Characters of text that no header has.
-PROSE = 40
+MOST_SHOWN = 80  # characters of a column's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +172,7 @@ def recognised(table: Table, wanted: Mapping[str, Asked], name: str, where: str,
         if found is None:
             needed = " or ".join(", ".join(sorted(each.known_by)) for each in named) or "nothing, for a corpus"
             raise UserError(
-                f"{where} is not of data.format={name}, which has columns {needed}; it has: {', '.join(table.names)}"
+                f"{where} is not of data.format={name}, which has columns {needed}; it has: {named(table.names)}"
             )
     return None if found is None else complete(found, table.names, wanted)
 
@@ -202,6 +201,11 @@ def shown(found: Format) -> str:
         for part, asked in found.parts.items()
     )
     return f"recognised as {found.name}: {parts}"
+
+
+def named(names: Sequence[str]) -> str:
+    """Columns for a message on one line: a quote that does not close makes a name of half a file."""
+    return ", ".join(" ".join(name.split())[:MOST_SHOWN] for name in names)
 
 
 # What cells of others hold.
