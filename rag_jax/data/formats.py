@@ -172,7 +172,7 @@ def recognised(table: Table, wanted: Mapping[str, Asked], name: str, where: str,
         if found is None:
             needed = " or ".join(", ".join(sorted(each.known_by)) for each in named) or "nothing, for a corpus"
             raise UserError(
-                f"{where} is not of data.format={name}, which has columns {needed}; it has: {named(table.names)}"
+                f"{where} is not of data.format={name}, which has columns {needed}; it has: {shown_names(table.names)}"
             )
     return None if found is None else complete(found, table.names, wanted)
 
@@ -203,7 +203,7 @@ def shown(found: Format) -> str:
     return f"recognised as {found.name}: {parts}"
 
 
-def named(names: Sequence[str]) -> str:
+def shown_names(names: Sequence[str]) -> str:
     """Columns for a message on one line: a quote that does not close makes a name of half a file."""
     return ", ".join(" ".join(name.split())[:MOST_SHOWN] for name in names)
 

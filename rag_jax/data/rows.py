@@ -191,7 +191,7 @@ def _cells(
             may_miss = {*may_miss, "passage", "answer"}
     absent = [f"{_name(wanted[part])} (data.columns.{part})" for part in missing if part not in may_miss]
     if absent:
-        raise UserError(f"{where} has no column {' nor '.join(absent)}; it has: {formats.named(table.names)}")
+        raise UserError(f"{where} has no column {' nor '.join(absent)}; it has: {formats.shown_names(table.names)}")
     there = {part: asked for part, asked in parts.items() if formats.columns_of(asked, table.names)}
     columns = table.read(formats.columns_of(tuple(there.values()), table.names))
     cells = {part: formats.cells(asked, columns, table.num_rows) for part, asked in there.items()}
