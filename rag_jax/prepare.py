@@ -64,7 +64,7 @@ def main() -> None:
         print(f"  which they are: {args.out / build.UNREAD}")
     print(
         f"passages   {args.out / build.PASSAGES}; next: python -m rag_jax.main ... "
-        f"--config.data.passages={args.out / build.PASSAGES} --config.data.passages_columns.passage=passage"
+        f"--config.data.passages={args.out / build.PASSAGES}"
     )
 
 

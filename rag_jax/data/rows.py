@@ -187,8 +187,8 @@ def _cells(
         found = formats.recognised(table, wanted, layout, where, corpus=corpus)
         if found is not None and (corpus or "query" in found.parts) and ("passage" in found.parts or not corpus):
             parts, notes = found.parts, [*notes, formats.shown(found)]
-            missing = [part for part in wanted if part not in parts and part in ("query", "passage", "answer")]
-            may_miss = {*may_miss, "passage", "answer"}
+            missing = [part for part in wanted if part not in parts]
+            may_miss = {*may_miss, "passage", "answer"}  # the others stand in no config unless somebody wants them
     absent = [f"{_name(wanted[part])} (data.columns.{part})" for part in missing if part not in may_miss]
     if absent:
         raise UserError(f"{where} has no column {' nor '.join(absent)}; it has: {formats.shown_names(table.names)}")

@@ -96,18 +96,22 @@ def write(path, rows):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_are_recognised(tmp_path, name):
     source = write(tmp_path / "r.jsonl", LAYOUTS[name])
-    rows = row_files.read_rows(source, "data.train", CONFIGURED, with_negatives=True)
+    has_negatives = name not in ("question and answer", "chat", "squad")
+    rows = row_files.read_rows(source, "data.train", CONFIGURED, with_negatives=has_negatives)
     plain = row_files.read_rows(write(tmp_path / "plain.jsonl", PLAIN), "data.train", CONFIGURED, with_negatives=True)
     assert (rows.queries, rows.answers) == (plain.queries, plain.answers)
     if name not in ("question and answer", "chat"):  # which have no passages
         assert rows.passages == plain.passages
-    if name not in ("question and answer", "chat", "squad"):
+    if has_negatives:
         assert rows.negatives == plain.negatives
+    else:  # somebody who names a column of them is told that there is none
+        with pytest.raises(UserError, match=r"has no column 'Wrong' \(data.columns.negative\)"):
+            row_files.read_rows(source, "data.train", CONFIGURED, with_negatives=True)
     if name not in ("chat", "sentence-transformers"):
         assert rows.accepted == [[a, a.upper()] for a in ANSWERS]
     (note,) = rows.notes
     assert note.startswith(f"recognised as {name}: query from '")
-    assert row_files.read_rows(source, "data.train", CONFIGURED, with_negatives=True, layout=name) == rows
+    assert row_files.read_rows(source, "data.train", CONFIGURED, with_negatives=has_negatives, layout=name) == rows
     with pytest.raises(UserError, match="has no column 'Question'"):
         row_files.read_rows(source, "data.train", CONFIGURED, layout="columns")
 
