@@ -99,9 +99,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[60, 180])
     parser.add_argument("--mine-every", type=int, default=60, help="steps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--only", nargs="+", default=list(LINES), help="lines whose names begin so")
+    parser.add_argument("--only", nargs="+", default=list(LINES), help="lines of these names, or whose names begin so")
     args, more = parser.parse_known_args()
-    names = [name for name in LINES if name.startswith(tuple(args.only))]
+    names = [
+        name for name in LINES if any(name == only or only not in LINES and name.startswith(only) for only in args.only)
+    ]
     settings = {"rows": args.num_rows, "mine every": args.mine_every, "config": more}
     record = Record(args.record or args.out / "measured.jsonl", settings)
     args.out.mkdir(parents=True, exist_ok=True)
