@@ -247,7 +247,7 @@ def batch_lengths(loaded: Any, used: set[str]) -> Any:
         lengths |= {"string": section.prompt_passage_len + suffix}
     elif "generator" in used:
         lengths |= {"prefix": section.prompt_passage_len, "suffix": suffix, "answer": section.answer_len}
-    return data.Lengths(**{name: round_up(length) for name, length in lengths.items()})
+    return data.Lengths.of({name: round_up(length) for name, length in lengths.items()})
 
 
 def local_bytes(tree: Any) -> int:

@@ -21,13 +21,17 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from rag_jax import losses
 from rag_jax.data.batches import Batch
+from rag_jax.data.shapes import Packed, blocks_of
 from rag_jax.losses import Term
 from rag_jax.models import layers
 from rag_jax.models.decoder import Decoder
 from rag_jax.models.head import gold_log_probs
 from rag_jax.models.layers import named_keys, several_keys
+from rag_jax.models.packing import packed, packing_of, repeated, unpacked
 from rag_jax.models.rows import taken
 from rag_jax.objectives import OBJECTIVES, Formula
+
+jax.tree_util.register_static(Packed)
 
 # Passages besides the known ones that evidence may make right for a query, the best ones.
 MORE_RIGHT = 3
@@ -255,9 +259,14 @@ def encode(
     dropout_keys: Key[Array, " B"] | None = None,
     similarity: str = "cosine",
     truncate_dim: int | None = None,
+    num_tokens: int = 0,
 ) -> Float[Array, "B E"]:
-    """Pooled embeddings, float32, so that their inner product is the similarity: of a cosine they are L2-normalised."""
-    emb_BE = pool(retriever(ids_BL, mask_BL, dropout_keys), mask_BL, pooling)[:, :truncate_dim]
+    """Pooled embeddings, float32, so that their inner product is the similarity: of a cosine they are L2-normalised.
+
+    `num_tokens`: that are packed, see `packing_of`.
+    """
+    hidden_BLD = retriever(ids_BL, mask_BL, dropout_keys, num_tokens)
+    emb_BE = pool(hidden_BLD, mask_BL, pooling)[:, :truncate_dim]
     return emb_BE if similarity == "dot" else normalised(emb_BE)
 
 
@@ -297,18 +306,23 @@ def answer_log_probs(
     hidden_BKLD: Float[Array, "B K Ls D"],
     suffix_ids_BL: Int[Array, "B Ls"],
     answer_start_B: Int[Array, " B"],
-    num_tokens: int,
+    asked_BT: Bool[Array, "B T"],
     chunk: int = 512,
+    num_tokens: int = 0,
 ) -> Float[Array, "B K T"]:
-    """token_log_probs: log p(y_t | passage k, query, y_<t), T tokens from `answer_start` on; past the answer, noise."""
+    """token_log_probs: log p(y_t | passage k, query, y_<t), T tokens from `answer_start` on; of those not asked, noise.
+
+    `num_tokens`: as many as are asked for at least, of which alone logits are computed; 0: of all.
+    """
     B, K, Ls, D = hidden_BKLD.shape
-    index_BT = jnp.minimum(answer_start_B[:, None] + jnp.arange(num_tokens), Ls - 1)
+    index_BT = jnp.minimum(answer_start_B[:, None] + jnp.arange(asked_BT.shape[1]), Ls - 1)
     ids_BT = jnp.take_along_axis(suffix_ids_BL, index_BT, axis=1)
     of_pair = jax.vmap(lambda hidden_LD, index_T: taken(hidden_LD, index_T, hidden_LD.dtype), (0, None))
     before_BKTD = jax.vmap(of_pair)(hidden_BKLD, index_BT - 1)
-    ids_BKT = jnp.broadcast_to(ids_BT[:, None], (B, K, num_tokens))
-    log_probs = gold_log_probs(before_BKTD.reshape(-1, D), generator.head_kernel(), ids_BKT.reshape(-1), chunk)
-    return log_probs.reshape(B, K, num_tokens)
+    packing = repeated(packing_of(asked_BT, num_tokens), K)
+    before, ids = (packed(a, packing) for a in (before_BKTD.reshape(B * K, -1, D), jnp.repeat(ids_BT, K, axis=0)))
+    log_probs = gold_log_probs(before.reshape(-1, D), generator.head_kernel(), ids.reshape(-1), chunk)
+    return unpacked(log_probs.reshape(ids.shape), packing).reshape(B, K, -1)
 
 
 def candidates_of(rag: Rag, groups: Batch, embs: BlockEmbs | None) -> Candidates:
@@ -346,9 +360,8 @@ def block_log_probs(
     """
     candidates = candidates_of(rag, block, block_embs)
     rows, hidden_bKLD = read_block(generator, block, candidates.slot, keys)
-    num_tokens = rows.answer_mask.shape[1]
     token_log_probs_bKT = answer_log_probs(
-        generator, hidden_bKLD, rows.suffix_ids, rows.answer_start, num_tokens, rag.head_chunk
+        generator, hidden_bKLD, rows.suffix_ids, rows.answer_start, rows.answer_mask, rag.head_chunk, rows.packed.answer
     )
     return rag.objective.doc_log_probs(candidates.cosine.reshape(len(rows.row), -1)), token_log_probs_bKT
 
@@ -364,9 +377,12 @@ def read_block(
     rows, row_keys = jax.tree.map(lambda a: a.reshape(m * g, *a.shape[2:]), (block, keys))
     prefix = tuple(a.reshape(-1, a.shape[-1]) for a in (rows.pool.prefix_ids, rows.pool.prefix_mask))
     place_bK = (slot_mgK + jnp.arange(m, dtype=jnp.int32)[:, None, None] * (len(prefix[0]) // m)).reshape(m * g, K)
+    num_tokens = rows.packed.prefix, rows.packed.suffix
     if K == 1:
         prefix, place_bK = tuple(a[place_bK[:, 0]] for a in prefix), jnp.arange(m * g, dtype=jnp.int32)[:, None]
-    return rows, generator.forward_shared_prefix(prefix, (rows.suffix_ids, rows.suffix_mask), place_bK, row_keys)
+        num_tokens = 0, rows.packed.suffix
+    suffix = rows.suffix_ids, rows.suffix_mask
+    return rows, generator.forward_shared_prefix(prefix, suffix, place_bK, row_keys, num_tokens)
 
 
 def map_rows(fn: Callable[[Any], Any], rows: Any, at_most: int) -> Any:
@@ -376,29 +392,35 @@ def map_rows(fn: Callable[[Any], Any], rows: Any, at_most: int) -> Any:
     of the last row, whose results are dropped.
     """
     num_rows = jax.tree.leaves(rows)[0].shape[0]
-    num_blocks = -(-num_rows // max(at_most, 1))
+    places = blocks_of(num_rows, at_most)
+    num_blocks, size = places.shape
     if num_blocks <= 1:
         return fn(rows)
-    size = -(-num_rows // num_blocks)
     if num_blocks * size != num_rows:
-        filled = jnp.minimum(jnp.arange(num_blocks * size), num_rows - 1)
-        rows = jax.tree.map(lambda a: a[filled], rows)
+        rows = jax.tree.map(lambda a: a[places.ravel()], rows)
     blocks = jax.tree.map(lambda a: a.reshape(num_blocks, size, *a.shape[1:]), rows)
     results = jax.lax.map(jax.checkpoint(fn), blocks)
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:num_rows], results)
 
 
 def encode_in_chunks(
-    rag: Rag, retriever: Callable[..., Array], ids_nL: Int[Array, "n L"], mask_nL: Bool[Array, "n L"], keys: Keys
+    rag: Rag,
+    retriever: Callable[..., Array],
+    ids_nL: Int[Array, "n L"],
+    mask_nL: Bool[Array, "n L"],
+    keys: Keys,
+    num_tokens: int = 0,
 ) -> Float[Array, "n E"]:
     """`encode`, at most `rag.chunk_size` rows at a time on a device: of the others only embeddings are in memory.
+
+    `num_tokens`: that are packed, of all rows; where they are read in chunks, 0.
 
     What GradCache (Gao et al., 2021) does by hand, the backward pass of a rematerialised loop does by itself.
     """
 
     def chunk(chunk_rows: Any) -> Float[Array, "n E"]:
         ids, mask, chunk_keys = chunk_rows
-        return encode(retriever, ids, mask, dropout_keys=chunk_keys, **rag.embedding)
+        return encode(retriever, ids, mask, dropout_keys=chunk_keys, num_tokens=num_tokens, **rag.embedding)
 
     return map_rows(chunk, (ids_nL, mask_nL, keys), rag.chunk_size or len(ids_nL))
 
@@ -411,10 +433,11 @@ def cosines(query_emb_BE: Float[Array, "B E"], passage_emb_PE: Float[Array, "P E
 def embed(rag: Rag, params: dict, batch: Batch, keys: Keys) -> Embs:
     """What the retriever makes of the rows' queries and of the passages beside them."""
     encode = functools.partial(encode_in_chunks, rag, rag.model("retriever", params))
-    query_emb_bE = encode(batch.query_ids, batch.query_mask, named_keys(keys, "query"))
+    query_emb_bE = encode(batch.query_ids, batch.query_mask, named_keys(keys, "query"), batch.packed.query)
     b, S, L = batch.pool.passage_ids.shape
     ids, mask = (a.reshape(b * S, L) for a in (batch.pool.passage_ids, batch.pool.passage_mask))
-    return query_emb_bE, encode(ids, mask, several_keys(named_keys(keys, "passage"), S)).reshape(b, S, -1)
+    passage_keys = several_keys(named_keys(keys, "passage"), S)
+    return query_emb_bE, encode(ids, mask, passage_keys, batch.packed.passage).reshape(b, S, -1)
 
 
 def labels(rag: Rag, batch: Batch) -> tuple[Int[Array, "b R"], Int[Array, "b W"]]:
@@ -561,13 +584,15 @@ def read_suffixes(rag: Rag, params: dict, groups: Batch, slot_mgK: Int[Array, "m
         block, slots, block_keys = blocks
         rows, hidden_bKLD = read_block(generator, block, slots, block_keys)
         b, Ls = rows.suffix_ids.shape
-        start_b, num_tokens = rows.answer_start, rows.answer_mask.shape[1]
+        start_b, num_tokens = rows.answer_start, rows.packed.answer
         answer_bT, question_bT = rows.answer_mask, jnp.zeros_like(rows.answer_mask)
         if whole:
-            start_b, num_tokens = jnp.ones(b, jnp.int32), Ls - 1
+            start_b, num_tokens = jnp.ones(b, jnp.int32), rows.packed.suffix
             question_bT = jnp.arange(1, Ls) < rows.answer_start[:, None]
             answer_bT = rows.suffix_mask[:, 1:] & ~question_bT
-        log_probs_bKT = answer_log_probs(generator, hidden_bKLD, rows.suffix_ids, start_b, num_tokens, rag.head_chunk)
+        log_probs_bKT = answer_log_probs(
+            generator, hidden_bKLD, rows.suffix_ids, start_b, answer_bT | question_bT, rag.head_chunk, num_tokens
+        )
         found = Suffixes(log_probs_bKT, answer_bT, question_bT)
         return jax.tree.map(lambda a: a.reshape(*block.row.shape, *a.shape[1:]), found)
 

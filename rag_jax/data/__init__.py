@@ -4,14 +4,11 @@ from rag_jax.data.batches import (
     Batch,
     Batching,
     Known,
-    Lengths,
     Pool,
-    buckets,
     collate,
     given_scores,
     iterate,
     lengths,
-    longest,
     order,
     padding_share,
     shape_of,
@@ -29,10 +26,11 @@ from rag_jax.data.segments import (
     prompt_segments,
     retriever_tokens,
 )
+from rag_jax.data.shapes import TEXTS, Blocks, Lengths, Packed, buckets, longest
 
 __all__ = [
-    "Batch", "Batching", "Examples", "Gaps", "Known", "Lengths", "Pool", "Prompt", "Ragged", "Report", "RetrieverText",
-    "Rows", "WholeString", "answer_segments", "buckets", "collate", "columns_of", "fingerprint", "given_scores",
-    "iterate", "joined", "lengths", "load_examples", "longest", "order", "pad", "padding_share", "prompt_segments",
-    "read_passages", "read_rows", "retriever_tokens", "shape_of", "take",
+    "Batch", "Batching", "Blocks", "Examples", "Gaps", "Known", "Lengths", "Packed", "Pool", "Prompt", "Ragged",
+    "Report", "RetrieverText", "Rows", "TEXTS", "WholeString", "answer_segments", "buckets", "collate", "columns_of",
+    "fingerprint", "given_scores", "iterate", "joined", "lengths", "load_examples", "longest", "order", "pad",
+    "padding_share", "prompt_segments", "read_passages", "read_rows", "retriever_tokens", "shape_of", "take",
 ]  # fmt: skip

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from rag_jax.data import shapes
 from rag_jax.data.examples import Examples
-from rag_jax.data.segments import Ragged, join_padded, pad, round_up
+from rag_jax.data.segments import Ragged, join_padded, pad
+from rag_jax.data.shapes import OF_POOL, TEXTS, Blocks, Lengths, Packed
 
 if TYPE_CHECKING:
     import grain
@@ -19,8 +21,6 @@ PREFETCH_THREADS = 2
 PREFETCH_BATCHES = 8
 # Of every text in a batch.
 PARTS = ("ids", "mask")
-# The lengths that are of passages.
-OF_POOL = ("passage", "prefix")
 
 # An array with a leading axis of rows: numpy's where batches are made, jax's in the step, shapes where it is planned;
 # None where no model reads it.
@@ -61,90 +61,7 @@ class Batch(NamedTuple):
     readable: Rows = None  # (B, p) the slots of its group that a row may read; None: all that are not empty
     evidence: Rows = None  # (B, p) of these slots, as `Objective.evidence_of`; NaN: not known. None: the step reads it
     evidence_none: Rows = None  # (B,) without any passage
-
-
-@dataclasses.dataclass(frozen=True, order=True)
-class Lengths:
-    """The padded lengths of a batch; 0 for what is not used."""
-
-    query: int = 0  # Lq
-    passage: int = 0  # Lr
-    prefix: int = 0  # Lp
-    suffix: int = 0  # Ls
-    answer: int = 0  # T
-    string: int = 0  # Ld
-
-
-def row_lengths(
-    examples: Examples, rows: np.ndarray, brought: np.ndarray | None = None, num_own: int = 0
-) -> dict[str, np.ndarray]:
-    """How many tokens each of the rows needs of every length, (rows,) each.
-
-    Of passages those of the first `num_own` (0: all) that are known to answer its query, and of those it has `brought`
-    (rows, _).
-    """
-
-    def of(ragged: Ragged | None, index: np.ndarray) -> np.ndarray:
-        if ragged is None:
-            return np.zeros(index.shape, np.int64)
-        return np.where(index < 0, 0, ragged.lengths[index])
-
-    query, passages = examples.query_key[rows], examples.own_key[rows, : num_own or None]
-    if brought is not None:
-        passages = np.concatenate([passages, brought], axis=1)
-    answer = of(examples.answers, rows)
-    return {
-        "query": of(examples.retriever_queries, query),
-        "passage": of(examples.retriever_passages, passages).max(axis=1),
-        "prefix": of(examples.prefixes, passages).max(axis=1),
-        "suffix": of(examples.prompt_queries, query) + answer,
-        "answer": answer,
-        "string": of(examples.strings, rows),
-    }
-
-
-def longest(examples: Examples) -> Lengths:
-    """The one shape that every batch fits, rounded up to a multiple of 8: any row may bring any passage."""
-    needed = row_lengths(examples, np.arange(len(examples))) | _passage_lengths(examples)
-    return _padded({name: int(lengths.max(initial=0)) for name, lengths in needed.items()})
-
-
-def buckets(examples: Examples, batch_size: int, candidates: int, negatives: int = 0) -> tuple[Lengths, ...]:
-    """The shapes that batches take, at most three, smallest first: the last one is what all batches fit.
-
-    A length that a share q of the rows keeps within holds a whole batch with probability q**batch_size; the smaller
-    shapes make this 50 and 95 %. A shape is worth its compilation if both models read a tenth less than in the next.
-    What will be mined is not known yet: a batch is taken to hold that many more passages like the rows', or, where rows
-    name none, like all that there are.
-    """
-    needed = row_lengths(examples, np.arange(len(examples)), examples.negative_key, num_own=1)
-    mined = 0 if examples.negative_key is not None else negatives
-    drawn = dict.fromkeys(needed, batch_size) | dict.fromkeys(OF_POOL, batch_size * (1 + mined))
-    if (examples.passage_key < 0).any():
-        needed |= _passage_lengths(examples)
-    shapes = [longest(examples)]
-    for held in (0.95, 0.5):
-        share = {name: held ** (1 / times) for name, times in drawn.items()}
-        most = _padded({name: int(np.quantile(of, share[name], method="higher")) for name, of in needed.items()})
-        if _tokens(most, candidates, negatives) <= 0.9 * _tokens(shapes[0], candidates, negatives):
-            shapes.insert(0, most)
-    return tuple(shapes)
-
-
-def _passage_lengths(examples: Examples) -> dict[str, np.ndarray]:
-    """Of all passages, as many tokens as each model reads of them."""
-    ragged = zip(OF_POOL, (examples.retriever_passages, examples.prefixes), strict=True)
-    return {name: of.lengths for name, of in ragged if of is not None}
-
-
-def _tokens(shape: Lengths, candidates: int, negatives: int) -> int:
-    """What both models read for one row and the negatives it brings; a suffix is read once a candidate."""
-    passages = (1 + negatives) * (shape.passage + shape.prefix)
-    return shape.query + passages + candidates * shape.suffix + shape.string
-
-
-def _padded(needed: dict[str, int]) -> Lengths:
-    return Lengths(**{name: round_up(length) for name, length in needed.items()})
+    packed: Packed = Packed()  # no array: of how many tokens the models are run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,12 +103,13 @@ def given_scores(examples: Examples, temperature: float) -> Known:
 class Batching:
     """How a run makes its batches."""
 
-    shapes: Sequence[Lengths]  # see `buckets`
+    shapes: Sequence[Lengths]  # see `shapes.buckets`
     group_size: int = 1
     negatives: int = 0  # J: a group has 1 + J slots a row
     by_row: bool = False  # a row reads no passages of its group but those that it brings
     evidence: Known | None = None  # known beforehand; for examples without what a generator reads
     reads_none: bool = False  # the last passage of what is known stands for none
+    blocks: Blocks | None = None  # whose tokens are packed together; None: shapes are of nothing packed
 
 
 def collate(
@@ -211,9 +129,11 @@ def collate(
     if brought is None:
         brought = np.zeros((len(rows), 0), np.int32) if examples.negative_key is None else examples.negative_key[rows]
     keys = fill_groups(examples.own_key[rows], brought, batching)
-    needed = row_lengths(examples, rows, keys, num_own=1)
-    fits = (s for s in batching.shapes if all(values.max() <= getattr(s, name) for name, values in needed.items()))
-    lengths = next(fits, None)
+    needed, tokens = shapes.row_lengths(examples, rows, keys, num_own=1), {}
+    if batching.blocks is not None:
+        of_rows = shapes.tokens_of_rows(examples, rows, keys)
+        tokens = shapes.block_tokens(batching.blocks, {name: of[None] for name, of in of_rows.items()})
+    lengths = next((shape for shape in batching.shapes if shapes.fits(shape, needed, tokens)), None)
     if lengths is None:
         raise ValueError(
             f"no shape of {batching.shapes} holds rows of { ({k: int(v.max()) for k, v in needed.items()}) } tokens"
@@ -244,6 +164,7 @@ def collate(
         document=in_document(examples, rows) if len(examples.documents) else None,
         readable=readable(examples, rows, brought, keys, batching),
         **_evidence(rows, keys, batching),
+        packed=lengths.packed,
     )
 
 
@@ -331,7 +252,7 @@ def _pool(examples: Examples, key: np.ndarray, lengths: Lengths) -> Pool:
 
 def lengths(batch: Batch) -> Lengths:
     """The padded lengths of a batch."""
-    return Lengths(**{name: mask.shape[-1] for name, mask in _masks(batch).items()})
+    return Lengths.of({name: mask.shape[-1] for name, mask in _masks(batch).items()}, batch.packed)
 
 
 def shape_of(lengths: Lengths, batch_size: int, negatives: int = 0, right: int = 1) -> Batch:
@@ -348,8 +269,9 @@ def shape_of(lengths: Lengths, batch_size: int, negatives: int = 0, right: int =
 
     both = {
         f"{name}_{part}": of(width, dtype)
-        for name, width in vars(lengths).items()
+        for name in TEXTS
         if name not in ("answer", *OF_POOL)
+        for width in [getattr(lengths, name)]
         for part, dtype in zip(PARTS, ("int32", "bool"), strict=True)
     }
     slots = 1 + negatives
@@ -362,6 +284,7 @@ def shape_of(lengths: Lengths, batch_size: int, negatives: int = 0, right: int =
         answer_mask=of(lengths.answer, "bool"),
         string_answer_start=rows(bool(lengths.string)),
         pool=Pool(of(slots, "int32"), *pool),
+        packed=lengths.packed,
         **both,
     )
 
@@ -371,12 +294,12 @@ def padding_share(batch: Batch, candidates: int) -> float:
     masks, there = _masks(batch), batch.pool.key >= 0
     real = {name: int(np.count_nonzero(mask[there] if name in OF_POOL else mask)) for name, mask in masks.items()}
     slots = there.shape[1]
-    read = len(batch.row) * _tokens(lengths(batch), candidates, slots - 1)
-    return 1.0 - _tokens(Lengths(**real), candidates, 0) / read
+    read = len(batch.row) * shapes.tokens_of_row(lengths(batch), candidates, slots - 1)
+    return 1.0 - shapes.tokens_of_row(Lengths.of(real), candidates, 0) / read
 
 
 def _masks(batch: Batch) -> dict[str, np.ndarray]:
-    masks = {name: getattr(batch.pool if name in OF_POOL else batch, f"{name}_mask") for name in vars(Lengths())}
+    masks = {name: getattr(batch.pool if name in OF_POOL else batch, f"{name}_mask") for name in TEXTS}
     return {name: mask for name, mask in masks.items() if mask is not None}
 
 

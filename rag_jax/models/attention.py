@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from rag_jax.models.config import Kernel
 from rag_jax.models.layers import ATTENDED, Rope, dropout, linear, named_keys, numbered_keys, rms_norm, rotate
+from rag_jax.models.packing import Packing, packed, unpacked
 from rag_jax.models.rows import taken
 
 # Of any number of tokens. The plain kernel's keys are transposed, as their product with queries reads them: XLA's CPU
@@ -245,23 +246,24 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B L D"],
+        x: Float[Array, "_ L D"],
         own: Seen,
         *,
         rope: Rope | None = None,
         context: Context | None = None,
         kernel: Kernel = "plain",
         dropout_keys: Key[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B L D"], KeysValues]:
+        packing: Packing | None = None,
+    ) -> tuple[Float[Array, "_ L D"], KeysValues]:
         """The attended values, and the rows' own keys and values; `own`: which of these are seen.
 
         `kernel`: what computes it, and so how keys and values lie, those of the context too. A fused one knows no
-        dropout: with some, the plain one takes its place.
+        dropout: with some, the plain one takes its place. `packing`: how x, and what is attended, is packed; keys and
+        values never are.
         """
-        B, L, _ = x.shape
 
         def heads(projected: Array, count: int) -> Array:
-            return projected.reshape(B, L, count, self.head_dim)
+            return projected.reshape(*x.shape[:2], count, self.head_dim)
 
         query = heads(self.query(x), self.num_heads)
         key, value = heads(self.key(x), self.num_kv_heads), heads(self.value(x), self.num_kv_heads)
@@ -269,6 +271,7 @@ class Attention(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if rope is not None:
             query, key = rotate(query, rope), rotate(key, rope)
+        query, key, value = (unpacked(array, packing) for array in (query, key, value))
         is_plain = kernel == "plain" or (dropout_keys is not None and self.dropout_rate > 0)
         keys_values = (jnp.transpose(key, (0, 2, 3, 1)), jnp.swapaxes(value, 1, 2)) if is_plain else (key, value)
         if is_plain:
@@ -277,4 +280,4 @@ class Attention(nnx.Module):
             attended = jnp.swapaxes(attend(jnp.swapaxes(query, 1, 2), parts, self.dropout_rate, keys), 1, 2)
         else:
             attended = attend_fused(query, keys_values, own, context, kernel)
-        return self.out(attended.reshape(B, L, -1)), keys_values
+        return self.out(packed(attended.reshape(*attended.shape[:2], -1), packing)), keys_values

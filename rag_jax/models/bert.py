@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from rag_jax.models import layers
 from rag_jax.models.attention import Attention, Seen
 from rag_jax.models.config import Computing, Kernel, ModelConfig
+from rag_jax.models.packing import Packing, packed, packing_of, unpacked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +62,14 @@ class BertLayer(nnx.Module):
         self.kernel: Kernel = config.computing.attention
 
     def __call__(
-        self, x: Float[Array, "B L D"], seen: Seen, dropout_keys: Key[Array, " B"] | None
-    ) -> Float[Array, "B L D"]:
-        attended, _ = self.attention(x, seen, kernel=self.kernel, dropout_keys=dropout_keys)
-        x = self.attention_norm(x + self._drop(attended, dropout_keys, "residual"))
-        return self.mlp_norm(x + self._drop(self.mlp(x), dropout_keys, "mlp"))
+        self, x: Float[Array, "_ L D"], seen: Seen, dropout_keys: Key[Array, " B"] | None, packing: Packing | None
+    ) -> Float[Array, "_ L D"]:
+        def drop(x: Float[Array, "_ L D"], name: str) -> Float[Array, "_ L D"]:
+            return layers.dropout(x, self.dropout, layers.named_keys(dropout_keys, name), packing)
 
-    def _drop(self, x: Float[Array, "B L D"], keys: Key[Array, " B"] | None, name: str) -> Float[Array, "B L D"]:
-        return layers.dropout(x, self.dropout, layers.named_keys(keys, name))
+        attended, _ = self.attention(x, seen, kernel=self.kernel, dropout_keys=dropout_keys, packing=packing)
+        x = self.attention_norm(x + drop(attended, "residual"))
+        return self.mlp_norm(x + drop(self.mlp(x), "mlp"))
 
 
 class Bert(nnx.Module):
@@ -82,17 +83,22 @@ class Bert(nnx.Module):
         ids: Int[Array, "B L"],
         attention_mask: Bool[Array, "B L"],
         dropout_keys: Key[Array, " B"] | None = None,
+        num_tokens: int = 0,
     ) -> Float[Array, "B L D"]:
-        """Hidden states after the last layer. Every token looks at every real token."""
-        x = self.embed(ids, layers.positions_of(attention_mask))
-        x = layers.dropout(x, self.config.dropout, layers.named_keys(dropout_keys, "embed"))
+        """Hidden states after the last layer. Every token looks at every real token.
+
+        `num_tokens`: as many as are real at least, of which alone states are made; 0: of all.
+        """
+        packing = packing_of(attention_mask, num_tokens)
+        x = self.embed(*(packed(a, packing) for a in (ids, layers.positions_of(attention_mask))))
+        x = layers.dropout(x, self.config.dropout, layers.named_keys(dropout_keys, "embed"), packing)
         seen = Seen(attention_mask)
         x, _ = layers.scan(
             self.layers,
-            lambda layer, x, _, keys: (layer(x, seen, keys), None),
+            lambda layer, x, _, keys: (layer(x, seen, keys, packing), None),
             x,
             num_layers=self.config.num_layers,
             computing=self.config.computing,
             dropout_keys=dropout_keys,
         )
-        return x
+        return unpacked(x, packing)

@@ -18,6 +18,7 @@ from rag_jax.models import layers
 from rag_jax.models.attention import Attention, Context, KeysValues, Seen
 from rag_jax.models.config import Kernel
 from rag_jax.models.layers import View
+from rag_jax.models.packing import Packing, packed, packing_of, repeated, unpacked
 
 
 class Cache(NamedTuple):
@@ -39,19 +40,24 @@ class PreNormLayer(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B L D"],
+        x: Float[Array, "_ L D"],
         own: Seen,
         *,
         rope: layers.Rope | None = None,
         context: Context | None = None,
         kernel: Kernel = "plain",
         dropout_keys: Key[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B L D"], KeysValues]:
+        packing: Packing | None = None,
+    ) -> tuple[Float[Array, "_ L D"], KeysValues]:
+        def drop(x: Float[Array, "_ L D"], name: str) -> Float[Array, "_ L D"]:
+            return layers.dropout(x, self.dropout, layers.named_keys(dropout_keys, name), packing)
+
         attended, keys_values = self.attention(
-            self.attention_norm(x), own, rope=rope, context=context, kernel=kernel, dropout_keys=dropout_keys
-        )
-        x = x + layers.dropout(attended, self.dropout, layers.named_keys(dropout_keys, "residual"))
-        x = x + layers.dropout(self.mlp(self.mlp_norm(x)), self.dropout, layers.named_keys(dropout_keys, "mlp"))
+            self.attention_norm(x), own, rope=rope, context=context, kernel=kernel, dropout_keys=dropout_keys,
+            packing=packing,
+        )  # fmt: skip
+        x = x + drop(attended, "residual")
+        x = x + drop(self.mlp(self.mlp_norm(x)), "mlp")
         return x, keys_values
 
 
@@ -61,8 +67,13 @@ class Decoder(nnx.Module):
     norm: Any
 
     def _embed(
-        self, ids: Int[Array, "B L"], positions: Int[Array, "B L"], dropout_keys: Key[Array, " B"] | None
-    ) -> Float[Array, "B L D"]:
+        self,
+        ids: Int[Array, "_ L"],
+        positions: Int[Array, "_ L"],
+        dropout_keys: Key[Array, " B"] | None,
+        packing: Packing | None,
+    ) -> Float[Array, "_ L D"]:
+        """Of tokens that may be packed; `dropout_keys` are those of the rows."""
         raise NotImplementedError
 
     def _views(self, positions: Int[Array, "B L"]) -> Sequence[View]:
@@ -81,9 +92,16 @@ class Decoder(nnx.Module):
         ids: Int[Array, "B L"],
         attention_mask: Bool[Array, "B L"],
         dropout_keys: Key[Array, " B"] | None = None,
+        num_tokens: int = 0,
     ) -> Float[Array, "B L D"]:
-        """Hidden states after the final norm; padding on the left or on the right."""
-        return self.norm(self._read(ids, attention_mask, dropout_keys=dropout_keys)[0])
+        """Hidden states after the final norm; padding on the left or on the right.
+
+        `num_tokens`: as many as are real at least, of which alone states are made; 0: of all.
+        """
+        packing = packing_of(attention_mask, num_tokens)
+        return unpacked(
+            self.norm(self._read(ids, attention_mask, dropout_keys=dropout_keys, packing=packing)[0]), packing
+        )
 
     def forward_shared_prefix(
         self,
@@ -91,13 +109,14 @@ class Decoder(nnx.Module):
         suffix: tuple[Int[Array, "B Ls"], Bool[Array, "B Ls"]],
         candidates: Int[Array, "B K"],
         dropout_keys: Key[Array, " B"] | None = None,
+        num_tokens: tuple[int, int] = (0, 0),
     ) -> Float[Array, "B K Ls D"]:
         """Hidden states of each suffix b behind each of its prefixes `candidates[b, k]`; (ids, mask), right-padded.
 
         A causal state on the prefix does not depend on the suffix, so each prefix runs once and each pair of suffix and
         candidate runs its suffix alone. Both advance through one scan: a layer's keys and values of the prefixes are
         gathered for that layer's suffixes and then forgotten. Dropout asks for a whole number of prefixes a suffix,
-        those of the first one first (P = B S).
+        those of the first one first (P = B S). `num_tokens`: of all prefixes and of all suffixes, as in `__call__`.
         """
         (prefix_ids, prefix_mask), (suffix_ids, suffix_mask) = prefix, suffix
         (B, Ls), K = suffix_ids.shape, candidates.shape[1]
@@ -112,23 +131,34 @@ class Decoder(nnx.Module):
         pairs_keys = layers.several_keys(layers.named_keys(dropout_keys, "suffix"), K)
 
         kernel = self.config.computing.attention
+        prefix_packing, suffix_packing = (
+            packing_of(*of) for of in zip((prefix_mask, suffix_mask), num_tokens, strict=True)
+        )
+        pairs_packing = repeated(suffix_packing, K)
 
         def body(layer: Any, carry: Any, _: Any, views: Sequence[View], keys: Any) -> tuple[Any, None]:
             (prefix_x, pairs_x), (prefix_view, pairs_view) = carry, views
             own = Seen(prefix_mask, prefix_view.window, causal=True)
-            prefix_x, keys_values = layer(prefix_x, own, rope=prefix_view.rope, kernel=kernel, dropout_keys=keys[0])
+            prefix_x, keys_values = layer(
+                prefix_x, own, rope=prefix_view.rope, kernel=kernel, dropout_keys=keys[0], packing=prefix_packing
+            )
             before = Seen(prefix_mask, pairs_view.window, offset=pairs_prefix_len)
             context = Context(keys_values, before, flat)
             own = Seen(pairs_mask, pairs_view.window, causal=True)
-            pairs_x, _ = layer(pairs_x, own, rope=pairs_view.rope, context=context, kernel=kernel, dropout_keys=keys[1])
+            pairs_x, _ = layer(
+                pairs_x, own, rope=pairs_view.rope, context=context, kernel=kernel, dropout_keys=keys[1],
+                packing=pairs_packing,
+            )  # fmt: skip
             return (prefix_x, pairs_x), None
 
+        prefix_ids, prefix_positions = (packed(a, prefix_packing) for a in (prefix_ids, prefix_positions))
+        pairs_ids, pairs_positions = (packed(a, pairs_packing) for a in (pairs_ids, pairs_positions))
         start = (
-            self._embed(prefix_ids, prefix_positions, layers.named_keys(prefix_keys, "embed")),
-            self._embed(pairs_ids, pairs_positions, layers.named_keys(pairs_keys, "embed")),
+            self._embed(prefix_ids, prefix_positions, layers.named_keys(prefix_keys, "embed"), prefix_packing),
+            self._embed(pairs_ids, pairs_positions, layers.named_keys(pairs_keys, "embed"), pairs_packing),
         )
         (_, pairs_x), _ = self._scan(body, start, [prefix_positions, pairs_positions], (prefix_keys, pairs_keys))
-        return self.norm(pairs_x).reshape(B, K, Ls, -1)
+        return unpacked(self.norm(pairs_x), pairs_packing).reshape(B, K, Ls, -1)
 
     def fill_cache(
         self, ids: Int[Array, "B L"], attention_mask: Bool[Array, "B L"], max_len: int
@@ -176,8 +206,9 @@ class Decoder(nnx.Module):
         rows: Int[Array, " B"] | None = None,
         keep: bool = False,
         dropout_keys: Key[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B L D"], Any]:
-        """Hidden states before the final norm, and every layer's keys and values where they are to be kept.
+        packing: Packing | None = None,
+    ) -> tuple[Float[Array, "_ _ D"], Any]:
+        """Hidden states before the final norm, packed if a packing is given, and every layer's keys and values to keep.
 
         Of tokens that stand alone, behind the rows of a cache, or behind some of its rows.
         """
@@ -196,10 +227,13 @@ class Decoder(nnx.Module):
                 keys_values = layer_cache if rows is None else jax.tree.map(lambda a: a[rows], layer_cache)
                 context = Context(keys_values, Seen(filled, view.window, offset=length))
             own = Seen(attention_mask, view.window, causal=self.config.causal)
-            x, keys_values = layer(x, own, rope=view.rope, context=context, kernel=kernel, dropout_keys=keys)
+            x, keys_values = layer(
+                x, own, rope=view.rope, context=context, kernel=kernel, dropout_keys=keys, packing=packing
+            )
             return x, keys_values if keep else None
 
-        x = self._embed(ids, positions, layers.named_keys(dropout_keys, "embed"))
+        ids, positions = (packed(a, packing) for a in (ids, positions))
+        x = self._embed(ids, positions, layers.named_keys(dropout_keys, "embed"), packing)
         return self._scan(body, x, [positions], dropout_keys, None if cache is None else cache[:2])
 
     def _scan(

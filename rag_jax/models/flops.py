@@ -12,10 +12,13 @@ import jax
 from rag_jax.models import ModelConfig, abstract
 
 
-def layer_stack(config: ModelConfig, tokens: int, seen: float) -> float:
-    """Forward FLOPs of all layers for `tokens` tokens that look at `seen` tokens each."""
+def layer_stack(config: ModelConfig, tokens: float, seen: float, slots: float | None = None) -> float:
+    """Forward FLOPs of all layers for `tokens` tokens that look at `seen` tokens each.
+
+    `slots`: from which attention looks, where tokens are packed for everything else; None: from the tokens.
+    """
     H, _, C = config.heads
-    return tokens * (2.0 * layer_weights(config) + config.num_layers * 4.0 * seen * H * C)
+    return 2.0 * tokens * layer_weights(config) + (slots or tokens) * config.num_layers * 4.0 * seen * H * C
 
 
 @functools.lru_cache(maxsize=16)
@@ -41,17 +44,28 @@ def kept_bytes(config: ModelConfig, tokens: int) -> float:
     return float(tokens * itemsize * (config.num_layers * config.width + products * outputs))
 
 
-def encoding(config: ModelConfig, rows: int, length: int) -> float:
-    """Forward FLOPs of embedding `rows` texts of `length` tokens."""
-    return layer_stack(config, rows * length, length / 2 if config.causal else float(length))
+def encoding(config: ModelConfig, rows: int, length: int, kept: float = 1.0) -> float:
+    """Forward FLOPs of embedding `rows` texts of `length` tokens, of which a share is `kept` where they are packed."""
+    slots = rows * length
+    return layer_stack(config, kept * slots, length / 2 if config.causal else float(length), slots)
 
 
-def shared_prefix(config: ModelConfig, prefixes: tuple[int, int], suffixes: tuple[int, int], tokens: int) -> float:
-    """Forward FLOPs of (count, length) prefixes and suffixes, and of the output matrix at `tokens` positions."""
+def shared_prefix(
+    config: ModelConfig,
+    prefixes: tuple[int, int],
+    suffixes: tuple[int, int],
+    tokens: float,
+    kept: tuple[float, float] = (1.0, 1.0),
+) -> float:
+    """Forward FLOPs of (count, length) prefixes and suffixes, and of the output matrix at `tokens` positions.
+
+    `kept`: the shares of either that are packed.
+    """
     (num_prefixes, prefix_len), (num_suffixes, suffix_len) = prefixes, suffixes
+    prefix_slots, suffix_slots = num_prefixes * prefix_len, num_suffixes * suffix_len
     return (
-        layer_stack(config, num_prefixes * prefix_len, prefix_len / 2)
-        + layer_stack(config, num_suffixes * suffix_len, prefix_len + suffix_len / 2)
+        layer_stack(config, kept[0] * prefix_slots, prefix_len / 2, prefix_slots)
+        + layer_stack(config, kept[1] * suffix_slots, prefix_len + suffix_len / 2, suffix_slots)
         + 2.0 * tokens * config.width * config.vocab_size
     )
 
@@ -70,21 +84,31 @@ def training_step(
     `evidence`: what a listwise objective reads of every candidate, with no backward pass but of the row's own passage,
     from which the generator learns if it does. None: it learns from all candidates.
     """
-    forward, read, passages = 0.0, 0.0, batch_size * (1 + negatives)
+    forward, read, passages, packed = 0.0, 0.0, batch_size * (1 + negatives), lengths.packed
+
+    def kept(name: str, rows: int, slots: int = 1) -> float:
+        """The share of a text's slots that is packed."""
+        tokens = getattr(packed, name)
+        return min(tokens / (rows * slots * getattr(lengths, name)), 1.0) if tokens else 1.0
+
     if "retriever" in configs:
-        texts = ((batch_size, lengths.query), (passages, lengths.passage))
-        forward += sum(encoding(configs["retriever"], rows, length) for rows, length in texts)
+        shares = kept("query", packed.encoded_rows), kept("passage", packed.encoded_rows, 1 + negatives)
+        texts = ((batch_size, lengths.query, shares[0]), (passages, lengths.passage, shares[1]))
+        forward += sum(encoding(configs["retriever"], *text) for text in texts)
     if "generator" in configs and lengths.string:
         tokens, config = batch_size * lengths.string, configs["generator"]
         forward += layer_stack(config, tokens, lengths.string / 2) + 2.0 * tokens * config.width * config.vocab_size
     elif "generator" in configs:
-        config, prefixes, tokens = configs["generator"], (passages, lengths.prefix), lengths.answer
+        config, prefixes = configs["generator"], (passages, lengths.prefix)
+        shares = kept("prefix", packed.read_rows, 1 + negatives), kept("suffix", packed.read_rows)
+        tokens = lengths.answer * kept("answer", packed.read_rows)
         if evidence is None:
             pairs = batch_size * candidates
-            forward += shared_prefix(config, prefixes, (pairs, lengths.suffix), pairs * tokens)
+            forward += shared_prefix(config, prefixes, (pairs, lengths.suffix), pairs * tokens, shares)
         else:
-            each = tokens if evidence == "answer" else lengths.suffix - 1
+            each = tokens if evidence == "answer" else (lengths.suffix - 1) * shares[1]
             own, pairs = batch_size * generator_learns, batch_size * (candidates - generator_learns)
-            forward += shared_prefix(config, (own, lengths.prefix), (own, lengths.suffix), own * each)
-            read = shared_prefix(config, prefixes, (pairs, lengths.suffix), pairs * each)
+            of_own = (own, lengths.prefix), (own, lengths.suffix)
+            forward += shared_prefix(config, *of_own, own * each, (1.0, shares[1]))
+            read = shared_prefix(config, prefixes, (pairs, lengths.suffix), pairs * each, shares)
     return 3 * forward + read

@@ -10,6 +10,7 @@ from rag_jax.models import layers
 from rag_jax.models.attention import Attention
 from rag_jax.models.config import Computing, ModelConfig
 from rag_jax.models.decoder import Decoder, PreNormLayer
+from rag_jax.models.packing import Packing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +59,14 @@ class Gpt2(Decoder):
         self.norm = layers.layer_norm(config.width, config.norm_eps, config.computing.dtype, rngs)
 
     def _embed(
-        self, ids: Int[Array, "B L"], positions: Int[Array, "B L"], dropout_keys: Key[Array, " B"] | None
-    ) -> Float[Array, "B L D"]:
+        self,
+        ids: Int[Array, "_ L"],
+        positions: Int[Array, "_ L"],
+        dropout_keys: Key[Array, " B"] | None,
+        packing: Packing | None,
+    ) -> Float[Array, "_ L D"]:
         x = self.embed.word(ids) + self.embed.position(positions)
-        return layers.dropout(x, self.config.embed_dropout, dropout_keys)
+        return layers.dropout(x, self.config.embed_dropout, dropout_keys, packing)
 
     def _views(self, positions: Int[Array, "B L"]) -> list[layers.View]:
         return [layers.View()]

@@ -19,9 +19,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
 
 from rag_jax.models.config import Computing
+from rag_jax.models.packing import Packing
 from rag_jax.models.rows import taken
 
-Rope = tuple[Float[Array, "B L C2"], Float[Array, "B L C2"]]
+Rope = tuple[Float[Array, "_ L C2"], Float[Array, "_ L C2"]]
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -103,26 +104,38 @@ def rms_norm(width: int, eps: float, dtype: str, rngs: nnx.Rngs) -> nnx.RMSNorm:
     return nnx.RMSNorm(width, epsilon=eps, dtype=jnp.dtype(dtype), rngs=rngs)
 
 
-def dropout(x: Shaped[Array, "B ..."], rate: float, keys: Key[Array, " B"] | None) -> Shaped[Array, "B ..."]:
+def dropout(
+    x: Shaped[Array, "_ ..."], rate: float, keys: Key[Array, " B"] | None, packing: Packing | None = None
+) -> Shaped[Array, "_ ..."]:
     """Zeroes a share `rate` of x and scales the rest up; without keys (evaluation) x as it is.
 
     Every row has its own key: what it loses does not depend on the rows beside it, be they chunks, groups or devices.
+    Nor on whether it is packed: x (1, T, D) then, and `keys` are still those of the rows.
     """
     if keys is None or rate == 0.0:
         return x
-    kept = random_bits(keys, x.shape[1:]) < np.uint32(round((1.0 - rate) * 2**32))
-    return jnp.where(kept, x / (1.0 - rate), jnp.zeros((), x.dtype))
+    if packing is None:
+        bits = random_bits(keys, x.shape[1:])
+    else:
+        row, slot = jnp.divmod(packing.slot.astype(jnp.uint32), np.uint32(packing.place.shape[1]))
+        width = np.uint32(x.shape[-1])
+        bits = bits_at(keys[row], slot[:, None] * width + jnp.arange(width))[None]
+    return jnp.where(bits < np.uint32(round((1.0 - rate) * 2**32)), x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 
 def random_bits(keys: Key[Array, " B"], shape: tuple[int, ...]) -> UInt32[Array, "B ..."]:
-    """Uniform 32-bit numbers, those of a row a function of its key and of their place in it.
+    """Uniform 32-bit numbers, those of a row a function of its key and of their place in it."""
+    return bits_at(keys, jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(1, *shape))
+
+
+def bits_at(keys: Key[Array, " B"], place: UInt32[Array, "_ ..."]) -> UInt32[Array, "B ..."]:
+    """`random_bits` at these places, of every row its own or the same ones of all.
 
     murmur3's finalizer (Appleby, 2011) of the place and one half of the key, and once more of that and the other half:
     an eighth of the operations that jax's own threefry takes, which are a third of a step where every attention weight
     may be dropped.
     """
-    halves = jax.random.key_data(keys).reshape(-1, 2, *(1,) * len(shape))
-    place = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
+    halves = jax.random.key_data(keys).reshape(-1, 2, *(1,) * (place.ndim - 1))
     return _mixed(_mixed(place ^ halves[:, 0]) ^ halves[:, 1])
 
 

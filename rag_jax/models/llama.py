@@ -16,6 +16,7 @@ from rag_jax.models import layers
 from rag_jax.models.attention import Attention
 from rag_jax.models.config import Computing, ModelConfig
 from rag_jax.models.decoder import Decoder, PreNormLayer
+from rag_jax.models.packing import Packing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +146,12 @@ class Llama(Decoder):
             self.head = layers.linear(config.width, config.vocab_size, bias=False, rngs=rngs)
 
     def _embed(
-        self, ids: Int[Array, "B L"], positions: Int[Array, "B L"], dropout_keys: Key[Array, " B"] | None
-    ) -> Float[Array, "B L D"]:
+        self,
+        ids: Int[Array, "_ L"],
+        positions: Int[Array, "_ L"],
+        dropout_keys: Key[Array, " B"] | None,
+        packing: Packing | None,
+    ) -> Float[Array, "_ L D"]:
         return self.embed.word(ids)
 
     def _views(self, positions: Int[Array, "B L"]) -> list[layers.View]:

@@ -63,6 +63,14 @@ def unrolls(device: Device, num_layers: int) -> bool:
     return device.platform != "cpu" and device.count == 1 and num_layers <= MOST_UNROLLED
 
 
+def packs(device: Device) -> bool:
+    """Whether layers are run without the padding of rows, which are laid out anew for attention in each of them.
+
+    Not on TPUs: how long such copies take there has not been measured.
+    """
+    return device.platform != "tpu"
+
+
 def head_chunk(device: Device, vocab_size: int) -> int:
     """Tokens whose logits exist at a time: the output matrix' gradient goes through memory once for each chunk."""
     return CPU_TOKENS if device.platform == "cpu" else max(LOGITS_BYTES // (4 * vocab_size), CPU_TOKENS // 2)

@@ -1,7 +1,7 @@
 """What a run is about to do, in a few lines, for a look before it takes hours."""
 
-import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -133,4 +133,8 @@ def attention_line(training: Training) -> str:
 
 
 def describe(shape: data.Lengths) -> str:
-    return ", ".join(f"{name} {length}" for name, length in dataclasses.asdict(shape).items() if length) + " tokens"
+    def told(sizes: Any, names: Sequence[str]) -> str:
+        return ", ".join(f"{name} {size:,}" for name in names if (size := getattr(sizes, name)))
+
+    packed = told(shape.packed, data.TEXTS[:-1])
+    return told(shape, data.TEXTS) + " tokens" + (f" ({packed} in all without padding)" if packed else "")

@@ -13,11 +13,12 @@ from jax.sharding import Mesh
 from rag_jax import config as configs
 from rag_jax import data, files, hf, pair, rag
 from rag_jax.config import Config
-from rag_jax.distributed import processes
+from rag_jax.distributed import processes, sharding
 from rag_jax.errors import UserError
 from rag_jax.evaluation import evaluation
 from rag_jax.evaluation.metrics import HIGHER_IS_BETTER
 from rag_jax.objectives import OBJECTIVES, ROLES
+from rag_jax.planning import fit
 from rag_jax.training import optim
 from rag_jax.training.step import Step, TrainState, Tree, abstract_state, init_state, make_train_step
 from rag_jax.workdir import provenance
@@ -116,7 +117,8 @@ def build(config: Config, workdir: pathlib.Path, mesh: Mesh, start_step: int) ->
     keeps = keeps_evidence(config, opened.model.objective, state.params)
     given = data.given_scores(examples, objective.evidence_temperature) if reads_scores(config) else None
     read = examples.without_prompts() if keeps else examples
-    shapes = data.buckets(read, config.batch_size, objective.candidates, objective.negatives)
+    blocks = blocks_of(opened.model, mesh)
+    shapes = data.buckets(read, config.batch_size, objective.candidates, objective.negatives, blocks)
     by_row = objective.candidates_from == "row"
     noisy = objective.label_noise is not None
     if noisy and not keeps:
@@ -125,11 +127,18 @@ def build(config: Config, workdir: pathlib.Path, mesh: Mesh, start_step: int) ->
             "(optimizer.rate_rules=(('generator/', 0.0), ('.*', 1.0))) and set objective.marginal_weight=0, "
             "objective.candidates_from=row and objective.kept_evidence=auto; on CPUs start one process alone"
         )
-    batching = data.Batching(shapes, config.group_size, objective.negatives, by_row, given, noisy)
+    batching = data.Batching(shapes, config.group_size, objective.negatives, by_row, given, noisy, blocks)
     return Training(
         config, workdir, opened, mesh, examples, report, batching, keeps, eval_rows, eval_report, rules, optimizer,
         state, step, is_main=jax.process_index() == 0,
     )  # fmt: skip
+
+
+def blocks_of(model: rag.Rag, mesh: Mesh) -> data.Blocks | None:
+    """What of a batch is packed together; None: nothing."""
+    if not fit.packs(pair.this_device()):
+        return None
+    return data.Blocks(model.group_size, sharding.batch_shards(mesh), model.groups_at_a_time, not model.chunk_size)
 
 
 def gaps(opened: pair.Pair, used: set[str]) -> data.Gaps:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_rag import BERT, GENERATORS, assert_trees_close, make, make_rows, value_and_grad, with_dropout
+from test_rag import BERT, GENERATORS, assert_trees_close, make, make_rows, packed_rows, value_and_grad, with_dropout
 
-from rag_jax import models
+from rag_jax import data, models
 from rag_jax.distributed import sharding
 from rag_jax.training import optim
 from rag_jax.training import step as train_step
@@ -71,6 +71,21 @@ def test_loss_and_gradients(shape):
     model, params = make("llama")
     rows = make_rows(32, passages=[0, 1, 0, *range(2, 31)])
     assert_same_on(shape, dataclasses.replace(model, chunk_size=3), params, rows)
+
+
+@pytest.mark.slow
+def test_rows_that_are_packed():
+    """On each of four devices its own rows, in two blocks of groups; against one device, where nothing is packed."""
+    model, params = make("gpt2", candidates=3)
+    model = dataclasses.replace(with_dropout(model), groups_at_a_time=1)
+    rows, mesh = make_rows(32, passages=[0, 1, 0, *range(2, 31)]), mesh_of((2, 2, 2))
+    key = jax.random.fold_in(jax.random.key(3), 0)
+    loss, gradients = value_and_grad(model, params, rows, key)
+    packed = packed_rows(rows, data.Blocks(4, sharding.batch_shards(mesh), 1), spare=1)
+    assert 0 < packed.packed.passage < rows.pool.passage_mask[:8].size
+    meshed, meshed_gradients, _ = gradients_on(mesh, model, params, packed, 3)
+    np.testing.assert_allclose(meshed, loss, rtol=1e-5)
+    assert_trees_close(meshed_gradients, jax.device_get(gradients), 1e-5)
 
 
 @pytest.mark.soak

@@ -211,7 +211,7 @@ def test_training_scores_an_answer_as_decoding_did(name, how):
     def scored(params):
         generator = model.model("generator", params)
         hidden = generator.forward_shared_prefix(padded(passages, LP), suffix, jnp.asarray(candidates))
-        return rag.answer_log_probs(generator, hidden, suffix[0], start, found.ids.shape[1])
+        return rag.answer_log_probs(generator, hidden, suffix[0], start, jnp.ones(found.ids.shape, bool))
 
     log_probs = scored(params)
     mask = found.mask[:, None, :]
