@@ -140,9 +140,9 @@ def buckets(
     """The shapes that batches take, smallest first: the last one is what all batches fit.
 
     A length that a share q of the rows keeps within holds a whole batch with probability q**batch_size; the smaller
-    shapes make this certain shares of them. What will be mined is not known yet: a batch is taken to hold that many more
-    passages like the rows', or, where rows name none, like all that there are. `blocks`: what is packed, in all shapes
-    but the last; None: nothing.
+    shapes make this certain shares of them. What will be mined is not known yet: a batch is taken to hold that many
+    more passages like the rows', or, where rows name none, like all that there are. `blocks`: what is packed, in all
+    shapes but the last; None: nothing.
     """
     needed = row_lengths(examples, np.arange(len(examples)), examples.negative_key, num_own=1)
     mined = 0 if examples.negative_key is not None else negatives

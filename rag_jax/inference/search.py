@@ -25,6 +25,8 @@ from rag_jax.inference import programs
 # Scores that exist at one time on a device: (queries, passages) float32 of at most this many numbers, 64 MB.
 BLOCK_SCORES = 2**24
 QUERIES_AT_A_TIME = 4096
+# What of an accelerator's free memory a corpus may lie in; and bytes, where a device does not tell its memory.
+PLACED_SHARE, PLACED_BYTES = 0.3, 2.0**30
 # Neighbouring scores of which the highest is looked at first.
 RUN = 128
 # What a NaN score counts as: it ranks last, but before what is skipped (-inf).
@@ -86,25 +88,25 @@ def top_k(
     """Scores and indices of each query's k nearest passages, nearest first; of equals the lower index first.
 
     Exact: every passage is scored, in blocks that all devices of all processes share; every process must call. The
-    corpus is an array (M, E), or anything with a length and `block(start, stop)` that gives rows (m, E) of any number
-    type and what to multiply the scores of each with, (m,) or None: a corpus on disk is read once for 4,096 queries. k
-    is cut to the number of passages. `at_most`: passages that score above it are skipped; where fewer than k are left,
-    the last scores are -inf and their indices mean nothing. A NaN score ranks last. `recall_target` below 1: TPUs may
-    miss that many, for speed (`jax.lax.approx_max_k`).
+    corpus is an array (M, E), which is laid on accelerators if it fits, or anything with a length and `block(start,
+    stop)` that gives rows (m, E) of any number type and what to multiply the scores of each with, (m,) or None: a
+    corpus on disk is read once for 4,096 queries. k is cut to the number of passages. `at_most`: passages that score
+    above it are skipped; where fewer than k are left, the last scores are -inf and their indices mean nothing. A NaN
+    score ranks last. `recall_target` below 1: TPUs may miss that many, for speed (`jax.lax.approx_max_k`).
     """
-    corpus = Held(corpus) if isinstance(corpus, np.ndarray) else corpus
     if not len(corpus):
         raise ValueError("no passage to retrieve from")
-    k, devices = min(k, len(corpus)), jax.devices()
+    k, corpus = min(k, len(corpus)), placed(corpus)
     batch_size = min(len(query_emb), QUERIES_AT_A_TIME)
     found = []
     for batch, real in full_batches(np.arange(len(query_emb)), batch_size):
         ceiling = None if at_most is None else np.asarray(at_most[batch], np.float32)
-        if len(devices) == 1 and devices[0].platform == "cpu":
+        if isinstance(corpus, Placed):
+            best = _where_it_lies(query_emb[batch], corpus, k, ceiling, recall_target)
+        elif _is_host():
             best = _on_host(query_emb[batch], corpus, k, ceiling)
         else:
-            mesh = Mesh(np.array(devices), ("all",))
-            best = _on_devices(mesh, query_emb[batch], corpus, k, ceiling, recall_target)
+            best = _on_devices(query_emb[batch], corpus, k, ceiling, recall_target)
         found.append(tuple(part[:real] for part in best))
     score, index = zip(*found, strict=True)
     return np.concatenate(score), np.concatenate(index)
@@ -123,10 +125,62 @@ class Held:
         return self.emb[start:stop], None
 
 
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A corpus in the memory of all devices, each of which holds a share of it; the last ones are filled up."""
+
+    mesh: Mesh
+    emb: Float[Array, "dm E"]
+    num_passages: int
+
+    def __len__(self) -> int:
+        return self.num_passages
+
+
+def placed(corpus: Any) -> Any:
+    """The corpus as it is searched best again and again: an array on accelerators, if it fits; every process must call.
+
+    Any other, and one that lies there already, as it is.
+    """
+    if not isinstance(corpus, np.ndarray):
+        return corpus
+    mesh, num_passages = _mesh(), len(corpus)
+    share = -(-num_passages // mesh.size)
+    if _is_host() or share * corpus[:1].nbytes > _room():
+        return Held(corpus)
+
+    def own(index: Any) -> np.ndarray:
+        start, stop, _ = index[0].indices(share * mesh.size)
+        found = corpus[start:stop]
+        missing = stop - start - len(found)
+        return np.pad(found, ((0, missing), (0, 0))) if missing else found
+
+    shape = (share * mesh.size, *corpus.shape[1:])
+    return Placed(mesh, jax.make_array_from_callback(shape, NamedSharding(mesh, PS("all")), own), num_passages)
+
+
+def _is_host() -> bool:
+    """Whether one CPU computes, where numpy's products are faster than XLA's."""
+    devices = jax.devices()
+    return len(devices) == 1 and devices[0].platform == "cpu"
+
+
+def _mesh() -> Mesh:
+    return Mesh(np.array(jax.devices()), ("all",))
+
+
+def _room() -> float:
+    """Bytes that a corpus may take of each device; the same on all processes if their devices hold the same."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return PLACED_BYTES
+    return PLACED_SHARE * (stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+
+
 def _on_host(
     query_emb: Float[np.ndarray, "Q E"], corpus: Any, k: int, ceiling: Float[np.ndarray, " Q"] | None
 ) -> tuple[Float[np.ndarray, "Q K"], Int[np.ndarray, "Q K"]]:
-    """`top_k` on one CPU, where numpy's products are faster than XLA's.
+    """`top_k` on one CPU.
 
     Once k passages are known few others score above the last of them, and only those are sorted.
     """
@@ -160,7 +214,6 @@ def _on_host(
 
 
 def _on_devices(
-    mesh: Mesh,
     query_emb: Float[np.ndarray, "Q E"],
     corpus: Any,
     k: int,
@@ -168,7 +221,7 @@ def _on_devices(
     recall_target: float,
 ) -> tuple[Float[np.ndarray, "Q K"], Int[np.ndarray, "Q K"]]:
     """`top_k` of which each device scores a share of every block."""
-    num_passages = len(corpus)
+    mesh, num_passages = _mesh(), len(corpus)
     rows = min(max(BLOCK_SCORES // len(query_emb), 1) * mesh.size, num_passages)
     rows = -(-rows // mesh.size) * mesh.size
     queries, best = _put(mesh, query_emb, PS()), _nothing(mesh, len(query_emb), k)
@@ -181,6 +234,24 @@ def _on_devices(
         block = [_put(mesh, array, PS("all")) for array in (values, scale)]
         jax.block_until_ready(best)  # one block waits while another is scored; more would only take memory
         best = _advance(mesh, recall_target, queries, *block, *best, start, num_passages, limit)
+    score, index = _merge(mesh, *best)
+    return sharding.to_host(score), sharding.to_host(index)
+
+
+def _where_it_lies(
+    query_emb: Float[np.ndarray, "Q E"],
+    corpus: Placed,
+    k: int,
+    ceiling: Float[np.ndarray, " Q"] | None,
+    recall_target: float,
+) -> tuple[Float[np.ndarray, "Q K"], Int[np.ndarray, "Q K"]]:
+    """`top_k` of which each device scores its own share of the corpus, in one program."""
+    mesh, share = corpus.mesh, len(corpus.emb) // corpus.mesh.size
+    rows = min(max(BLOCK_SCORES // len(query_emb), 1), share)
+    limit = None if ceiling is None else _put(mesh, ceiling, PS())
+    best = _nothing(mesh, len(query_emb), k)
+    queries = _put(mesh, query_emb, PS())
+    best = _search(mesh, rows, recall_target, queries, corpus.emb, *best, corpus.num_passages, limit)
     score, index = _merge(mesh, *best)
     return sharding.to_host(score), sharding.to_host(index)
 
@@ -215,24 +286,74 @@ def _advance(
     def own(
         query_emb: Any, passages: Any, scale: Any, score: Any, index: Any, start: Any, num_passages: Any, ceiling: Any
     ) -> Any:
-        (m, _), k = passages.shape, score.shape[1]
-        first = start + jax.lax.axis_index("all") * m
-        # The default precision of a product on TPU and GPU is lower than float32 and would change ranks.
-        product = functools.partial(jnp.einsum, "QE,mE->Qm", precision=jax.lax.Precision.HIGHEST)
-        scores = jnp.fmax(product(query_emb, passages.astype(jnp.float32)) * scale, LOWEST)
-        scores = jnp.where(first + jnp.arange(m) < num_passages, scores, -jnp.inf)
-        if ceiling is not None:
-            scores = jnp.where(scores > ceiling[:, None], -jnp.inf, scores)
-        block_score, place = best_of_rows(scores, min(k, m), recall_target)
-        # What was found before stands in front: of equals it wins, and its indices are lower.
-        joined = jnp.concatenate([score, block_score], axis=1)
-        score, chosen = jax.lax.top_k(joined, k)
-        return score, jnp.take_along_axis(jnp.concatenate([index, first + place], axis=1), chosen, axis=1)
+        number = start + jax.lax.axis_index("all") * len(passages) + jnp.arange(len(passages))
+        there = number < num_passages
+        return _better(recall_target, query_emb, passages, scale, score, index, number, there, ceiling)
 
     best = PS(None, "all")
     specs = (PS(), PS("all"), PS("all"), best, best, PS(), PS(), PS())
     split = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=(best, best), check_vma=False)
     return split(query_emb, passages, scale, score, index, jnp.int32(start), jnp.int32(num_passages), ceiling)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(5, 6))
+def _search(
+    mesh: Mesh,
+    rows: int,
+    recall_target: float,
+    query_emb: Float[Array, "Q E"],
+    passages: Float[Array, "dm E"],
+    score: Float[Array, "Q dk"],
+    index: Int[Array, "Q dk"],
+    num_passages: Int[Array, ""] | int,
+    ceiling: Float[Array, " Q"] | None,
+) -> tuple[Float[Array, "Q dk"], Int[Array, "Q dk"]]:
+    """Each device's k best of its share of the corpus, `rows` of it at a time."""
+
+    def own(query_emb: Any, passages: Any, score: Any, index: Any, num_passages: Any, ceiling: Any) -> Any:
+        share = len(passages)
+        first = jax.lax.axis_index("all") * share
+
+        def block(n: Any, best: Any) -> Any:
+            # The last one begins earlier, so that it is as long; what of it was scored before is passed over.
+            start = jnp.minimum(n * rows, share - rows)
+            values = jax.lax.dynamic_slice_in_dim(passages, start, rows)
+            place = start + jnp.arange(rows)
+            there = (place >= n * rows) & (first + place < num_passages)
+            score, index = best
+            return _better(recall_target, query_emb, values, 1.0, score, index, first + place, there, ceiling)
+
+        return jax.lax.fori_loop(0, -(-share // rows), block, (score, index))
+
+    best = PS(None, "all")
+    specs = (PS(), PS("all"), best, best, PS(), PS())
+    split = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=(best, best), check_vma=False)
+    return split(query_emb, passages, score, index, jnp.int32(num_passages), ceiling)
+
+
+def _better(
+    recall_target: float,
+    query_emb: Float[Array, "Q E"],
+    passages: Shaped[Array, "m E"],
+    scale: Float[Array, " m"] | float,
+    score: Float[Array, "Q K"],
+    index: Int[Array, "Q K"],
+    number: Int[Array, " m"],
+    there: Bool[Array, " m"],
+    ceiling: Float[Array, " Q"] | None,
+) -> tuple[Float[Array, "Q K"], Int[Array, "Q K"]]:
+    """The best of these passages, of which some are `there`, and of those found before, whose numbers are lower."""
+    # The default precision of a product on TPU and GPU is lower than float32 and would change ranks.
+    product = functools.partial(jnp.einsum, "QE,mE->Qm", precision=jax.lax.Precision.HIGHEST)
+    scores = jnp.fmax(product(query_emb, passages.astype(jnp.float32)) * scale, LOWEST)
+    scores = jnp.where(there, scores, -jnp.inf)
+    if ceiling is not None:
+        scores = jnp.where(scores > ceiling[:, None], -jnp.inf, scores)
+    block_score, place = best_of_rows(scores, min(score.shape[1], len(passages)), recall_target)
+    # What was found before stands in front: of equals it wins, and its indices are lower.
+    joined = jnp.concatenate([score, block_score], axis=1)
+    score, chosen = jax.lax.top_k(joined, score.shape[1])
+    return score, jnp.take_along_axis(jnp.concatenate([index, number[place]], axis=1), chosen, axis=1)
 
 
 def best_of_rows(

@@ -65,7 +65,7 @@ class Trained:
     def __init__(self, opened: Pair, params: dict[str, Any], step: int):
         self.opened, self.params, self.step = opened, params, step
         self.passages: tuple[str, ...] = ()
-        self._passage_emb: Float[np.ndarray, "M E"] = np.zeros((0, 0), np.float32)
+        self._passage_emb: Any = np.zeros((0, 0), np.float32)  # (M, E), wherever it is searched
 
     def embed_queries(self, texts: Sequence[str]) -> Float[np.ndarray, "n E"]:
         """Normalised embeddings of questions."""
@@ -96,7 +96,7 @@ class Trained:
         weights = disk_index.retriever_key(model, self.params)
         key = files.content_key("embeddings", weights, architecture, reads, distinct)
         arrays, were_kept = files.cached(key, make, "embeddings of passages")
-        self.passages, self._passage_emb = distinct, arrays["emb"]
+        self.passages, self._passage_emb = distinct, search.placed(arrays["emb"])
         return were_kept
 
     def retrieve(self, questions: Sequence[str], k: int = 5, *, rerank: int = 0) -> list[list[Retrieved]]:

@@ -46,7 +46,7 @@ def kept_bytes(config: ModelConfig, tokens: int) -> float:
 
 def encoding(config: ModelConfig, rows: int, length: int, kept: float = 1.0) -> float:
     """Forward FLOPs of embedding `rows` texts of `length` tokens, of which a share is `kept` where they are packed."""
-    slots = rows * length
+    slots = float(rows * length)
     return layer_stack(config, kept * slots, length / 2 if config.causal else float(length), slots)
 
 
@@ -62,7 +62,7 @@ def shared_prefix(
     `kept`: the shares of either that are packed.
     """
     (num_prefixes, prefix_len), (num_suffixes, suffix_len) = prefixes, suffixes
-    prefix_slots, suffix_slots = num_prefixes * prefix_len, num_suffixes * suffix_len
+    prefix_slots, suffix_slots = float(num_prefixes * prefix_len), float(num_suffixes * suffix_len)
     return (
         layer_stack(config, kept[0] * prefix_slots, prefix_len / 2, prefix_slots)
         + layer_stack(config, kept[1] * suffix_slots, prefix_len + suffix_len / 2, suffix_slots)

@@ -51,9 +51,17 @@ def by_numpy(queries, passages, k):
     return np.take_along_axis(scores, index, axis=1), index
 
 
+@pytest.fixture(params=[True, False], ids=["lies there", "read in blocks"])
+def room(request, monkeypatch):
+    """Whether several devices have memory for the corpus."""
+    if not request.param:
+        monkeypatch.setattr(search, "PLACED_BYTES", 0.0)
+    return request.param
+
+
 @pytest.mark.parametrize("num_devices", [1, 8])
 @pytest.mark.parametrize(("num_passages", "k"), [(40, 12), (39, 39), (5, 12), (1037, 7)])
-def test_top_k_is_exact_in_blocks_and_ties_go_to_the_lower_index(monkeypatch, num_devices, num_passages, k):
+def test_top_k_is_exact_in_blocks_and_ties_go_to_the_lower_index(monkeypatch, room, num_devices, num_passages, k):
     monkeypatch.setattr(search, "BLOCK_SCORES", 120)
     monkeypatch.setattr(search, "QUERIES_AT_A_TIME", 3)  # 10 is no multiple of 3
     monkeypatch.setattr(search, "RUN", 2)
@@ -69,7 +77,7 @@ def test_top_k_is_exact_in_blocks_and_ties_go_to_the_lower_index(monkeypatch, nu
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])
-def test_what_scores_above_a_ceiling_is_passed_over(monkeypatch, num_devices):
+def test_what_scores_above_a_ceiling_is_passed_over(monkeypatch, room, num_devices):
     monkeypatch.setattr(search, "BLOCK_SCORES", 120)
     some = jax.devices()[:num_devices]
     monkeypatch.setattr(jax, "devices", lambda: some)
@@ -84,7 +92,7 @@ def test_what_scores_above_a_ceiling_is_passed_over(monkeypatch, num_devices):
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])
-def test_a_passage_that_is_nan_comes_last(monkeypatch, num_devices):
+def test_a_passage_that_is_nan_comes_last(monkeypatch, room, num_devices):
     """Whatever its place, in the first block or a later one, and a query that is NaN gets k passages too."""
     monkeypatch.setattr(search, "BLOCK_SCORES", 12)
     some = jax.devices()[:num_devices]
@@ -99,6 +107,22 @@ def test_a_passage_that_is_nan_comes_last(monkeypatch, num_devices):
             assert score.shape == index.shape == (3, k) and not np.isnan(score).any()
             np.testing.assert_array_equal(index[:2], np.insert(ranked, 4, nan, axis=1)[:, :k])
             assert set(index[2]) <= set(range(5)) and len(set(index[2])) == k
+
+
+def test_a_corpus_is_laid_on_the_devices_once(monkeypatch):
+    corpus, queries = whole_numbers(2, 1037, 4), whole_numbers(1, 10, 4)
+    there = search.placed(corpus)
+    assert isinstance(there, search.Placed) and len(there) == 1037 and search.placed(there) is there
+    assert {shard.data.shape for shard in there.emb.addressable_shards} == {(130, 4)}
+    monkeypatch.setattr(jax, "make_array_from_callback", refuse_the_corpus)
+    np.testing.assert_array_equal(search.top_k(queries, there, 7)[1], by_numpy(queries, corpus, 7)[1])
+    monkeypatch.setattr(search, "PLACED_BYTES", 100.0)
+    assert isinstance(search.placed(corpus), search.Held)
+
+
+def refuse_the_corpus(shape, *args, make=jax.make_array_from_callback):
+    assert shape[0] < 1000
+    return make(shape, *args)
 
 
 @pytest.mark.parametrize("k", [1, 3, 40])
