@@ -96,7 +96,7 @@ def training_step(
         texts = ((batch_size, lengths.query, shares[0]), (passages, lengths.passage, shares[1]))
         forward += sum(encoding(configs["retriever"], *text) for text in texts)
     if "generator" in configs and lengths.string:
-        tokens, config = batch_size * lengths.string, configs["generator"]
+        tokens, config = float(batch_size * lengths.string), configs["generator"]
         forward += layer_stack(config, tokens, lengths.string / 2) + 2.0 * tokens * config.width * config.vocab_size
     elif "generator" in configs:
         config, prefixes = configs["generator"], (passages, lengths.prefix)
