@@ -186,7 +186,8 @@ class Labels:
 
     @functools.cached_property
     def passage_emb(self) -> dict:
-        texts = [text for row in self.rows for text in self.sections[row[self.document]]]
+        documents = dict.fromkeys(row[self.document] for row in self.rows)
+        texts = [text for document in documents for text in self.sections[document]]
         return dict(zip(texts, self.untrained.embed_passages(texts), strict=True))
 
 

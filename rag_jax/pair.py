@@ -96,6 +96,9 @@ def composite(config: Any, sources: dict[str, hf.Source], device: fit.Device | N
     use_precision(config)
     device = device or this_device()
     configs = {role: model_config(config, role, source, device) for role, source in sources.items()}
+    groups, head_tokens = _at_a_time(config, configs, device)
+    if "generator" in configs:
+        configs["generator"] = _frugal(config, configs, device, groups)
     graphs = {role: models.abstract(configs[role])[0] for role in sources}
     embedding = pooling(config, sources["retriever"]) if "retriever" in sources else hf.Pooling("mean")
     if embedding.similarity == "dot" and config.objective.name == "dalm":
@@ -111,7 +114,8 @@ def composite(config: Any, sources: dict[str, hf.Source], device: fit.Device | N
         config.group_size,
         jnp.dtype(config.dtype),
         config.retriever.chunk_size,
-        *_at_a_time(config, configs, device),
+        groups,
+        head_tokens,
         similarity=embedding.similarity,
         truncate_dim=embedding.truncate_dim,
     )
@@ -145,14 +149,30 @@ def _at_a_time(config: Any, configs: dict[str, models.ModelConfig], device: fit.
     """Groups that the generator reads at a time, and tokens whose logits exist at a time."""
     if "generator" not in configs:
         return 1, fit.CPU_TOKENS
-    section, objective, generator = config.data, config.objective, configs["generator"]
+    groups = fit.groups_at_a_time(device, _held_bytes(configs, device), _group_bytes(config, configs["generator"]))
+    return groups, fit.head_chunk(device, configs["generator"].vocab_size)
+
+
+def _frugal(config: Any, configs: dict[str, models.ModelConfig], device: fit.Device, groups: int) -> models.ModelConfig:
+    """The generator's config, which keeps less for the backward pass where memory would be short."""
+    generator, of_device = configs["generator"], config.batch_size // config.group_size // device.count
+    used = _held_bytes(configs, device) + min(groups, max(of_device, 1)) * _group_bytes(config, generator)
+    computing = generator.computing
+    remat = fit.remat(device, computing.remat, used)
+    return dataclasses.replace(generator, computing=dataclasses.replace(computing, remat=remat))
+
+
+def _held_bytes(configs: dict[str, models.ModelConfig], device: fit.Device) -> float:
+    """A parameter, its gradient and two moments, float32, shared by all devices."""
+    return 16 * sum(map(flops.parameters, configs.values())) / device.count
+
+
+def _group_bytes(config: Any, generator: models.ModelConfig) -> float:
+    """What stays of a group for the generator's backward pass."""
+    section, objective = config.data, config.objective
     prefix_tokens = (1 + objective.negatives) * section.prompt_passage_len
     suffix_tokens = objective.candidates * (section.prompt_query_len + section.answer_len)
-    group_bytes = flops.kept_bytes(generator, config.group_size * (prefix_tokens + suffix_tokens))
-    # A parameter, its gradient and two moments, float32, shared by all devices.
-    held_bytes = 16 * sum(map(flops.parameters, configs.values())) / device.count
-    groups = fit.groups_at_a_time(device, held_bytes, group_bytes)
-    return groups, fit.head_chunk(device, generator.vocab_size)
+    return flops.kept_bytes(generator, config.group_size * (prefix_tokens + suffix_tokens))
 
 
 def model_config(config: Any, role: str, source: hf.Source, device: fit.Device | None = None) -> models.ModelConfig:

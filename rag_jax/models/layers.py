@@ -36,22 +36,27 @@ PREPARED = "prepared"
 ATTENDED = "attended"
 
 
+_products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
+
 def _products_and_attention(primitive: Any, *args: Any, **params: Any) -> bool:
     """Products with weights, not those of attention, but what its fused kernels return: no more than one of the former.
 
     cuDNN's returns, besides, what its gradient needs and no name can be given to.
     """
     return (
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
+        _products(primitive, *args, **params)
         or (primitive.name == "name" and params["name"] == ATTENDED)
         or primitive.name == "dot_product_attention_fwd_wrapper"
     )
 
 
-# What of a layer's forward pass stays in memory for its backward pass; the rest is computed again.
+# What of a layer's forward pass stays in memory for its backward pass; the rest is computed again. A run chooses
+# "products" itself, in place of "dots" where memory is short.
 REMAT: dict[str, Callable[..., bool]] = {
     "none": jax.checkpoint_policies.save_anything_except_these_names(PREPARED),
     "dots": _products_and_attention,
+    "products": _products,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

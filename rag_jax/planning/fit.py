@@ -9,6 +9,8 @@ MOST_UNROLLED = 32
 LOGITS_BYTES, CPU_TOKENS = 2**29, 512
 # Of a device's memory, what the generator's activations may take that stay for the backward pass.
 KEPT_SHARE = 0.4
+# With more of its memory in use, fused attention is computed once more rather than what it returns be kept.
+SHORT_SHARE = 0.7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +92,12 @@ def compiler_options(device: Device, kernels: str, chosen: str | None = None) ->
         if chosen is not None:
             options["xla_gpu_per_fusion_autotune_cache_dir"] = chosen
     return options
+
+
+def remat(device: Device, chosen: str, used_bytes: float) -> str:
+    """A key of `layers.REMAT`: the config's, without attention's results where a run would use too much memory."""
+    short = device.memory and used_bytes > SHORT_SHARE * device.memory
+    return "products" if chosen == "dots" and short else chosen
 
 
 def groups_at_a_time(device: Device, held_bytes: float, group_bytes: float) -> int:

@@ -82,6 +82,11 @@ def test_deterministic_kernels_are_asked_for_on_gpus_alone():
     assert fit.compiler_options(CPU, "deterministic") == {}
 
 
+def test_less_is_kept_where_memory_is_short():
+    assert fit.remat(H100, "dots", 60e9) == "products" and fit.remat(H100, "dots", 30e9) == "dots"
+    assert fit.remat(H100, "full", 60e9) == "full" and fit.remat(CPU, "dots", 60e9) == "dots"
+
+
 def test_how_much_is_computed_at_a_time():
     assert fit.head_chunk(CPU, 50257) == 512
     assert 4 * fit.head_chunk(H100, 50257) * 50257 <= fit.LOGITS_BYTES
