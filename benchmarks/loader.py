@@ -60,19 +60,32 @@ def loading(values: dict, num_batches: int) -> None:
     examples, first = load()
     again = load()[1]
     print(f"{len(examples):,} rows tokenised: {first:.2f} s the first time, {again:.2f} s from the cache")
-    batch_size = opened.config.batch_size
-    batches = data.iterate(
-        examples,
-        data.Batching(data.buckets(examples, batch_size, opened.config.objective.candidates)),
-        batch_size=batch_size,
-        seed=0,
-        start_step=0,
-        total_steps=num_batches,
-    )
-    began = time.perf_counter()
-    shares = [data.padding_share(batch, opened.config.objective.candidates) for batch in batches]
-    rate = num_batches * batch_size / (time.perf_counter() - began)
-    print(f"{rate:,.0f} rows a second in batches of {batch_size}; {sum(shares) / len(shares):.0%} of tokens padding")
+    batch_size, group_size = opened.config.batch_size, opened.config.group_size
+    candidates = opened.config.objective.candidates
+    all_groups = batch_size // group_size
+    for read, blocks in {
+        "rows padded, as on TPUs": None,
+        "packed, a group at a time, as on CPUs": data.Blocks(group_size),
+        "packed, all groups together, as on GPUs": data.Blocks(group_size, groups_at_a_time=all_groups),
+    }.items():
+        shapes = data.buckets(examples, batch_size, candidates, blocks=blocks)
+        batches = data.iterate(
+            examples,
+            data.Batching(shapes, group_size, blocks=blocks),
+            batch_size=batch_size,
+            seed=0,
+            start_step=0,
+            total_steps=num_batches,
+        )
+        began, shares, met = time.perf_counter(), [], set()
+        for batch in batches:
+            shares.append(data.padding_share(batch, candidates))
+            met.add(data.lengths(batch))
+        rate = num_batches * batch_size / (time.perf_counter() - began)
+        print(
+            f"{read + ':':<42}{rate:>8,.0f} rows a second in batches of {batch_size}; "
+            f"{sum(shares) / len(shares):.1%} of tokens padding; shapes that are compiled: {len(met)}"
+        )
 
 
 def waiting(values: dict, workdir: pathlib.Path) -> None:

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from rag_jax.models.config import Kernel
 from rag_jax.models.layers import ATTENDED, Rope, dropout, linear, named_keys, numbered_keys, rms_norm, rotate
@@ -24,6 +25,8 @@ from rag_jax.models.rows import taken
 PlainKeysValues = tuple[Float[Array, "B G C _"], Float[Array, "B G _ C"]]
 FusedKeysValues = tuple[Float[Array, "B _ G C"], Float[Array, "B _ G C"]]
 KeysValues = tuple[Float[Array, "B _ _ _"], Float[Array, "B _ _ _"]]  # either of them
+# So many slots a row are told apart by dropout of attention, however few there are: padding changes nothing.
+LONGEST = np.uint32(4096)
 
 
 class Seen(NamedTuple):
@@ -110,8 +113,10 @@ def attend(
     B, H, L, C = query.shape
     # Heads that share keys are rows of one product with them.
     grouped = (query * C**-0.5).reshape(B, parts[0][0][0].shape[1], -1, C)
+    rows = jnp.arange(H, dtype=jnp.uint32)[:, None] * LONGEST + jnp.arange(L, dtype=jnp.uint32)
+    rows = rows.reshape(grouped.shape[1], -1)
     attended = [
-        attend_part(grouped, keys_values, seen.mask(L), rate, numbered_keys(dropout_keys, n))
+        attend_part(grouped, keys_values, seen.mask(L), rate, numbered_keys(dropout_keys, n), rows)
         for n, (keys_values, seen) in enumerate(parts)
     ]
     out, _, total = functools.reduce(merged, attended)
@@ -123,10 +128,11 @@ def attend_part(
     query: Float[Array, "B G HL C"],
     keys_values: PlainKeysValues,
     mask: Bool[Array, "B _ Lk"],
-    rate: float,
-    dropout_keys: Key[Array, " B"] | None,
+    rate: float = 0.0,
+    dropout_keys: Key[Array, " B"] | None = None,
+    rows: UInt32[Array, "G HL"] | None = None,
 ) -> Part:
-    """The plain way, for any device, dtype and length."""
+    """The plain way, for any device, dtype and length. `rows`: numbers of heads and queries, for dropout."""
     (key, value), (B, G, *_) = keys_values, query.shape
     scores = float32_product(query, key)
     by_head = scores.reshape(B, G, -1, *mask.shape[1:])  # rows are heads and queries
@@ -136,7 +142,8 @@ def attend_part(
     highest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - highest)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    kept = dropout(weights.astype(value.dtype), rate, dropout_keys)
+    places = None if rows is None else rows[..., None] * LONGEST + jnp.arange(mask.shape[-1], dtype=jnp.uint32)
+    kept = dropout(weights.astype(value.dtype), rate, dropout_keys, places=places)
     out = float32_product(kept, value)
     return Part(out, highest, total)
 

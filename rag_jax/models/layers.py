@@ -110,16 +110,23 @@ def rms_norm(width: int, eps: float, dtype: str, rngs: nnx.Rngs) -> nnx.RMSNorm:
 
 
 def dropout(
-    x: Shaped[Array, "_ ..."], rate: float, keys: Key[Array, " B"] | None, packing: Packing | None = None
+    x: Shaped[Array, "_ ..."],
+    rate: float,
+    keys: Key[Array, " B"] | None,
+    packing: Packing | None = None,
+    places: UInt32[Array, "..."] | None = None,
 ) -> Shaped[Array, "_ ..."]:
     """Zeroes a share `rate` of x and scales the rest up; without keys (evaluation) x as it is.
 
     Every row has its own key: what it loses does not depend on the rows beside it, be they chunks, groups or devices.
-    Nor on whether it is packed: x (1, T, D) then, and `keys` are still those of the rows.
+    Nor on whether it is packed: x (1, T, D) then, and `keys` are still those of the rows. Nor on its padding, as slots
+    are numbered from the first on. `places` (...): other numbers than those of x[0] as it lies.
     """
     if keys is None or rate == 0.0:
         return x
-    if packing is None:
+    if places is not None:
+        bits = bits_at(keys, places[None])
+    elif packing is None:
         bits = random_bits(keys, x.shape[1:])
     else:
         row, slot = jnp.divmod(packing.slot.astype(jnp.uint32), np.uint32(packing.place.shape[1]))

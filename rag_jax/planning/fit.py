@@ -1,6 +1,8 @@
 """What a run chooses by the devices that it finds: the kernel of attention, and how much it computes at a time."""
 
 import dataclasses
+import os
+import pathlib
 from typing import Literal
 
 # Layers that are compiled each for itself at most: one takes the compiler as long as all of them in one loop do.
@@ -13,6 +15,12 @@ KEPT_SHARE = 0.4
 SHORT_SHARE = 0.7
 
 
+# Of a host's memory, what its CPU devices may use.
+HOST_SHARE = 0.75
+# Where a container's limit stands; of the second kind and of the first.
+CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
 @dataclasses.dataclass(frozen=True)
 class Device:
     """The devices of a run, all alike."""
@@ -22,6 +30,18 @@ class Device:
     capability: tuple[int, int] = (0, 0)  # of a GPU
     memory: float = 0.0  # bytes of one that a run may use; 0: not known
     kind: str = ""  # as jax calls it
+
+
+def host_memory() -> float:
+    """Bytes that CPU devices may use: a share of what the host has, or of what a container leaves it; 0: not known."""
+    try:
+        bounds = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    except (AttributeError, ValueError, OSError):  # not told on every system
+        return 0.0
+    for path in map(pathlib.Path, CONTAINER_LIMITS):
+        said = path.read_text().strip() if path.is_file() else ""
+        bounds += [int(said)] if said.isdigit() else []  # "max": none
+    return HOST_SHARE * min(bounds)
 
 
 # By platform: the kernel of attention that never writes scores to memory.
@@ -105,6 +125,6 @@ def groups_at_a_time(device: Device, held_bytes: float, group_bytes: float) -> i
 
     `held_bytes`: what a device holds all the time; `group_bytes`: what stays of a group for its backward pass.
     """
-    if device.platform == "cpu" or not device.memory:
+    if not device.memory:
         return 1
     return max(int(KEPT_SHARE * (device.memory - held_bytes) / group_bytes), 1)

@@ -103,3 +103,17 @@ def test_dropped_bits_of_packed_tokens_are_those_of_their_slots():
     keys, rows = jax.random.split(jax.random.key(0), 4), jnp.ones((4, 5, 6))
     expected = packed(layers.dropout(rows, 0.5, keys), packing)
     np.testing.assert_array_equal(layers.dropout(packed(rows, packing), 0.5, keys, packing), expected)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_what_dropout_takes_does_not_depend_on_padding(name):
+    """Not of attention either: a batch takes a shape by what else is in it."""
+    graphdef, shapes = models.abstract(ENCODERS[name])
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda a: jnp.asarray(rng.normal(0.1, 0.3, a.shape), a.dtype), shapes)
+    keys, lengths = jax.random.split(jax.random.key(1), 5), np.array([3, 7, 1, 5, 6])
+    ids, model = rng.integers(1, 61, (5, 12)).astype(np.int32), nnx.merge(graphdef, params)
+    mask = np.arange(12) < lengths[:, None]
+    short = model(jnp.asarray(ids[:, :8]), jnp.asarray(mask[:, :8]), keys)
+    long = model(jnp.asarray(ids), jnp.asarray(mask), keys)
+    np.testing.assert_allclose(long[:, :8][mask[:, :8]], short[mask[:, :8]], rtol=1e-4, atol=1e-5)

@@ -1,5 +1,7 @@
 """What a run chooses by its devices."""
 
+import dataclasses
+
 import pytest
 from command import TINY
 
@@ -87,9 +89,20 @@ def test_less_is_kept_where_memory_is_short():
     assert fit.remat(H100, "full", 60e9) == "full" and fit.remat(CPU, "dots", 60e9) == "dots"
 
 
+def test_a_host_gives_what_its_container_does(tmp_path, monkeypatch):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(fit, "CONTAINER_LIMITS", (str(limit),))
+    whole = fit.host_memory()
+    assert 1e8 < whole < 1e15
+    for said, share in (("max", whole), ("1000000\n", 750_000), (str(10**18), whole)):
+        limit.write_text(said)
+        assert fit.host_memory() == share
+
+
 def test_how_much_is_computed_at_a_time():
     assert fit.head_chunk(CPU, 50257) == 512
     assert 4 * fit.head_chunk(H100, 50257) * 50257 <= fit.LOGITS_BYTES
     assert fit.head_chunk(H100, 10**7) == 256
     assert fit.groups_at_a_time(CPU, 1e9, 1e6) == 1 == fit.groups_at_a_time(H100, 70e9, 50e9)
+    assert fit.groups_at_a_time(dataclasses.replace(CPU, memory=18e9), 2.5e9, 2.6e9) == 2
     assert fit.groups_at_a_time(H100, 13.6e9, 8e9) == 3  # of .4 times 60 GB
