@@ -65,8 +65,8 @@ def loading(values: dict, num_batches: int) -> None:
     all_groups = batch_size // group_size
     for read, blocks in {
         "rows padded, as on TPUs": None,
-        "packed, a group at a time, as on CPUs": data.Blocks(group_size),
-        "packed, all groups together, as on GPUs": data.Blocks(group_size, groups_at_a_time=all_groups),
+        "packed, a group at a time": data.Blocks(group_size),
+        "packed, all groups together": data.Blocks(group_size, groups_at_a_time=all_groups),
     }.items():
         shapes = data.buckets(examples, batch_size, candidates, blocks=blocks)
         batches = data.iterate(
