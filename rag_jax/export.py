@@ -14,6 +14,7 @@ from typing import Any
 
 from rag_jax import cli, config, files, untrusted
 from rag_jax.errors import UserError
+from rag_jax.objectives import OBJECTIVES
 
 # In place of the run's paths, which are those of this machine: an export is handed on.
 NO_ROWS = {"data.train": None, "data.eval": None, "data.passages": None}
@@ -89,7 +90,7 @@ Trained for {step} steps together with its {other}, from `{path}`.
 
 | | |
 |---|---|
-| objective | {objective}, K = {candidates}, contrastive weight {contrastive:g}, marginal weight {marginal:g} |
+| objective | {objective}, K = {candidates}, {weights} |
 | batch | {batch} queries in groups of {group} |
 | learning rate | {rate:g}, {schedule} |
 {reads}
@@ -132,8 +133,7 @@ def card(loaded: Any, role: str, step: int) -> str:
         path=untrusted.code(pathlib.PurePath(loaded[role].path).name),
         objective=objective.name,
         candidates=objective.candidates,
-        contrastive=objective.contrastive_weight,
-        marginal=objective.marginal_weight,
+        weights=", ".join(OBJECTIVES[objective.name].weights(objective)),
         batch=loaded.batch_size,
         group=loaded.group_size,
         rate=loaded.optimizer.learning_rate,

@@ -5,6 +5,7 @@ is checked against this table before jax is there.
 """
 
 import dataclasses
+from typing import Any
 
 ROLES = ("retriever", "generator")
 
@@ -29,6 +30,20 @@ class Formula:
         if self.divergence:
             return marginal_weight > 0 or evidence_weight > 0
         return self.terms != "" and marginal_weight > 0
+
+    def weights(self, objective: Any) -> list[str]:
+        """The terms of the loss and their weights by a config's section `objective`, in words."""
+        named = [f"contrastive weight {objective.contrastive_weight:g}"]
+        if self.reads == "scores":
+            named.append(f"weight of the given scores {objective.evidence_weight:g}")
+        elif self.divergence:
+            tokens = {"both": "question and answer"}.get(objective.evidence, objective.evidence)
+            named.append(f"weight of the {tokens}'s evidence {objective.evidence_weight:g}")
+        if self.reads != "scores":
+            named.append(f"marginal weight {objective.marginal_weight:g}")
+        if objective.document_weight:
+            named.append(f"document weight {objective.document_weight:g}")
+        return named
 
     def uses_retriever(
         self, candidates: int, contrastive_weight: float, marginal_weight: float, evidence_weight: float

@@ -30,14 +30,7 @@ def summary(training: Training, start_step: int) -> str:
             f"answers, every {config.eval.every_steps} steps"
             + ("" if config.data.eval == config.data.train else f"; {training.eval_report}")
         )
-    weights = [f"contrastive weight {objective.contrastive_weight:g}", f"marginal weight {objective.marginal_weight:g}"]
-    if objective.formula.reads == "scores":
-        weights[1:] = [f"weight of the given scores {objective.evidence_weight:g}"]
-    elif objective.formula.divergence:
-        tokens = {"both": "question and answer"}.get(objective.evidence, objective.evidence)
-        weights.insert(1, f"weight of the {tokens}'s evidence {objective.evidence_weight:g}")
-    if objective.document_weight:
-        weights.append(f"document weight {objective.document_weight:g}")
+    weights = objective.formula.weights(objective)
     own = " of those that it brings" if objective.candidates_from == "row" else ""
     lines["objective"] = f"{objective.name}: {', '.join(weights)}, K = {objective.candidates} candidates a query{own}"
     if training.keeps_evidence:
