@@ -63,7 +63,7 @@ def main() -> None:
     loaded = cli.chosen_config(args, overrides)
     check_flags(args, loaded)
     questions = given_questions(args, loaded)
-    passages = corpus(args, loaded)
+    passages, sources = corpus(args, loaded)
     say: Callable[[str], None] = functools.partial(print, file=sys.stderr if args.json else sys.stdout, flush=True)
     decoding = args.decoding or OBJECTIVES[loaded.objective.name].likelihood
     K = 1 if decoding == "top1" else args.candidates or loaded.objective.candidates
@@ -78,7 +78,7 @@ def main() -> None:
             pair.answers(asked, how, candidates=K, seed=args.seed, rerank=args.rerank) for pair in pairs.values()
         )
         for question, *of_pairs in zip(asked, *answers, strict=True):
-            records = dict(zip(pairs, map(record, of_pairs), strict=True))
+            records = {name: record(answer, sources) for name, answer in zip(pairs, of_pairs, strict=True)}
             answered.append({"question": question} | (records if args.compare else records.popitem()[1]))
             if not args.json:
                 print(report(answered[-1], questions is None or len(questions) > 1), flush=True)
@@ -171,25 +171,26 @@ def typed(say: Callable[[str], None]) -> Iterator[str]:
                 say(str(error))
 
 
-def corpus(args: argparse.Namespace, loaded: Any) -> tuple[str, ...]:
-    """The distinct passages of --passages, or else of all the files that the config names."""
+def corpus(args: argparse.Namespace, loaded: Any) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The distinct passages of --passages, or else of all the files that the config names; and where they come from."""
     sources = {"--passages": args.passages}
     if args.passages is None:
         sources = {f"data.{name}": loaded.data[name] for name in ("train", "eval", "passages")}
     column = loaded.data.columns.passage
-    texts = []
+    texts, come_from = [], {}
     for key, source in sources.items():
         if source is not None:  # rows that name no passage may have no column of them either
             may_miss = key != "data.passages" and sources.get("data.passages") is not None
             columns = data.columns_of(loaded.data, "data.passages" if key == "--passages" else key)
             texts.append(data.read_passages(source, columns, key, may_miss=may_miss))
+            come_from |= data.read_sources(source, columns, key)
     passages = tuple(dict.fromkeys(itertools.chain(*texts)))
     if not passages:
         given = (
             f"--passages={args.passages!r} has none in column {column!r}" if texts else "--passages=FILE is not given"
         )
         raise UserError(f"no passages to answer from: {given}")
-    return passages
+    return passages, come_from
 
 
 def how_to_decode(args: argparse.Namespace, loaded: Any, decoding: str, pairs: "dict[str, Trained]") -> "Decoding":
@@ -239,15 +240,17 @@ def open_pairs(
     return pairs
 
 
-def record(answer: "Answer") -> dict[str, Any]:
-    """An answer for --json."""
+def record(answer: "Answer", sources: dict[str, str]) -> dict[str, Any]:
+    """An answer for --json; a passage's source where it is known."""
     columns = {"cosine": answer.cosine, "probability": answer.doc_probs, "evidence": answer.evidence}
     return {
         "answer": answer.answer,
         "log_prob": answer.log_prob,
         "tokens": answer.num_tokens,
         "passages": [
-            {"passage": passage} | {name: float(values[k]) for name, values in columns.items()}
+            {"passage": passage}
+            | ({"source": sources[passage]} if passage in sources else {})
+            | {name: float(values[k]) for name, values in columns.items()}
             for k, passage in enumerate(answer.passages)
         ],
     }
@@ -269,7 +272,8 @@ def block(found: dict[str, Any], width: int) -> list[str]:
     lines = textwrap.wrap(found["answer"], width) or ["(an empty answer)"]
     lines += ["", " p(k|q)  evidence  passage"]
     for row in found["passages"]:
-        passage = textwrap.shorten(row["passage"], max(width - 19, 20), placeholder=" ...")
+        text = f"[{row['source']}] {row['passage']}" if "source" in row else row["passage"]
+        passage = textwrap.shorten(text, max(width - 19, 20), placeholder=" ...")
         lines.append(f"{row['probability']:7.1%}{row['evidence']:10.1%}  {passage}")
     return lines
 

@@ -14,7 +14,7 @@ from rag_jax.data.batches import (
     shape_of,
 )
 from rag_jax.data.examples import Examples, Gaps, Report, fingerprint, load_examples, take
-from rag_jax.data.rows import Rows, columns_of, read_passages, read_rows
+from rag_jax.data.rows import Rows, columns_of, read_passages, read_rows, read_sources
 from rag_jax.data.segments import (
     Prompt,
     Ragged,
@@ -32,5 +32,6 @@ __all__ = [
     "Batch", "Batching", "Blocks", "Examples", "Gaps", "Known", "Lengths", "Packed", "Pool", "Prompt", "Ragged",
     "Report", "RetrieverText", "Rows", "TEXTS", "WholeString", "answer_segments", "buckets", "collate", "columns_of",
     "fingerprint", "given_scores", "iterate", "joined", "lengths", "load_examples", "longest", "order", "pad",
-    "padding_share", "prompt_segments", "read_passages", "read_rows", "retriever_tokens", "shape_of", "take",
+    "padding_share", "prompt_segments", "read_passages", "read_rows", "read_sources", "retriever_tokens", "shape_of",
+    "take",
 ]  # fmt: skip

@@ -62,6 +62,13 @@ FORMATS = (
     _format("squad", "question context", query="question", passage="context"),
     _format("sentence-transformers", "anchor positive", query="anchor", passage="positive", negative="negative"),
     _format("sentence-transformers", "query positive", query="query", passage="positive", negative="negative"),
+    _format(
+        "prepared questions",
+        "question passage answer document position",
+        query="question",
+        passage="passage",
+        answer="answer",
+    ),
     _format("question and passage", "question passage", query="question", passage="passage"),
     _format("query and passage", "query passage", query="query", passage="passage"),
     _format("chat", "messages", query="messages", answer="messages"),

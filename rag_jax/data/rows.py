@@ -19,6 +19,8 @@ from rag_jax.errors import UserError
 SCORED = {"passage_score": "passage", "negative_score": "negative"}
 # Of the passages of a corpus, where the config names none.
 CORPUS_COLUMN = "Abstract"
+# What says where a passage comes from, and the columns that are looked for where the config has none.
+SOURCE_COLUMNS = {"passage": CORPUS_COLUMN, "document": "document", "section": "section"}
 # What is used as it prints.
 PRINTED = (str, int, float, decimal.Decimal, datetime.date, datetime.time, datetime.timedelta, type(None))
 
@@ -154,6 +156,28 @@ def read_passages(source: str, columns: Mapping[str, Asked | None], key: str, *,
     """The distinct non-empty passages of a source, in file order."""
     corpus, _ = read_corpus(source, key, {"passage": columns.get("passage")}, may_miss=may_miss)
     return list(dict.fromkeys(passage for passage, _ in corpus))
+
+
+def read_sources(source: str, columns: Mapping[str, Asked | None], key: str) -> dict[str, str]:
+    """Where passages come from, by their texts: the document and, in a column `section`, the headings above them.
+
+    The document is in its column of the config, else in one called so; none of a file without either.
+    """
+    where = f"{key}={source!r}"
+    table = tables.open_table(source, where, key)
+    asked: dict[str, Asked | None] = {part: columns.get(part) or name for part, name in SOURCE_COLUMNS.items()}
+    if not formats.columns_of(asked["passage"] or "", table.names):
+        found = formats.recognised(table, {}, "auto", where, corpus=True)
+        asked["passage"] = found.parts.get("passage") if found else None
+    there = {part: name for part, name in asked.items() if name and formats.columns_of(name, table.names)}
+    if not {"passage", "document"} <= there.keys():
+        return {}
+    values = table.read(formats.columns_of(tuple(there.values()), table.names))
+    cells = {part: formats.cells(name, values, table.num_rows) for part, name in there.items()}
+    passages = _lists(cells["passage"], f"{where}: column {there['passage']}")
+    of_row = [_texts(cells[part], f"{where}: column {there[part]}") for part in SOURCE_COLUMNS if part in cells][1:]
+    named = [" > ".join(part for part in parts if part) for parts in zip(*of_row, strict=True)]
+    return {text: name for row, name in zip(passages, named, strict=True) for text in row if name}
 
 
 def read_queries(source: str, key: str, columns: Mapping[str, Asked | None]) -> list[str]:

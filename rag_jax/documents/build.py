@@ -18,6 +18,8 @@ from rag_jax.documents import convert, copies, split
 from rag_jax.errors import UserError
 
 PASSAGES, UNREAD, PARTS = "passages.parquet", "unread.jsonl", "parts"
+# Questions that were written from passages: those that are kept as rows, and all of them with what became of them.
+ROWS, QUESTIONS = "rows.parquet", "questions.parquet"
 # Documents of a part.
 PART = 64
 # Raise it when passages are made in another way.
@@ -147,6 +149,32 @@ def _joined(out: pathlib.Path, keys: list[str], num_documents: int) -> Result:
     )
     reasons = collections.Counter(line["unread"].split(" (")[0] for line in unread)
     return Result(num_documents, num_documents - len(unread), int(keep.sum()), int((~keep).sum()), dict(reasons), 0)
+
+
+def read_passages(out: pathlib.Path) -> list[dict[str, Any]]:
+    """The passages that `build` has written, a row each."""
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(out / PASSAGES).to_pylist()
+
+
+def write_rows(out: pathlib.Path, passages: list[dict[str, Any]], questions: list[dict[str, Any]]) -> None:
+    """`out/rows.parquet` of the questions that are kept, and `out/questions.parquet` of all.
+
+    `questions`: of each, besides what is written down, the number of its `passage`.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    of_passage = ("passage", "title", "section", "document", "position")
+    whole = [one | {name: passages[one["passage"]][name] for name in of_passage} for one in questions]
+    kept = [{name: value for name, value in row.items() if name != "dropped"} for row in whole if not row["dropped"]]
+    for path, rows in ((out / ROWS, kept), (out / QUESTIONS, whole)):
+        if not rows:
+            path.unlink(missing_ok=True)  # of an earlier command, perhaps
+            continue
+        with files.file_at_once(path) as file:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
 
 
 _FIELDS = dataclasses.fields(split.Passage)

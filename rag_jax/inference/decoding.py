@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from rag_jax import rag
 from rag_jax.distributed import sharding
@@ -23,6 +23,8 @@ from rag_jax.inference import programs
 from rag_jax.models.decoder import Cache, Decoder
 from rag_jax.models.head import gold_log_probs
 
+# The bits of the float32 that follows 1.
+ABOVE_ONE = np.float32(1).view(np.uint32) + np.uint32(1)
 Tokens = tuple[Any, Any]  # ids (n, L) int32 and mask (n, L) bool, right-padded
 
 
@@ -32,6 +34,14 @@ class Noise(NamedTuple):
     keys: Key[Array, " B"]
     temperature: Any  # scalar; divides the mixture's log-probabilities
     top_p: Any  # scalar; see `nucleus`
+
+
+class Sampling(NamedTuple):
+    """As `Noise`, of a program that is told the numbers when it is compiled; temperature 0: the likeliest."""
+
+    keys: Key[Array, " B"]
+    temperature: float
+    top_p: float
 
 
 class Reading(NamedTuple):
@@ -93,13 +103,22 @@ def mixture(
 def nucleus(scores: Float[Array, "B V"], top_p: Any) -> Bool[Array, "B V"]:
     """Of softmax(scores) the fewest likeliest whose sum reaches `top_p` (Holtzman et al., 2020); at 1 all.
 
-    Those as likely as the last of them are kept too.
+    Those as likely as the last of them are kept too. The least likely is sought by halving: a CPU sorts a vocabulary
+    twenty times as slowly.
     """
     probs = jax.nn.softmax(scores, axis=-1)
-    ordered = jnp.sort(probs, axis=-1, descending=True)
-    needed = jnp.cumsum(ordered, axis=-1) - ordered < top_p
-    least = jnp.min(jnp.where(needed, ordered, jnp.inf), axis=-1, keepdims=True)
-    return (probs >= least) | (top_p >= 1)
+
+    def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = low + (high - low) // 2
+        is_enough = jnp.sum(jnp.where(probs >= as_float(middle), probs, 0.0), axis=-1, keepdims=True) >= top_p
+        return jnp.where(is_enough, middle, low), jnp.where(is_enough, high, middle)
+
+    # Floats from 0 on are in the order of their bits.
+    as_float = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.float32)
+    zero = jnp.zeros((len(probs), 1), jnp.uint32)
+    least, _ = jax.lax.fori_loop(0, 31, halve, (zero, zero + ABOVE_ONE))
+    return (probs >= as_float(least)) | (top_p >= 1)
 
 
 def choose(scores: Float[Array, "B V"], noise: Noise | None, number: Any) -> Int[Array, " B"]:
@@ -252,15 +271,20 @@ def answer_ids(
     *,
     num_tokens: int,
     eos_id: int,
+    sampling: Sampling | None = None,
 ) -> Int[Array, "B T"]:
-    """Greedy RAG-Token answers by the generator of `params`, compiled once for each shape.
+    """RAG-Token answers by the generator of `params`, greedy or sampled, compiled once for each shape.
 
     Of d devices each answers B / d of the queries from its own P of the d P prefixes, into which its candidates count.
     """
-    where, split = programs.placement(params, "generator"), ((sharding.BATCH,) * 6, (sharding.BATCH,))
-    sizes = {"num_tokens": num_tokens, "eos_id": eos_id}
+    arrays: tuple[Any, ...] = (*prefix, *query, candidates, doc_log_probs)
+    sizes: dict[str, Any] = {"num_tokens": num_tokens, "eos_id": eos_id}
+    if sampling is not None and sampling.temperature > 0:
+        arrays += (np.asarray(jax.random.key_data(sampling.keys)),)
+        sizes |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+    where, split = programs.placement(params, "generator"), ((sharding.BATCH,) * len(arrays), (sharding.BATCH,))
     answer = programs.compiled(_answer, model, where, split, axes=where.axes, **sizes)
-    (ids,) = answer(params["generator"], *where.split_rows(*prefix, *query, candidates, doc_log_probs))
+    (ids,) = answer(params["generator"], *where.split_rows(*arrays))
     return ids
 
 
@@ -272,12 +296,17 @@ def _answer(
     query_mask: Bool[Array, "B Lq"],
     candidates: Int[Array, "B K"],
     doc_log_probs: Float[Array, "B K"],
+    key_data: UInt32[Array, "B 2"] | None = None,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
     **sizes: Any,
 ) -> tuple[Int[Array, "B T"]]:
     num_slots = prefix_ids.shape[1] + query_ids.shape[1] + sizes["num_tokens"]
     prefix, query = (prefix_ids, prefix_mask), (query_ids, query_mask)
     reading = read(generator, prefix, query, candidates, num_slots=num_slots)
-    return (one_by_one(generator, reading, doc_log_probs, None, **sizes).ids,)
+    noise = None if key_data is None else Noise(jax.random.wrap_key_data(key_data), temperature, top_p)
+    return (one_by_one(generator, reading, doc_log_probs, noise, **sizes).ids,)
 
 
 def text(tokenizer: Any, ids: Int[np.ndarray, " T"]) -> str:
