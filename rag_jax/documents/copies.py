@@ -52,6 +52,22 @@ def firsts(signatures: np.ndarray, digests: Sequence[bytes]) -> np.ndarray:
     return keep
 
 
+def like_any(texts: Sequence[str], others: Sequence[str]) -> np.ndarray:
+    """(n,) bool: texts that say nearly what one of the others does."""
+    found = np.zeros(len(texts), bool)
+    if not len(texts) or not len(others):
+        return found
+    ours, theirs = (np.stack([signature(text) for text in each]) for each in (texts, others))
+    for start in range(0, HASHES, BAND):
+        places: dict[bytes, list[int]] = {}
+        for i, band in enumerate(theirs[:, start : start + BAND]):
+            places.setdefault(band.tobytes(), []).append(i)
+        for i in np.flatnonzero(~found):
+            near = places.get(ours[i, start : start + BAND].tobytes(), [])
+            found[i] = bool(near) and (theirs[near] == ours[i]).mean(axis=1).max() >= ALIKE
+    return found
+
+
 def digest(text: str) -> bytes:
     """Of a text's words, in lower case."""
     return hashlib.blake2b(" ".join(text.lower().split()).encode(), digest_size=16).digest()

@@ -11,6 +11,7 @@ import numpy as np
 from rag_jax import data, pair, untrusted
 from rag_jax.config import Config
 from rag_jax.distributed import sharding
+from rag_jax.documents import copies
 from rag_jax.evaluation import metrics
 from rag_jax.models import flops
 from rag_jax.training import announce, setup
@@ -111,8 +112,8 @@ def shown(whole: str) -> str:
 def shared(training: Training) -> Iterator[str]:
     """What the rows of data.train and of data.eval have in common, and copies within the former."""
     examples, held_out = training.examples, training.eval_rows
-    copies = len(examples) - len(set(zip(examples.query_key.tolist(), examples.passage_key.tolist(), strict=True)))
-    yield f"  {copies:,} of {len(examples):,} training rows repeat the query and passage of another"
+    repeated = len(examples) - len(set(zip(examples.query_key.tolist(), examples.passage_key.tolist(), strict=True)))
+    yield f"  {repeated:,} of {len(examples):,} training rows repeat the query and passage of another"
     if held_out is None:
         yield "  no held-out rows to compare with (data.eval, eval.every_steps)"
         return
@@ -127,10 +128,12 @@ def shared(training: Training) -> Iterator[str]:
         distinct = set(ours)
         same = sum(each in distinct for each in held)
         near = sum(metrics.normalise(each) in alike for each in held) - same
-        warning = "; what is measured on them is partly memory" if same + near else ""
+        others = [each for each in held if metrics.normalise(each) not in alike]
+        nearly = int(copies.like_any(others, sorted(distinct)).sum())
+        warning = "; what is measured on them is partly memory" if same + near + nearly else ""
         yield (
             f"  {same:,} of {len(held):,} {what} of training rows too, {near:,} more but for case, punctuation and "
-            f"articles{warning}"
+            f"articles, {nearly:,} more nearly{warning}"
         )
 
 

@@ -174,6 +174,9 @@ def test_copies_and_near_copies_are_found_and_others_are_not():
     shingles = [
         set(zip(*(text.split()[i:] for i in range(copies.SHINGLE)), strict=False)) for text in (texts[0], changed[0])
     ]
+    alike = copies.like_any([*changed, *half, texts[40]], texts[:40])
+    assert alike[:20].mean() >= 0.9 and not alike[20:].any()
+    assert not copies.like_any(texts, []).any() and not len(copies.like_any([], texts))
     overlap = len(shingles[0] & shingles[1]) / len(shingles[0] | shingles[1])
     assert (signatures[0] == signatures[65]).mean() == pytest.approx(overlap, abs=0.15)
 
