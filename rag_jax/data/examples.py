@@ -16,6 +16,15 @@ from rag_jax.data.rows import Rows
 from rag_jax.data.segments import Prompt, Ragged, RetrieverText, WholeString
 from rag_jax.errors import UserError
 
+# Rows that lack something may be trained on otherwise: what to do where most of them do.
+REMEDIES = {
+    "an empty answer": "rows without answers train with objective.evidence=question (pdist, replug, emdr2), or the "
+    "retriever alone with objective.name=none",
+    "an empty passage": "rows without passages train with data.passages=FILE, mining.every_steps above 0 and a joint "
+    "objective of several candidates",
+    "a document that holds no passage": "data.passages must name their documents in the same words",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Gaps:
@@ -282,7 +291,9 @@ def _refuse(where: str, bad_rows: str, dropped: Mapping[str, int], num_read: int
         lost = f" ({num_read} read; {reasons})" if dropped else ""
         rows = "1 usable row" if num_rows == 1 else f"{num_rows} usable rows"
         fix = f"fewer than a batch of {min_rows}: give more rows or lower batch_size" if min_rows > 1 else "none to use"
-        raise UserError(f"{where} has {rows}{lost}, {fix}")
+        most = max(dropped, key=lambda reason: dropped[reason], default="")
+        remedy = f"; {REMEDIES[most]}" if most in REMEDIES else ""
+        raise UserError(f"{where} has {rows}{lost}, {fix}{remedy}")
 
 
 def _check_passages(where: str, examples: Examples) -> None:

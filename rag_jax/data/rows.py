@@ -215,7 +215,11 @@ def _cells(
             may_miss = {*may_miss, "passage", "answer"}  # the others stand in no config unless somebody wants them
     absent = [f"{_name(wanted[part])} (data.columns.{part})" for part in missing if part not in may_miss]
     if absent:
-        raise UserError(f"{where} has no column {' nor '.join(absent)}; it has: {formats.shown_names(table.names)}")
+        hint = "; rows that name no passage take a file of passages, data.passages" if key == "data.train" else ""
+        raise UserError(
+            f"{where} has no column {' nor '.join(absent)}; it has: {formats.shown_names(table.names)}"
+            + (hint if "passage" in missing else "")
+        )
     there = {part: asked for part, asked in parts.items() if formats.columns_of(asked, table.names)}
     columns = table.read(formats.columns_of(tuple(there.values()), table.names))
     cells = {part: formats.cells(asked, columns, table.num_rows) for part, asked in there.items()}

@@ -122,8 +122,10 @@ def test_what_cannot_be_trained_on_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"data.passages='.*' has no column 'D' \(data.columns.document\); it has: P"):
         write(tmp_path / "other.csv", "P", ["p"])
         load(tmp_path, gaps=data.Gaps(passage=True, corpus=(("data.passages", str(tmp_path / "other.csv")),)))
-    with pytest.raises(UserError, match="1 usable row .*5 with an empty passage"):
+    with pytest.raises(UserError, match="1 usable row .*5 with an empty passage.*; rows without passages train with"):
         load(tmp_path, gaps=data.Gaps(), min_rows=2)
+    with pytest.raises(UserError, match="0 usable rows .*2 with an empty answer.*objective.evidence=question"):
+        load(tmp_path, [("known", "p0", "", "d0"), ("who", "p4", " ", "")], min_rows=2)
 
 
 def test_an_answer_that_is_not_known_has_no_tokens(tmp_path):
