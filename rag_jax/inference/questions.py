@@ -178,7 +178,9 @@ def parsed(passage: int, opening: str, text: str) -> Question:
     if form is None:
         return Question(passage, opening, text, dropped="not of the form")
     question, answer = (" ".join(form[part].split()) for part in ("question", "answer"))
-    dropped = "" if len(question.split()) >= FEWEST_WORDS and "?" not in answer else "not of the form"
+    answer = re.sub(r"^(?:short\s+)?answer\s*:\s*", "", answer, flags=re.I)  # said twice
+    says_something = re.search(r"\w", answer) and not re.search(r"[?\[\]]", answer)  # not "...", "[the answer]"
+    dropped = "" if len(question.split()) >= FEWEST_WORDS and says_something else "not of the form"
     return Question(passage, opening, question, answer, dropped=dropped)
 
 
