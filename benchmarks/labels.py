@@ -4,8 +4,9 @@
 
 Every line of the table is a run of `rag_jax.main` for each seed and number of steps, in a folder of its own below
 --out, whose retriever is then measured with all held-out rows. Readers are frozen, so what they say of a query and a
-passage is computed once for all runs; it is kept in $RAG_JAX_CACHE. What is finished stays in --record and is not run
-again: the command can be stopped and typed again. `--config.KEY=VALUE` goes to all.
+passage is computed once for all runs; it is kept in $RAG_JAX_CACHE, and in --evidence for other machines: hours of it are a
+few hundred kilobytes. What is finished stays in --record and is not run again: the command can be stopped and typed again.
+`--config.KEY=VALUE` goes to all.
 """
 
 import argparse
@@ -95,6 +96,7 @@ def main() -> None:
     parser.add_argument("--models", type=pathlib.Path, required=True, help="a folder with minilm and smollm2-135m")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="where the runs are kept")
     parser.add_argument("--record", type=pathlib.Path, help="OUT/measured.jsonl if not given")
+    parser.add_argument("--evidence", type=pathlib.Path, help="a folder where evidence is kept besides")
     parser.add_argument("--num-rows", type=int, default=1440, help="of --rows, drawn once for all runs")
     parser.add_argument("--steps", type=int, nargs="+", default=[60, 180])
     parser.add_argument("--mine-every", type=int, default=60, help="steps")
@@ -107,7 +109,9 @@ def main() -> None:
     settings = {"rows": args.num_rows, "mine every": args.mine_every, "config": more}
     record = Record(args.record or args.out / "measured.jsonl", settings)
     args.out.mkdir(parents=True, exist_ok=True)
-    labels = Labels(args)
+    labels, cached = Labels(args), files.folder() / "evidence"
+    if args.evidence is not None:
+        copy_missing(args.evidence, cached)
     if record.of(name="untrained") is None:
         record.add(measure(args, args.models / "minilm"), name="untrained")
     for seed in args.seeds:
@@ -116,7 +120,18 @@ def main() -> None:
                 which = {"name": name, "steps": steps, "seed": seed}
                 if record.of(**which) is None:
                     record.add(run(args, more, labels, name, steps, seed), **which)
+                    if args.evidence is not None:
+                        copy_missing(cached, args.evidence)
     print(table(args, names, record))
+
+
+def copy_missing(source: pathlib.Path, target: pathlib.Path) -> None:
+    """The evidence that one folder holds and the other does not."""
+    for path in source.glob("*/*.npz"):
+        other = target / path.relative_to(source)
+        if not other.exists():
+            other.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, other)
 
 
 def read(path: pathlib.Path) -> list[Row]:

@@ -36,8 +36,8 @@ Answer: ..."""
 # Words that questions begin with: each passage's first question with another one, in turn.
 OPENINGS = ("What", "Why", "Who", "How", "Where", "When")
 FORM = re.compile(r"(?:question\s*:)?\s*(?P<question>[^\n]+?\?)\s*(?:short\s+)?answer\s*:\s*(?P<answer>[^\n]+)", re.I)
-# Passages of a device that are read together, and blocks of them that are written down together.
-PASSAGES, BLOCKS = 8, 4
+# Blocks of passages that are written down together; in a block are as many questions as `eval.batch_size`.
+BLOCKS = 4
 # Tokens of an opening word, and of question and answer together.
 OPENING_LEN, WRITTEN_LEN = 16, 64
 FEWEST_WORDS = 4
@@ -75,8 +75,8 @@ def write(trained: Trained, passages: Sequence[str], writing: Writing, folder: p
     that it may be stopped.
     """
     prompt, params = writing_prompt(trained, writing), trained.params
-    where = programs.placement(params, "generator")
-    at_a_time = PASSAGES * where.shards
+    shards = programs.placement(params, "generator").shards
+    at_a_time = -(-max(trained.opened.config.eval.batch_size // writing.num, 1) // shards) * shards
     about = [dataclasses.asdict(writing), evidence.fingerprint(params["generator"]), prompt.passage, prompt.query]
     found: list[Question] = []
     with tqdm(total=len(passages) * writing.num, desc="questions", **search.BAR) as bar:
@@ -137,10 +137,15 @@ def _literal(text: str) -> str:
 
 
 def _written(
-    trained: Trained, prompt: data.Prompt, passages: list[str], first: int, at_a_time: int, writing: Writing
+    trained: Trained,
+    prompt: data.Prompt,
+    passages: list[str],
+    first: int,
+    at_a_time: int,
+    writing: Writing,
 ) -> list[tuple[str, str]]:
     """Of each question its opening and the text from there on, N a passage; `first`: the number of the first one."""
-    N, num = writing.num, len(passages)
+    N, num, shards = writing.num, len(passages), programs.placement(trained.params, "generator").shards
     tokenizer, eos_id = prompt.tokenizer, segments.eos_id(prompt.tokenizer)
     # As special tokens' names are read in a template, they must not be in what anybody may have written.
     clean = [_without_special(tokenizer, text) for text in passages]
@@ -153,7 +158,7 @@ def _written(
         trained.params,
         segments.pad(prefixes, np.arange(at_a_time) % num, prefix_len),
         segments.pad(queries, opening.ravel(), segments.round_up(int(queries.lengths.max()))),
-        np.repeat(np.arange(at_a_time, dtype=np.int32) % PASSAGES, N)[:, None],
+        np.repeat(np.arange(at_a_time, dtype=np.int32) % (at_a_time // shards), N)[:, None],  # of a device's own
         np.zeros((at_a_time * N, 1), np.float32),
         num_tokens=WRITTEN_LEN,
         eos_id=eos_id,

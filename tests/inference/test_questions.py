@@ -30,7 +30,7 @@ TEMPLATE = (
 def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAG_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        opened = pair.open_pair(config.load("configs/tiny.py"))
+        opened = pair.open_pair(config.load("configs/tiny.py", {"eval.batch_size": 16}))
         yield Trained(opened, pair.pretrained_params(opened, sharding.make_mesh(1, 1, 1, jax.devices()[:1])), 0)
 
 
@@ -103,7 +103,7 @@ def test_questions_are_a_function_of_seed_text_and_place_and_are_kept(trained, t
 
 
 def test_devices_write_what_one_does(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(questions, "PASSAGES", 2)
+    monkeypatch.setattr(questions, "BLOCKS", 1)
     writing = Writing(2, "{passage} Ask!", temperature=0.8, top_p=0.9)
     alone = questions.write(trained, PASSAGES[:5], writing, tmp_path / "alone")
     mesh = sharding.make_mesh(1, 4, 2)
