@@ -4,9 +4,9 @@
 
 Every line of the table is a run of `rag_jax.main` for each seed and number of steps, in a folder of its own below
 --out, whose retriever is then measured with all held-out rows. Readers are frozen, so what they say of a query and a
-passage is computed once for all runs; it is kept in $RAG_JAX_CACHE, and in --evidence for other machines: hours of it are a
-few hundred kilobytes. What is finished stays in --record and is not run again: the command can be stopped and typed again.
-`--config.KEY=VALUE` goes to all.
+passage is computed once for all runs; it is kept in $RAG_JAX_CACHE, and in --evidence for other machines: hours of it
+are a few hundred kilobytes. What is finished stays in --record and is not run again: the command can be stopped and
+typed again. `--config.KEY=VALUE` goes to all.
 """
 
 import argparse
