@@ -85,7 +85,7 @@ def this_device() -> fit.Device:
     stats = own.memory_stats() or {}
     major, minor = map(int, getattr(own, "compute_capability", "0.0").split("."))
     memory = stats.get("bytes_limit", 0.0)
-    if own.platform == "cpu":
+    if own.platform == "cpu" and jax.process_count() == 1:  # several of them share a host's memory
         memory = fit.host_memory() / jax.local_device_count()
     return fit.Device(own.platform, jax.device_count(), (major, minor), memory, own.device_kind)
 

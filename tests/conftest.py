@@ -1,6 +1,7 @@
 """Set-up shared by all tests: eight CPU devices in one process, and no network."""
 
 import fcntl
+import gc
 import hashlib
 import importlib.metadata
 import os
@@ -24,6 +25,7 @@ import pytest  # noqa: E402 (after the environment is set)
 
 ROOT = pathlib.Path(__file__).parent.parent
 MOST_COMPILED = 2 * 10**9  # bytes
+MOST_MAPS = 20_000  # of a process, after a file of tests
 # Begun first, so that no worker is left alone with one of them at the end.
 LONGEST = (
     "test_real_models", "test_processes", "test_loop", "test_ask", "test_mesh", "test_rag", "test_bad_input",
@@ -106,3 +108,15 @@ def tiny_run(made_tiny_run, tmp_path_factory):
     copy = tmp_path_factory.mktemp("tiny") / "made"
     shutil.copytree(made_tiny_run, copy)
     return copy / "run", (copy / "printed").read_text(encoding="utf-8"), copy / "cache"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_memory_maps():
+    """Each compiled program takes three or four memory maps; of more than 65,530 a process dies on Linux."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.is_file() and sum(1 for _ in maps.open()) > MOST_MAPS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()

@@ -136,7 +136,7 @@ def build(config: Config, workdir: pathlib.Path, mesh: Mesh, start_step: int) ->
 
 def blocks_of(model: rag.Rag, mesh: Mesh) -> data.Blocks | None:
     """What of a batch is packed together; None: nothing."""
-    if not fit.packs(pair.this_device()):
+    if not fit.packs(pair.this_device()) or several_on_cpus():
         return None
     return data.Blocks(model.group_size, sharding.batch_shards(mesh), model.groups_at_a_time, not model.chunk_size)
 
@@ -189,6 +189,14 @@ def used_roles(opened: pair.Pair) -> set[str]:
     return {role for role in opened.sources if getattr(objective, f"uses_{role}")}
 
 
+def several_on_cpus() -> bool:
+    """Whether exchanges of a step (by gloo) have been seen to meet in another order in each process, which ends the run.
+
+    Not in steps that pack nothing and keep no evidence: fewer of theirs wait for nothing.
+    """
+    return jax.process_count() > 1 and jax.default_backend() == "cpu"
+
+
 def generator_learns(config: Config, trainable: Tree) -> bool:
     """Whether anything of the generator is trained, and on a loss that has a weight."""
     return config.objective.marginal_weight > 0 and bool(jax.tree.leaves(trainable.get("generator")))
@@ -197,9 +205,9 @@ def generator_learns(config: Config, trainable: Tree) -> bool:
 def keeps_evidence(config: Config, objective: rag.Objective, trainable: Tree) -> bool:
     """Whether what the generator says of a pair never changes, and all that a step may ask it is known beforehand.
 
-    Not by several processes on CPUs: their collectives (gloo) have been seen to meet in another order in such a step.
+    Not by several processes on CPUs.
     """
-    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+    if several_on_cpus():
         return False
     is_read_alone = bool(objective.formula.divergence) and objective.marginal_weight == 0
     is_frozen = not jax.tree.leaves(trainable.get("generator"))

@@ -98,7 +98,9 @@ def make_train_step(
             **{f"optim/grad_norm_{role}": norm for role, norm in norms.items()},  # each is clipped on its own
         }
         if asked is not None:
-            metrics["asked"] = jnp.max(asked)
+            # This exchange must wait for all others, and so for the norm (nothing is above infinity): processes on CPUs
+            # begin exchanges that wait for nothing in an order of their own, and then gloo ends the run.
+            metrics["asked"] = jnp.max(asked + (metrics["optim/grad_norm"] > jnp.inf).astype(asked.dtype))
         params = optax.apply_updates(state.params, updates)
         if skips_nonfinite:
             finite = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(metrics["optim/grad_norm"])

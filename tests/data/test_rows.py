@@ -159,7 +159,11 @@ BAD = {
     "empty file": ("r.csv", b"", r"is an empty file"),
     "header only": ("r.csv", HEADER.encode(), r"has no rows"),
     "one missing column": ("r.csv", b"Question,Text,Answer\nq,p,a\n", r"no column 'Abstract' \(data.columns.passage\)"),
-    "names those present": ("r.csv", b"Question,Text,Answer\nq,p,a\n", r"; it has: Question, Text, Answer$"),
+    "names those present": (
+        "r.csv",
+        b"Question,Text,Answer\nq,p,a\n",
+        r"; it has: Question, Text, Answer; rows that name",
+    ),
     "two missing columns": (
         "r.csv",
         b"Question,x\nq,p\n",

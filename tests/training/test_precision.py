@@ -132,7 +132,8 @@ def test_gradients_of_a_bfloat16_step_leaf_by_leaf():
 
     exact, rough = jax.device_get((gradients("float32"), gradients("bfloat16")))
     for role in exact:
-        # A bias of keys has no gradient at all but rounding: a leaf is held against a thousandth of the whole.
+        # A bias of keys adds the same to all scores of a query: its gradient is nothing but rounding. What else is
+        # small is held against a thousandth of the whole.
         least = 1e-3 * float(optax.tree.norm(exact[role]))
         errors = {
             jax.tree_util.keystr(path, simple=True, separator="/"): np.linalg.norm(a - b)
@@ -140,6 +141,10 @@ def test_gradients_of_a_bfloat16_step_leaf_by_leaf():
             for (path, a), b in zip(jax.tree.leaves_with_path(exact[role]), jax.tree.leaves(rough[role]), strict=True)
         }
         kernels = max(error for path, error in errors.items() if path.endswith("kernel"))
-        sums = {path: error for path, error in errors.items() if path.endswith(("embedding", "bias"))}
+        sums = {
+            path: error
+            for path, error in errors.items()
+            if path.endswith(("embedding", "bias")) and not path.endswith("key/bias")
+        }
         assert len(sums) > 8 and kernels < 0.04
         assert max(sums.values()) < 2.5 * kernels, sums  # summed in bfloat16 ten to a hundred times
