@@ -190,9 +190,9 @@ def used_roles(opened: pair.Pair) -> set[str]:
 
 
 def several_on_cpus() -> bool:
-    """Whether exchanges of a step (by gloo) have been seen to meet in another order in each process, which ends the run.
+    """Whether the run may end because the exchanges of a step (by gloo) meet in another order in each process.
 
-    Not in steps that pack nothing and keep no evidence: fewer of theirs wait for nothing.
+    It has been seen in steps that pack rows or keep evidence, of whose exchanges more wait for nothing.
     """
     return jax.process_count() > 1 and jax.default_backend() == "cpu"
 
