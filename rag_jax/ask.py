@@ -272,9 +272,9 @@ def block(found: dict[str, Any], width: int) -> list[str]:
     lines = textwrap.wrap(found["answer"], width) or ["(an empty answer)"]
     lines += ["", " p(k|q)  evidence  passage"]
     for row in found["passages"]:
-        text = f"[{row['source']}] {row['passage']}" if "source" in row else row["passage"]
-        passage = textwrap.shorten(text, max(width - 19, 20), placeholder=" ...")
-        lines.append(f"{row['probability']:7.1%}{row['evidence']:10.1%}  {passage}")
+        short = functools.partial(textwrap.shorten, width=max(width - 19, 20), placeholder=" ...")
+        lines.append(f"{row['probability']:7.1%}{row['evidence']:10.1%}  {short(row['passage'])}")
+        lines += [f"{'':19}{short(row['source'])}"] if "source" in row else []
     return lines
 
 
