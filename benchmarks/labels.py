@@ -225,7 +225,12 @@ def run(args: argparse.Namespace, more: list[str], labels: Labels, name: str, st
         "mining.every_steps": args.mine_every if line.mined else 0,
     }
     print(workdir.name, file=sys.stderr, flush=True)
-    words = [f"--config.{key}={value}" for key, value in (values | line.values).items()]
+    return train_and_measure(args, more, values | line.values, workdir)
+
+
+def train_and_measure(args: argparse.Namespace, more: list[str], values: dict, workdir: pathlib.Path) -> dict:
+    """Retrieval of what a run of these values has trained; its checkpoints are removed."""
+    words = [f"--config.{key}={value}" for key, value in values.items()]
     command = [sys.executable, "-m", "rag_jax.main", f"--config={args.config}", f"--workdir={workdir}", *words, *more]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     exported = workdir / "exported"

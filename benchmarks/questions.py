@@ -9,13 +9,10 @@ held-out rows, which people wrote. What is finished stays in --record. `--config
 
 import argparse
 import pathlib
-import shutil
-import subprocess
-import sys
 
 import pyarrow.parquet
 
-from benchmarks.labels import ALL, LABELS, METRICS, measure
+from benchmarks.labels import ALL, LABELS, METRICS, measure, train_and_measure
 from benchmarks.objectives import ROOT, Record
 from rag_jax.documents import build
 
@@ -71,17 +68,7 @@ def run(args: argparse.Namespace, more: list[str], name: str, chosen: list[dict]
         "data.train": rows, "data.eval": None, "retriever.path": args.models / "minilm", "total_steps": args.steps,
         "seed": seed, "mining.every_steps": args.steps,
     }  # fmt: skip
-    words = [f"--config.{key}={value}" for key, value in values.items()]
-    command = [sys.executable, "-m", "rag_jax.main", f"--config={args.config}", f"--workdir={workdir}", *words, *more]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    exported = workdir / "exported"
-    shutil.rmtree(exported, ignore_errors=True)  # of a measurement that was stopped; an export overwrites nothing
-    command = [sys.executable, "-m", "rag_jax.export", f"--workdir={workdir}", f"--out={exported}"]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    measured = measure(args, exported / "retriever")
-    shutil.rmtree(exported)
-    shutil.rmtree(workdir / "checkpoints")
-    return measured
+    return train_and_measure(args, more, values, workdir)
 
 
 if __name__ == "__main__":

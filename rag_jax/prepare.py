@@ -50,6 +50,8 @@ def main() -> None:
     for name, least in (("tokens", 1), ("processes", 1), ("found_within", 1), ("questions", 0), ("seed", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')}={getattr(args, name)}: must be at least {least}")
+    if args.seed >= 2**32:
+        raise UserError(f"--seed={args.seed}: must be less than 2**32")
     writing = writing_of(args, overrides) if args.questions else None
     others = [path.name for path in args.out.iterdir()] if args.out.is_dir() else []
     if args.out.exists() and (not args.out.is_dir() or not set(others) <= WRITTEN):

@@ -173,7 +173,9 @@ def read_sources(source: str, columns: Mapping[str, Asked | None], key: str) -> 
     if not {"passage", "document"} <= there.keys():
         return {}
     values = table.read(formats.columns_of(tuple(there.values()), table.names))
-    cells = {part: formats.cells(name, values, table.num_rows) for part, name in there.items()}
+    cells = {
+        part: _plain(part, formats.cells(name, values, table.num_rows), _name(name), []) for part, name in there.items()
+    }
     passages = _lists(cells["passage"], f"{where}: column {there['passage']}")
     of_row = [_texts(cells[part], f"{where}: column {there[part]}") for part in SOURCE_COLUMNS if part in cells][1:]
     named = [" > ".join(part for part in parts if part) for parts in zip(*of_row, strict=True)]

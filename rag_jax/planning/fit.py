@@ -13,8 +13,6 @@ LOGITS_BYTES, CPU_TOKENS = 2**29, 512
 KEPT_SHARE = 0.4
 # With more of its memory in use, fused attention is computed once more rather than what it returns be kept.
 SHORT_SHARE = 0.7
-
-
 # Of a host's memory, what its CPU devices may use.
 HOST_SHARE = 0.75
 # Where a container's limit stands; of the second kind and of the first.

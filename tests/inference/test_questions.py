@@ -183,6 +183,10 @@ def test_rows_are_read_as_a_run_reads_them(tmp_path):
     assert (list(rows.queries), list(rows.answers)) == (["Why is it there?"], ["The river."])
     sources = row_files.read_sources(str(tmp_path / build.ROWS), columns, "data.train")
     assert sources == {PASSAGES[2]: "mills.md > Corn"}
+    numbered = tmp_path / "numbered.parquet"
+    table = pyarrow.table({"passage": ["some text", "other text"], "document": pyarrow.array([7, None])})
+    pyarrow.parquet.write_table(table, numbered)
+    assert row_files.read_sources(str(numbered), {"passage": "passage"}, "--passages") == {"some text": "7"}
     build.write_rows(tmp_path, passages, [dataclasses.asdict(every[1])])
     assert not (tmp_path / build.ROWS).exists(), "rows of an earlier command"
 
