@@ -145,9 +145,18 @@ def compile_step(loaded: Any, topology: chips.Topology) -> dict[str, Any]:
         told = TOO_MUCH.search(str(error))
         if told is None:
             raise
-        used_bytes = float(told[1]) * UNITS[told[2]]
-        return facts | {"fits": False, "hbm_bytes_per_device": used_bytes}
-    memory = program.memory_analysis()
+        return facts | {"fits": False, "hbm_bytes_per_device": float(told[1]) * UNITS[told[2]]}
+    total, temporary = _bytes_of(program.memory_analysis())
+    return facts | {
+        "fits": total <= topology.chip.hbm_bytes,
+        "hbm_bytes_per_device": total,
+        "temporary_bytes": temporary,
+        **timing(hlo.Program(program.as_text()), topology, needed, (loaded.dtype, loaded.matmul_precision)),
+    }
+
+
+def _bytes_of(memory: Any) -> tuple[int, int]:
+    """Bytes of all that a compiled program needs on a device, by `memory_analysis`, and those of its own work."""
     total = (
         memory.argument_size_in_bytes
         + memory.temp_size_in_bytes
@@ -155,12 +164,7 @@ def compile_step(loaded: Any, topology: chips.Topology) -> dict[str, Any]:
         - memory.alias_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
-    return facts | {
-        "fits": total <= topology.chip.hbm_bytes,
-        "hbm_bytes_per_device": total,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        **timing(hlo.Program(program.as_text()), topology, needed, (loaded.dtype, loaded.matmul_precision)),
-    }
+    return total, memory.temp_size_in_bytes
 
 
 def device_of(topology: chips.Topology) -> fit.Device:

@@ -190,50 +190,31 @@ def load_examples(
     kept, dropped = row_files.empty_fields(read, [part for part, is_needed in needed.items() if is_needed])
     rows = read.take(kept) if dropped else read
     rows, labelled = choose_negatives(rows, negatives)
-    corpus: list[tuple[str, str]] = []
-    if gaps.always or not all(rows.passages):
-        corpus = _read_corpus(gaps, columns, read if gaps.always else rows, notes)
-
+    wants_corpus = gaps.always or not all(rows.passages)
+    corpus = _read_corpus(gaps, columns, read if gaps.always else rows, notes) if wants_corpus else []
     untokenised = _distinct_texts(rows, corpus, negatives)
-    if len(rows) and not untokenised.passages:
-        raise UserError(
-            f"{where} names no passage in any row: name the file of passages in which they are sought, data.passages, "
-            "or the column that holds them, data.columns.passage"
-        )
+    _refuse_no_passage(where, untokenised)
     arrays, from_cache = files.cached(
         _content_key(untokenised, retriever, prompt, whole_string),
         lambda: _tokenise(untokenised, retriever, prompt, whole_string),
     )
-    examples = _with_tokens(untokenised, arrays)
-
-    fits = np.ones(len(rows), bool)
-    for reason, unfit in _unfit(examples, prompt).items():
-        if number := int((unfit & fits).sum()):
-            dropped[reason] = number
-        fits &= ~unfit
-    if not fits.all():
-        examples = take(examples, np.flatnonzero(fits))
+    examples, rows_kept = _those_that_fit(_with_tokens(untokenised, arrays), prompt, dropped)
     _refuse(where, bad_rows, dropped, len(read), len(examples), min_rows)
     if retriever is not None and min_rows > 1:
         _check_passages(where, examples)
-    report = Report(
+    return examples, Report(
         rows_read=len(read),
         rows=len(examples),
         kinds=_kinds(examples),
         dropped=dict(dropped),
         queries=len(examples.queries),
         passages=len(examples.passages),
-        cut={
-            name: _num_cut(arrays[array], index)
-            for name, array, index in _cut_of(untokenised, np.flatnonzero(fits))
-            if array in arrays
-        },
+        cut=_cut_counts(untokenised, rows_kept, arrays),
         from_cache=from_cache,
         negatives=_negatives_line(examples.negative_key, labelled),
         corpus=len(examples.passages) - len(_named(examples)),
         notes=tuple(notes),
     )
-    return examples, report
 
 
 def _read_corpus(gaps: Gaps, columns: Mapping[str, Any], read: Rows, notes: list[str]) -> list[tuple[str, str]]:
@@ -279,6 +260,25 @@ def _unfit(examples: Examples, prompt: Prompt | None) -> dict[str, np.ndarray]:
         "a query that has no tokens for the generator": queries.lengths[examples.query_key] == 0,
         f"an answer longer than data.answer_len={prompt.answer_len} tokens": answers.lengths > prompt.answer_len,
     }
+
+
+def _those_that_fit(examples: Examples, prompt: Prompt | None, dropped: dict[str, int]) -> tuple[Examples, np.ndarray]:
+    """The rows that can be trained on, and which they are. Others are counted in `dropped`, by their first reason."""
+    fits = np.ones(len(examples), bool)
+    for reason, unfit in _unfit(examples, prompt).items():
+        if number := int((unfit & fits).sum()):
+            dropped[reason] = number
+        fits &= ~unfit
+    kept = np.flatnonzero(fits)
+    return (examples if fits.all() else take(examples, kept)), kept
+
+
+def _refuse_no_passage(where: str, examples: Examples) -> None:
+    if len(examples) and not examples.passages:
+        raise UserError(
+            f"{where} names no passage in any row: name the file of passages in which they are sought, data.passages, "
+            "or the column that holds them, data.columns.passage"
+        )
 
 
 def _refuse(where: str, bad_rows: str, dropped: Mapping[str, int], num_read: int, num_rows: int, min_rows: int) -> None:
@@ -442,6 +442,12 @@ def _cut_of(examples: Examples, rows: np.ndarray) -> list[tuple[str, str, np.nda
         found.append(("negatives (retriever)", "retriever_passages.cut", examples.negative_key[rows]))
         found.append(("negatives (generator)", "prefixes.cut", examples.negative_key[rows]))
     return found
+
+
+def _cut_counts(examples: Examples, rows: np.ndarray, arrays: files.Arrays) -> dict[str, int]:
+    """How many texts of these rows were cut, by segment."""
+    of_rows = _cut_of(examples, rows)
+    return {name: _num_cut(arrays[array], index) for name, array, index in of_rows if array in arrays}
 
 
 def _num_cut(cut: np.ndarray, index: np.ndarray) -> int:
