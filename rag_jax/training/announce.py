@@ -52,7 +52,7 @@ def summary(training: Training, start_step: int) -> str:
         lines["mining"] = f"groups of near passages{sought}, anew every {every} steps" + (
             "" if margin is None else f"; kept apart: passages that score above a query's own by more than {margin:g}"
         )
-    lines["lengths"] = "; or ".join(describe(shape) for shape in training.batching.shapes)
+    lines["lengths"] = lengths_line(training.batching.shapes)
     epochs = config.total_steps * config.batch_size / len(training.examples)
     late = config.optimizer.schedule != "constant" and config.optimizer.warmup_steps > config.total_steps
     unreached = " (more than all: it is never reached)" if late else ""
@@ -125,9 +125,16 @@ def attention_line(training: Training) -> str:
     return next(iter(said)) if len(said) == 1 else "; ".join(f"{role} {text}" for text, (role,) in said.items())
 
 
+def lengths_line(shapes: Sequence[data.Lengths]) -> str:
+    """To what lengths the texts are padded, in any of the shapes that batches take."""
+    sizes = {name: sorted({getattr(shape, name) for shape in shapes} - {0}) for name in data.TEXTS}
+    told = ", ".join(f"{name} {' or '.join(f'{size:,}' for size in some)}" for name, some in sizes.items() if some)
+    return f"{told} tokens" + (f"; the step is compiled for {len(shapes)} shapes" if len(shapes) > 1 else "")
+
+
 def describe(shape: data.Lengths) -> str:
     def told(sizes: Any, names: Sequence[str]) -> str:
         return ", ".join(f"{name} {size:,}" for name in names if (size := getattr(sizes, name)))
 
     packed = told(shape.packed, data.TEXTS[:-1])
-    return told(shape, data.TEXTS) + " tokens" + (f" ({packed} in all without padding)" if packed else "")
+    return told(shape, data.TEXTS) + " tokens" + (f" (packed: {packed})" if packed else "")

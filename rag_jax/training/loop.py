@@ -82,6 +82,9 @@ def loop(training: Training, state: TrainState, checkpoints: Checkpoints, start_
         spans = feed.spans(training, lambda: state, start_step, record)
         for step, (batch, facts) in enumerate(feed.batches(training, spans), start=start_step + 1):
             asked = requests.for_step(training.mesh)
+            if pending and facts.lengths not in programs.by_shape:
+                write(record, requests, *pending)  # else what it takes while the next is compiled would count as none
+                pending = None
             with record.pausing("compile"):
                 program = programs.for_batch(state, batch, asked, facts.lengths)
             # Returns as soon as the step is under way, so the devices have work while the step before it, which must
