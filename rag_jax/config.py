@@ -34,6 +34,7 @@ LAYOUTS = (
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 Rules = tuple[tuple[str, float], ...]
+Texts = tuple[str, ...]
 # A ConfigDict of the keys below. Its sections and values are attributes, whose types no checker can know.
 Config = Any
 # A check says what a value must be, or None when it is right.
@@ -99,6 +100,27 @@ def rules(v: Rules) -> str | None:
         if not (math.isfinite(multiplier) and multiplier >= 0):
             return f"the multiplier of {untrusted.short(pattern)} must be at least 0"
     return None
+
+
+def patterns(v: Texts) -> str | None:
+    return rules(tuple((pattern, 1.0) for pattern in v)) if v else "must name a layer at least"
+
+
+def lora_keys(role: str) -> dict[str, Key]:
+    return {
+        f"{role}.lora.rank": Key(int, at_least(0), "R, of adapters that are trained in place of the model; 0: none"),
+        f"{role}.lora.alpha": Key(float, positive, "what adapters add is multiplied by alpha / R"),
+        f"{role}.lora.scaling": Key(
+            str, one_of("standard", "rank_stabilised"), "standard: by alpha / R; rank_stabilised: by alpha / sqrt(R)"
+        ),
+        f"{role}.lora.dropout": Key(float, fraction, "of what adapters read"),
+        f"{role}.lora.targets": Key(
+            Texts, patterns, "regexes of paths: layers that have an adapter, such as layers/attention/query"
+        ),
+        f"{role}.lora.path": Key(
+            str | None, not_empty, "folder of an adapter (PEFT) to go on from; None: a new one, or that of the path"
+        ),
+    }
 
 
 KEYS: dict[str, Key] = {
@@ -192,8 +214,10 @@ KEYS: dict[str, Key] = {
     "retriever.passage_prefix": Key(str | None, anything, "put before passages; None: what the model's folder says"),
     "retriever.remat": Key(str, one_of(*REMAT), REMAT_MEANING),
     "retriever.chunk_size": Key(int, at_least(0), "rows encoded at a time on a device, to bound memory; 0: all"),
+    **lora_keys("retriever"),
     "generator.path": Key(str | None, not_empty, "Hugging Face folder, hub name, or random:gpt2|llama|qwen3"),
     "generator.remat": Key(str, one_of(*REMAT), REMAT_MEANING),
+    **lora_keys("generator"),
     "objective.name": Key(
         str,
         one_of(*OBJECTIVES),
@@ -406,12 +430,14 @@ _PARSERS: dict[Any, Callable[[str], Any]] = {
     float: float,
     str: str,
     Rules: ast.literal_eval,
+    Texts: ast.literal_eval,
 }
 _KIND_NAMES = {
     int: "a whole number",
     float: "a number",
     str: "text",
     Rules: "pairs such as (('generator/', 0.5), ('.*', 1.0))",
+    Texts: "texts such as ('attention/', 'mlp/')",
 }
 
 
@@ -463,6 +489,8 @@ def _convert(value: Any, name: str) -> Any:
     if kind is Rules and isinstance(value, list | tuple):
         pairs = [tuple(pair) if isinstance(pair, list) else pair for pair in value]
         return tuple((pair[0], float(pair[1])) if _is_rule(pair) else pair for pair in pairs)
+    if kind is Texts and isinstance(value, list):
+        return tuple(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     return value
@@ -472,6 +500,8 @@ def _is_kind(kind: Any, value: Any) -> bool:
     kind, optional = _optional(kind)
     if kind is Rules:
         return isinstance(value, tuple) and all(_is_rule(pair) for pair in value)
+    if kind is Texts:
+        return isinstance(value, tuple) and all(isinstance(text, str) for text in value)
     if value is None:
         return optional
     if isinstance(value, bool):
@@ -516,7 +546,10 @@ def _text_problem(name: str, value: Any) -> str | None:
     return None
 
 
-PATHS = ("data.train", "data.eval", "data.passages", "retriever.path", "generator.path")
+PATHS = (
+    "data.train", "data.eval", "data.passages", "retriever.path", "generator.path", "retriever.lora.path",
+    "generator.lora.path",
+)  # fmt: skip
 # (keys, whether their values go together, what is wrong otherwise and the fix), in the order in which they are told.
 _JOINT_CHECKS: list[tuple[tuple[str, ...], Callable[..., bool], str]] = []
 _BY_PARAMETER = {name.replace(".", "_"): name for name in KEYS}

@@ -1,6 +1,7 @@
 """What a run's config stands for: the models it names, how they read, and the composite of both."""
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 from rag_jax import data, hf, models, rag
 from rag_jax.distributed import sharding
 from rag_jax.errors import UserError
-from rag_jax.models import flops
+from rag_jax.models import adapters, flops
 from rag_jax.objectives import OBJECTIVES, ROLES
 from rag_jax.planning import fit
 
@@ -39,13 +40,36 @@ def open_pair(config: Any, workdir: pathlib.Path | None = None) -> Pair:
         if config[role].path is not None:
             copy = None if workdir is None else workdir / "models" / role
             path = str(copy) if copy is not None and copy.is_dir() else config[role].path
-            sources[role] = hf.open_model(path, f"{role}.path", role)
+            sources[role] = adapted(config, role, hf.open_model(path, f"{role}.path", role))
     check_lengths(config, sources)
     text, prompt_text = retriever_text(config, sources), prompt(config, sources)
     whole_string = None
     if prompt_text is not None and OBJECTIVES[config.objective.name].reads == "strings":
         whole_string = data.WholeString(prompt_text.tokenizer, string_len(config))
     return Pair(config, sources, composite(config, sources), text, prompt_text, whole_string)
+
+
+def adapted(config: Any, role: str, source: hf.Source) -> hf.Source:
+    """The model with the adapters that it brings or that the config asks for; UserError for what cannot be."""
+    section, brought = config[role].lora, source.model_config.computing.lora
+    if section.path is not None and source.adapter is None:
+        source = hf.with_adapter(source, section.path, f"{role}.lora.path")
+        brought = source.model_config.computing.lora
+    asked = models.Lora(
+        section.rank, section.alpha, tuple(section.targets), section.scaling == "rank_stabilised", section.dropout
+    )
+    if brought is None:
+        if not section.rank:
+            return source
+        if problem := adapters.problem(asked, models.linear_layers(source.model_config)):
+            raise UserError(f"{role}.lora.{problem} ({role}.path={source.path!r})")
+        return dataclasses.replace(source, model_config=models.with_lora(source.model_config, asked))
+    if section.rank and (asked.rank, asked.scale) != (brought.rank, brought.scale):
+        raise UserError(
+            f"{role}.lora.rank={section.rank}, {role}.lora.alpha={section.alpha:g}: the adapter in {source.adapter} "
+            f"has rank {brought.rank} and a scale of {brought.scale:g}; leave the rank at 0 to take the adapter's own"
+        )
+    return source
 
 
 def use_precision(config: Any) -> None:
@@ -183,7 +207,8 @@ def model_config(config: Any, role: str, source: hf.Source, device: fit.Device |
     kernel, _ = attention_kernel(config, role, source, device)
     own = _with_dropout(config, source)
     unrolls = fit.unrolls(device, own.num_layers)
-    return dataclasses.replace(own, computing=models.Computing(config.dtype, config[role].remat, kernel, unrolls))
+    computing = models.Computing(config.dtype, config[role].remat, kernel, unrolls, own.computing.lora)
+    return dataclasses.replace(own, computing=computing)
 
 
 def _with_dropout(config: Any, source: hf.Source) -> models.ModelConfig:
@@ -245,13 +270,33 @@ def abstract_params(pair: Pair, mesh: Mesh | None = None) -> dict[str, Any]:
 
 
 def pretrained_params(pair: Pair, mesh: Mesh | None = None) -> dict[str, Any]:
-    """The parameters in the models' folders, which lie as `abstract_params` says."""
-    return {
-        role: hf.load_params(
-            pair.sources[role].folder,
-            pair.sources[role].model_type,
-            pair.sources[role].model_config,
-            jax.tree.map(lambda a: a.sharding, places),
-        )
-        for role, places in abstract_params(pair, mesh).items()
+    """The parameters in the models' folders, which lie as `abstract_params` says; new adapters are drawn by seed."""
+    params = {}
+    for role, leaves in abstract_params(pair, mesh).items():
+        source = pair.sources[role]
+        places = jax.tree.map(lambda a: a.sharding, leaves)
+        params[role] = hf.load_params(source.folder, source.model_type, source.model_config, places)
+        if source.model_config.computing.lora is not None:
+            params[role] = _with_adapters(pair.config.seed, role, source, params[role], leaves)
+    return params
+
+
+def _with_adapters(seed: int, role: str, source: hf.Source, params: Any, leaves: Any) -> Any:
+    """The parameters and the adapters beside them: those of the source's folder, or new ones."""
+    found = hf.load_adapter(source) if source.adapter is not None else {}
+    key = jax.random.fold_in(jax.random.key(seed), ROLES.index(role))
+    have = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): a
+        for path, a in jax.tree_util.tree_leaves_with_path(params)
     }
+
+    def leaf(key_path: Any, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+        path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+        if path in found:
+            return jax.make_array_from_callback(wanted.shape, wanted.sharding, lambda index: found[path][index])
+        if path in have:
+            return have[path]
+        draw = functools.partial(adapters.drawn, path, wanted.shape)
+        return jax.jit(draw, out_shardings=wanted.sharding)(key)
+
+    return jax.tree_util.tree_map_with_path(leaf, leaves)

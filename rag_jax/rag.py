@@ -23,7 +23,7 @@ from rag_jax import losses
 from rag_jax.data.batches import Batch
 from rag_jax.data.shapes import Packed, blocks_of
 from rag_jax.losses import Term
-from rag_jax.models import layers
+from rag_jax.models import adapters, layers
 from rag_jax.models.decoder import Decoder
 from rag_jax.models.head import gold_log_probs
 from rag_jax.models.layers import named_keys, several_keys
@@ -170,7 +170,8 @@ class Rag:
     def model(self, name: str, params: dict) -> Any:
         """A model over float32 parameters; those of its layers are made ready one layer at a time.
 
-        Kernels of layers are cast to the compute dtype. What else there is adds up gradients of many tokens, and stays.
+        Kernels and adapters of layers are cast to the compute dtype. What else there is adds up gradients of many
+        tokens, and stays.
         """
         rest = {part: leaf for part, leaf in params[name].items() if part != "layers"}
         stacked = params[name]["layers"]
@@ -197,7 +198,7 @@ class Rag:
 
     def _ready(self, path: tuple[str, ...], leaf: Array) -> Array:
         """One layer's parameter, whole, as the layer computes with it."""
-        dtype = self.dtype if path[-1] == "kernel" else jnp.float32
+        dtype = self.dtype if path[-1] in ("kernel", *adapters.LEAVES) else jnp.float32
         if self.gather is not None:
             return self.gather(path[:-1], {path[-1]: leaf}, dtype, dtype)[path[-1]]
         return leaf.astype(dtype)

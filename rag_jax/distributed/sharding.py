@@ -30,6 +30,10 @@ PARAM_RULES: tuple[tuple[str, PS], ...] = (
     (r"layers/.*(query|key|value|gate|up)/kernel$", PS(None, "data", "model")),
     (r"layers/.*(out|down)/kernel$", PS(None, "model", "data")),
     (r"head/kernel$", PS("data", "model")),
+    # Adapters are small: a copy for every share of `data`, split along `model` as their layers are.
+    (r"layers/.*(query|key|value|gate|up)/lora_b$", PS(None, None, "model")),
+    (r"layers/.*(out|down)/lora_a$", PS(None, "model", None)),
+    (r"lora_[ab]$", PS()),
     (r"(bias|scale)$", PS()),
 )
 

@@ -17,12 +17,23 @@ from rag_jax import files, models, untrusted
 from rag_jax.errors import UserError
 from rag_jax.hf import config as configs
 from rag_jax.hf import folder as folders
-from rag_jax.hf import known, weights
+from rag_jax.hf import known, peft, weights
 from rag_jax.hf.families import FAMILIES, Family
 from rag_jax.hf.pooling import Pooling, read_pooling, write_pooling
 from rag_jax.hf.weights import load_params
+from rag_jax.models import adapters
 
-__all__ = ["Pooling", "Source", "copy_small_files", "load_params", "open_config", "open_model", "save_model"]
+__all__ = [
+    "Pooling",
+    "Source",
+    "copy_small_files",
+    "load_adapter",
+    "load_params",
+    "open_config",
+    "open_model",
+    "save_model",
+    "with_adapter",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +48,7 @@ class Source:
     tokenizer: Any
     pooling: Pooling
     dtype: str  # of the weights in the folder
+    adapter: pathlib.Path | None = None  # the folder of an adapter that came with it
 
     @property
     def family(self) -> Family:
@@ -46,6 +58,8 @@ class Source:
 def open_model(path: str, key: str, role: str) -> Source:
     """The model that the config key `key` names, as "retriever" or "generator". UserError for what cannot be used."""
     around, where = folders.resolve(path, key), f"{key}={path!r}"
+    if peft.is_adapter(around) and not (around / "config.json").is_file():
+        return with_adapter(open_model(peft.base_of(around, where), key, role), path, key)
     folder = folders.model_folder(around)
     for each in (around, folder):
         folders.small_files(each, where)
@@ -65,7 +79,35 @@ def open_model(path: str, key: str, role: str) -> Source:
     if role == "retriever" and pooling.lower_case:
         _lower_case(tokenizer)
     dtype = _rest_dtype(folder) or weights.file_dtype(folder, model_type, model_config)
-    return Source(path, folder, around, model_type, model_config, tokenizer, pooling, dtype)
+    source = Source(path, folder, around, model_type, model_config, tokenizer, pooling, dtype)
+    return with_adapter(source, path, key) if peft.is_adapter(around) else source
+
+
+def with_adapter(source: Source, path: str, key: str) -> Source:
+    """A model with the adapter (PEFT) in the folder that the config key `key` names, of which no weights are read.
+
+    What the folder says besides, of its tokenizer and pooling, holds in place of what its base says.
+    """
+    folder, where = folders.resolve(path, key), f"{key}={path!r}"
+    if not peft.is_adapter(folder):
+        raise UserError(f"{where}: holds no {peft.CONFIG}; give the folder of an adapter (PEFT)")
+    lora = peft.read_config(folder, where, source.model_type, source.model_config)
+    config, files_there = models.with_lora(source.model_config, lora), folders.small_files(folder, where)
+    pooling, tokenizer, around = source.pooling, source.tokenizer, source.around
+    if "modules.json" in files_there:
+        pooling, around = read_pooling(folder, source.family.pooling, where), folder
+    if "tokenizer.json" in files_there:
+        tokenizer = _tokenizer(folder, where, config.vocab_size)
+    return dataclasses.replace(
+        source, path=path, model_config=config, tokenizer=tokenizer, pooling=pooling, around=around, adapter=folder
+    )
+
+
+def load_adapter(source: Source) -> dict[str, np.ndarray]:
+    """What the folder of a source's adapter holds, by the paths of our leaves."""
+    assert source.adapter is not None
+    where = f"the adapter {source.adapter}"
+    return peft.load(source.adapter, where, source.model_type, source.model_config)
 
 
 def open_config(path: str, key: str, role: str) -> Source:
@@ -105,6 +147,7 @@ def save_model(
         write_pooling(folder, pooling, source.model_config.width)
         _with_pad_token(folder, source.tokenizer)
     rest = weights.load_rest(source.folder, source.model_type)
+    params = adapters.merged(params, source.model_config.computing.lora)
     weights.save_params(params, folder, source.model_type, source.model_config, np.dtype(dtype), rest)
 
 
@@ -185,7 +228,8 @@ def _rest_dtype(folder: pathlib.Path) -> str | None:
 
 
 def _copy(source: Source, target: pathlib.Path) -> None:
-    for folder in (source.around, source.folder):
+    adapter = [] if source.adapter is None else [source.adapter]
+    for folder in (source.around, source.folder, *adapter):
         for name, path in folders.small_files(folder, str(folder)).items():
             (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target / name)

@@ -17,7 +17,7 @@ TORCH_FILES = ["pytorch_model*.bin"]  # fetched where there is no safetensors
 # Relative names.
 SMALL_FILES = (
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|modules"
-    r"|config_sentence_transformers|sentence_bert_config)\.json"
+    r"|config_sentence_transformers|sentence_bert_config|adapter_config)\.json"
     r"|vocab\.txt|merges\.txt|chat_template\.jinja|[\w.-]+\.model|[\w.-]*Pooling/config\.json"
 )
 OTHERS = ["onnx/*", "openvino/*", "original/*"]  # the same weights again, for other programs

@@ -324,7 +324,8 @@ def _write(
 
 
 def _leaves(config: models.ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(models.abstract(config)[1])
+    """All but adapters, which stand in files of their own."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(models.abstract(models.without_lora(config))[1])
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 

@@ -1,13 +1,15 @@
 """The model families: a frozen config each, and modules that know no mesh, no tokenizer and no run config."""
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 from flax import nnx
 
+from rag_jax.models import adapters
 from rag_jax.models.bert import Bert, BertConfig
-from rag_jax.models.config import Computing, Kernel, ModelConfig
+from rag_jax.models.config import Computing, Kernel, Lora, ModelConfig
 from rag_jax.models.decoder import Cache, Decoder
 from rag_jax.models.gpt2 import Gpt2, Gpt2Config
 from rag_jax.models.llama import LayerKind, Llama, LlamaConfig, RopeScaling
@@ -24,9 +26,14 @@ __all__ = [
     "LayerKind",
     "Llama",
     "LlamaConfig",
+    "Lora",
     "ModelConfig",
     "RopeScaling",
     "abstract",
+    "abstract_leaf",
+    "linear_layers",
+    "with_lora",
+    "without_lora",
 ]
 
 
@@ -36,8 +43,35 @@ def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
     return graphdef, jax.tree.map(lambda leaf: leaf, shapes)  # dicts of the caller's own
 
 
+def with_lora(config: ModelConfig, lora: Lora | None) -> ModelConfig:
+    """The same model with these adapters."""
+    computing = dataclasses.replace(config.computing, lora=lora)
+    return dataclasses.replace(config, computing=computing)  # type: ignore[type-var]
+
+
+def without_lora(config: ModelConfig) -> ModelConfig:
+    """The model that the adapters are of."""
+    return config if config.computing.lora is None else with_lora(config, None)
+
+
+def abstract_leaf(config: ModelConfig, path: str) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of one parameter, such as layers/attention/query/kernel."""
+    leaf: Any = abstract(config)[1]
+    for name in path.split("/"):
+        leaf = leaf[name]
+    return leaf
+
+
+@functools.cache
+def linear_layers(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(in, out) of every layer that may have an adapter, by its path, such as layers/attention/query."""
+    leaves = jax.tree_util.tree_leaves_with_path({"layers": abstract(config)[1]["layers"]})
+    paths = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+    return {path.removesuffix("/kernel"): shape[-2:] for path, shape in paths.items() if path.endswith("/kernel")}
+
+
 @functools.cache
 def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
     """Traced once: a start asks twenty times."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: config.build(nnx.Rngs(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: adapters.attached(config.build(nnx.Rngs(0)), config.computing)))
     return graphdef, nnx.to_pure_dict(state)

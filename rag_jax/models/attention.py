@@ -272,8 +272,8 @@ class Attention(nnx.Module):
         def heads(projected: Array, count: int) -> Array:
             return projected.reshape(*x.shape[:2], count, self.head_dim)
 
-        query = heads(self.query(x), self.num_heads)
-        key, value = heads(self.key(x), self.num_kv_heads), heads(self.value(x), self.num_kv_heads)
+        query = heads(self.query(x, dropout_keys, packing), self.num_heads)
+        key, value = (heads(of(x, dropout_keys, packing), self.num_kv_heads) for of in (self.key, self.value))
         if self.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         if rope is not None:
@@ -287,4 +287,5 @@ class Attention(nnx.Module):
             attended = jnp.swapaxes(attend(jnp.swapaxes(query, 1, 2), parts, self.dropout_rate, keys), 1, 2)
         else:
             attended = attend_fused(query, keys_values, own, context, kernel)
-        return self.out(packed(attended.reshape(*attended.shape[:2], -1), packing)), keys_values
+        attended = packed(attended.reshape(*attended.shape[:2], -1), packing)
+        return self.out(attended, dropout_keys, packing), keys_values

@@ -69,7 +69,7 @@ class BertLayer(nnx.Module):
 
         attended, _ = self.attention(x, seen, kernel=self.kernel, dropout_keys=dropout_keys, packing=packing)
         x = self.attention_norm(x + drop(attended, "residual"))
-        return self.mlp_norm(x + drop(self.mlp(x), "mlp"))
+        return self.mlp_norm(x + drop(self.mlp(x, dropout_keys, packing), "mlp"))
 
 
 class Bert(nnx.Module):

@@ -1,6 +1,7 @@
 """What the config of every model family says, whatever it says besides."""
 
 import dataclasses
+import math
 from typing import Any, ClassVar, Literal
 
 from flax import nnx
@@ -10,13 +11,29 @@ Kernel = Literal["plain", "cudnn", "pallas", "xla", "pallas-interpreted"]
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (Hu et al., 2021): beside W, `scale` (drop(x) A) B with A (in, R) and B (R, out)."""
+
+    rank: int  # R
+    alpha: float
+    targets: tuple[str, ...]  # patterns, one of which is found in the path of each adapted layer
+    rank_stabilised: bool = False  # Kalajdzievski (2023)
+    dropout: float = 0.0
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+
+@dataclasses.dataclass(frozen=True)
 class Computing:
-    """How a run computes a model, whatever the model is."""
+    """How a run holds and computes a model, whatever the model is."""
 
     dtype: str = "float32"  # of activations and of the kernels that they meet; all other parameters are float32
     remat: str = "none"  # a key of layers.REMAT
     attention: Kernel = "plain"  # where there is no cache
     unrolls: bool = False  # compiles each layer, so that what stays for the backward pass is not copied into stacks
+    lora: Lora | None = None  # adapters that its layers have
 
 
 class ModelConfig:

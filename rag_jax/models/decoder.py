@@ -57,7 +57,7 @@ class PreNormLayer(nnx.Module):
             packing=packing,
         )  # fmt: skip
         x = x + drop(attended, "residual")
-        x = x + drop(self.mlp(self.mlp_norm(x)), "mlp")
+        x = x + drop(self.mlp(self.mlp_norm(x), dropout_keys, packing), "mlp")
         return x, keys_values
 
 

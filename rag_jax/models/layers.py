@@ -18,7 +18,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
 
-from rag_jax.models.config import Computing
+from rag_jax.models.config import Computing, Lora
 from rag_jax.models.packing import Packing
 from rag_jax.models.rows import taken
 
@@ -67,10 +67,28 @@ def matrix_product(x: Float[Array, "... in"], kernel: Float[Array, "in out"]) ->
 
 
 class Linear(nnx.Linear):
-    """`x @ kernel` in their dtype. The bias is added in float32: its gradient is a sum over all tokens."""
+    """`x @ kernel` in their dtype. The bias is added in float32: its gradient is a sum over all tokens.
 
-    def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
+    `adapters.attach` gives some of them a low-rank adapter.
+    """
+
+    lora: Lora | None = None
+    lora_name: str = ""  # of its dropout's random keys
+    lora_a: nnx.Param
+    lora_b: nnx.Param
+
+    def __call__(
+        self,
+        x: Float[Array, "_ L in"],
+        dropout_keys: Key[Array, " B"] | None = None,
+        packing: Packing | None = None,
+    ) -> Float[Array, "_ L out"]:
+        """`dropout_keys`, `packing`: as in `dropout`, of the adapter."""
         y = matrix_product(x, self.kernel[...])
+        if self.lora is not None:
+            keys = named_keys(dropout_keys, self.lora_name) if self.lora.dropout else None
+            dropped = dropout(x, self.lora.dropout, keys, packing)
+            y = y + matrix_product(matrix_product(dropped, self.lora_a[...]), self.lora_b[...]) * self.lora.scale
         return y if self.bias is None else (y + self.bias[...]).astype(y.dtype)
 
 
@@ -84,8 +102,12 @@ class Mlp(nnx.Module):
         self.down = linear(mlp_width, width, bias=True, rngs=rngs)
         self.activation = activation
 
-    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+    def __call__(
+        self, x: Float[Array, "_ L D"], dropout_keys: Key[Array, " B"] | None = None, packing: Packing | None = None
+    ) -> Float[Array, "_ L D"]:
+        """`dropout_keys`, `packing`: of the adapters."""
+        hidden = ACTIVATIONS[self.activation](self.up(x, dropout_keys, packing))
+        return self.down(hidden, dropout_keys, packing)
 
 
 class Embed(nnx.Embed):

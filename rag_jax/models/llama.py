@@ -116,8 +116,12 @@ class LlamaMlp(nnx.Module):
         self.down = layers.linear(config.mlp_width, config.width, bias=config.mlp_bias, rngs=rngs)
         self.activation = config.activation
 
-    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        return self.down(layers.ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+    def __call__(
+        self, x: Float[Array, "_ L D"], dropout_keys: Key[Array, " B"] | None = None, packing: Packing | None = None
+    ) -> Float[Array, "_ L D"]:
+        """`dropout_keys`, `packing`: of the adapters."""
+        gate = layers.ACTIVATIONS[self.activation](self.gate(x, dropout_keys, packing))
+        return self.down(gate * self.up(x, dropout_keys, packing), dropout_keys, packing)
 
 
 class LlamaLayer(PreNormLayer):

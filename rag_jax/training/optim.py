@@ -14,6 +14,7 @@ import optax
 
 from rag_jax.config import Rules
 from rag_jax.errors import UserError
+from rag_jax.models import adapters
 
 # The rate at which the polynomial schedule ends, as in PyTorch's.
 POLYNOMIAL_END = 1e-7
@@ -112,6 +113,21 @@ def multipliers(params: Any, rules: Rules, key: str = "rules") -> Any:
     if uncovered:
         raise UserError(f"{key}: no rule covers {', '.join(uncovered)}; end with ('.*', 1.0)")
     return tree
+
+
+def with_adapters(rules: Rules, params: Any) -> Rules:
+    """The rules for models of which some have adapters: a rule that covers an adapter leaves what it is of as it is.
+
+    So the rules mean adapters wherever they do not name something else alone, such as norms: `("norm/", 1.0)`.
+    """
+    for role, tree in params.items():
+        leaves = jax.tree_util.tree_leaves_with_path({role: tree})
+        paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+        own = [path for path in paths if adapters.is_adapter(path)]
+        first = next((i for i, (rule, _) in enumerate(rules) if any(re.search(rule, path) for path in own)), len(rules))
+        if own:
+            rules = (*rules[:first], (rf"^{role}/(?!.*/({'|'.join(adapters.LEAVES)})$)", 0.0), *rules[first:])
+    return rules
 
 
 def split_frozen(params: Any, rules: Rules) -> tuple[Any, Any]:

@@ -162,8 +162,9 @@ def gaps(opened: pair.Pair, used: set[str]) -> data.Gaps:
 def make_step(opened: pair.Pair, mesh: Mesh) -> tuple[optim.Rules, optax.GradientTransformation, TrainState, Step]:
     """The rules of rate and freezing, the optimizer, the abstract state, and the step; no array is made."""
     config = opened.config
-    rules = rate_rules(config, used_roles(opened))
-    trainable, frozen = optim.split_frozen(pair.abstract_params(opened, mesh), rules)
+    params = pair.abstract_params(opened, mesh)
+    rules = optim.with_adapters(rate_rules(config, used_roles(opened)), params)
+    trainable, frozen = optim.split_frozen(params, rules)
     optimizer = optim.make_optimizer(config.optimizer, config.total_steps, trainable)
     state = abstract_state(trainable, frozen, optimizer, mesh)
     step = make_train_step(
@@ -228,7 +229,8 @@ def rate_rules(config: Config, used: set[str]) -> optim.Rules:
 
 def has_dropout(opened: pair.Pair) -> bool:
     model_configs = [pair.model_config(opened.config, role, source) for role, source in opened.sources.items()]
-    return any(rate > 0 for model_config in model_configs for rate in pair.dropouts(model_config).values())
+    rates = [*(rate for each in model_configs for rate in pair.dropouts(each).values())]
+    return any(rates) or any(each.computing.lora.dropout for each in model_configs if each.computing.lora)
 
 
 def write_workdir(training: Training, start_step: int, inputs: provenance.Inputs) -> None:

@@ -1,0 +1,82 @@
+"""Low-rank adapters (LoRA; Hu et al., 2021) on linear layers of a model, whatever its family.
+
+They are two more leaves beside a layer's kernel, so that whatever walks the parameters (placement, rates, optimizer,
+checkpoints, the scan over layers) treats them as it does all others.
+
+**N** layers, **R** rank.
+"""
+
+import math
+import re
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from rag_jax.models.config import Computing, Lora
+from rag_jax.models.layers import Linear
+
+# The names of an adapter's leaves, beside that of the layer's kernel.
+LEAVES = A, B = "lora_a", "lora_b"
+
+
+def attached(model: nnx.Module, computing: Computing) -> nnx.Module:
+    """The model with an adapter on each of its layers that a target names, as zeros; see `drawn`."""
+    lora = computing.lora
+    if lora is None:
+        return model
+    for parts, layer in nnx.iter_modules(model):
+        path = "/".join(map(str, parts))
+        if isinstance(layer, Linear) and path.startswith("layers/") and is_target(path, lora):
+            *stacked, width, out_width = layer.kernel[...].shape
+            layer.lora, layer.lora_name = lora, path
+            layer.lora_a = nnx.Param(jnp.zeros((*stacked, width, lora.rank)))
+            layer.lora_b = nnx.Param(jnp.zeros((*stacked, lora.rank, out_width)))
+    return model
+
+
+def is_target(path: str, lora: Lora) -> bool:
+    return any(re.search(pattern, path) for pattern in lora.targets)
+
+
+def problem(lora: Lora, layers: Mapping[str, tuple[int, int]]) -> str | None:
+    """What is wrong with adapters for a model of these layers, `{path: (in, out)}`; None where nothing is."""
+    for pattern in lora.targets:
+        if not any(re.search(pattern, path) for path in layers):
+            return f"targets={lora.targets}: {pattern!r} is found in no layer; there are {', '.join(layers)}"
+    path, widths = min(((path, min(s)) for path, s in layers.items() if is_target(path, lora)), key=lambda one: one[1])
+    if lora.rank > widths:
+        return f"rank={lora.rank}: {path} is {widths} wide, so that a rank above it holds nothing more; lower it"
+    return None
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a parameter's path is that of an adapter's leaf."""
+    return path.rsplit("/", 1)[-1] in LEAVES
+
+
+def drawn(path: str, shape: tuple[int, ...], key: Key[Array, ""]) -> Float[Array, "N _ _"]:
+    """A leaf as PEFT begins with: A uniform up to 1 / sqrt(in) either way, and B zero, so that nothing is added yet."""
+    if path.endswith(B):
+        return jnp.zeros(shape)
+    bound = 1.0 / math.sqrt(shape[-2])
+    return jax.random.uniform(jax.random.fold_in(key, zlib.crc32(path.encode())), shape, minval=-bound, maxval=bound)
+
+
+def merged(params: Any, lora: Lora | None) -> Any:
+    """The parameters of the same model without adapters, which are added to their layers' kernels: W + scale A B."""
+    if not isinstance(params, dict) or lora is None:
+        return params
+    rest = {name: merged(part, lora) for name, part in params.items() if name not in LEAVES}
+    if A in params:
+        rest["kernel"] = _sum(params["kernel"], params[A], params[B], lora.scale)
+    return rest
+
+
+@jax.jit
+def _sum(kernel: Any, a: Any, b: Any, scale: Any) -> Float[Array, "N _ _"]:
+    return kernel + scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
