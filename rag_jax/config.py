@@ -19,6 +19,7 @@ from rag_jax import untrusted
 from rag_jax.errors import UserError
 from rag_jax.evaluation import metrics
 from rag_jax.objectives import OBJECTIVES
+from rag_jax.workdir import untrained
 
 MOST = 2**31
 ATTENTION = ("plain", "cudnn", "pallas")
@@ -330,7 +331,7 @@ def load_workdir(workdir: str | pathlib.Path, overrides: Mapping[str, Any] | Non
     if not file.is_file():
         raise UserError(f"--workdir={workdir}: no config.json there; give the folder of a run")
     models = [name for name in overrides or {} if name in ("retriever.path", "generator.path")]
-    if models:
+    if models and not untrained.read(pathlib.Path(workdir)):
         raise UserError(f"--config.{models[0]}: the models are those of --workdir={workdir}; leave it out")
     return build(_flatten(_of_run(file)), overrides)
 

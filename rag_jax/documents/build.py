@@ -125,14 +125,14 @@ def _joined(out: pathlib.Path, keys: list[str], num_documents: int) -> Result:
     import pyarrow
     import pyarrow.parquet
 
-    signatures, digests, unread = [], [], []
+    signatures, digests, unread = bytearray(), bytearray(), []
     for line in _lines(out, keys):
         if "unread" in line:
             unread.append(line)
         else:
-            signatures.append(np.array(line["signature"], np.uint32))
-            digests.append(copies.digest(line["passage"]))
-    keep = copies.firsts(np.stack(signatures), digests) if signatures else np.zeros(0, bool)
+            signatures += np.array(line["signature"], np.uint32).tobytes()
+            digests += copies.digest(line["passage"])
+    keep = copies.firsts(np.frombuffer(signatures, np.uint32).reshape(-1, copies.HASHES), digests)
     fields = [(field.name, pyarrow.string() if field.type is str else pyarrow.int32()) for field in _FIELDS]
     schema = pyarrow.schema(fields)
     with files.file_at_once(out / PASSAGES) as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:

@@ -11,6 +11,8 @@ import numpy as np
 SHINGLE, HASHES, BAND = 5, 64, 4
 # Share of equal signatures from which on passages are taken for copies: of their shingles about as many are common.
 ALIKE = 0.8
+# Bytes of a whole text's digest.
+DIGEST = 16
 
 
 def signature(text: str) -> np.ndarray:
@@ -31,12 +33,10 @@ def _functions() -> tuple[np.ndarray, np.ndarray]:
     return factors | np.uint64(1), terms
 
 
-def firsts(signatures: np.ndarray, digests: Sequence[bytes]) -> np.ndarray:
-    """(n,) bool: passages that are no copy of an earlier one. `digests`: of the whole texts."""
-    keep = np.ones(len(signatures), bool)
-    seen: dict[bytes, int] = {}
-    for i, digest in enumerate(digests):
-        keep[i] = seen.setdefault(digest, i) == i
+def firsts(signatures: np.ndarray, digests: bytes | bytearray) -> np.ndarray:
+    """(n,) bool: passages that are no copy of an earlier one. `digests`: of the whole texts, one after the other."""
+    keep = np.zeros(len(signatures), bool)
+    keep[np.unique(np.frombuffer(digests, np.dtype([("", np.uint64)] * (DIGEST // 8))), return_index=True)[1]] = True
     for start in range(0, HASHES, BAND):
         band = np.ascontiguousarray(signatures[:, start : start + BAND]).view(f"V{4 * BAND}").ravel()
         order = np.argsort(band.view([("", np.uint32)] * BAND), kind="stable")
@@ -70,4 +70,4 @@ def like_any(texts: Sequence[str], others: Sequence[str]) -> np.ndarray:
 
 def digest(text: str) -> bytes:
     """Of a text's words, in lower case."""
-    return hashlib.blake2b(" ".join(text.lower().split()).encode(), digest_size=16).digest()
+    return hashlib.blake2b(" ".join(text.lower().split()).encode(), digest_size=DIGEST).digest()

@@ -9,15 +9,14 @@ import hashlib
 import logging
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Float, Int, UInt
 
 from rag_jax import data, files, pair, rag
+from rag_jax.distributed import fingerprint
 from rag_jax.inference import likelihood
 
 # Columns of the sums.
@@ -26,8 +25,6 @@ PARTS = ("answer", "question")
 BLOCK = 1024
 # Of a pair's name.
 NAME_BYTES = 16
-# Odd numbers that scatter bits (murmur3's finalizer, Appleby, 2008) and the golden ratio's, one a digest.
-SCATTER, SEEDS = (0x85EBCA6B, 0xC2B2AE35), (0x9E3779B9, 0x7F4A7C15)
 
 
 def sums(
@@ -196,27 +193,5 @@ def folder_of(opened: pair.Pair, params: dict) -> pathlib.Path:
     prompt["tokenizer"] = files.tokenizer_key(opened.prompt.tokenizer)
     model = dataclasses.asdict(opened.sources["generator"].model_config) | {"computing": None}
     precision = opened.config.dtype, opened.config.matmul_precision
-    return files.folder() / "evidence" / files.content_key(prompt, model, precision, fingerprint(params["generator"]))
-
-
-def fingerprint(params: Any) -> dict[str, list[int]]:
-    """Two numbers for each parameter, by its path, that change with any bit of it; wherever its parts lie."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    return {jax.tree_util.keystr(path): np.asarray(jax.device_get(_digests(leaf))).tolist() for path, leaf in leaves}
-
-
-@jax.jit
-def _digests(leaf: Array) -> UInt[Array, " 2"]:
-    width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
-    # Of each number by its place: sums of whole numbers are the same in any order, and so on any mesh.
-    place = jnp.zeros(leaf.shape, jnp.uint32)
-    for axis, size in enumerate(leaf.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-    return jnp.stack([jnp.sum(_scattered(bits ^ _scattered(place + jnp.uint32(seed)))) for seed in SEEDS])
-
-
-def _scattered(bits: UInt[Array, "..."]) -> UInt[Array, "..."]:
-    for factor, shift in zip(SCATTER, (16, 13), strict=True):
-        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-    return bits ^ (bits >> 16)
+    weights = fingerprint.of_params(params["generator"])
+    return files.folder() / "evidence" / files.content_key(prompt, model, precision, weights)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from rag_jax import data, files
 from rag_jax.data import segments
-from rag_jax.distributed import sharding
+from rag_jax.distributed import fingerprint, sharding
 from rag_jax.documents import copies
 from rag_jax.errors import UserError
 from rag_jax.inference import answering, decoding, evidence, programs, search
@@ -77,7 +77,7 @@ def write(trained: Trained, passages: Sequence[str], writing: Writing, folder: p
     prompt, params = writing_prompt(trained, writing), trained.params
     shards = programs.placement(params, "generator").shards
     at_a_time = -(-max(trained.opened.config.eval.batch_size // writing.num, 1) // shards) * shards
-    about = [dataclasses.asdict(writing), evidence.fingerprint(params["generator"]), prompt.passage, prompt.query]
+    about = [dataclasses.asdict(writing), fingerprint.of_params(params["generator"]), prompt.passage, prompt.query]
     found: list[Question] = []
     with tqdm(total=len(passages) * writing.num, desc="questions", **search.BAR) as bar:
         for start in range(0, len(passages), at_a_time * BLOCKS):
@@ -219,7 +219,8 @@ def _unfit(trained: Trained, asked: Sequence[Question]) -> list[str]:
     if not asked:
         return []
     is_first = copies.firsts(
-        np.stack([copies.signature(one.question) for one in asked]), [copies.digest(one.question) for one in asked]
+        np.stack([copies.signature(one.question) for one in asked]),
+        b"".join(copies.digest(one.question) for one in asked),
     )
     lengths = data.answer_segments(prompt, [one.answer for one in asked]).lengths
     return [

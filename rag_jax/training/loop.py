@@ -64,6 +64,7 @@ def train(config: Config, workdir: pathlib.Path) -> int:
             state = setup.restore(training, checkpoints, start_step)
         else:
             state = setup.pretrained(training, params)
+            setup.keep_fingerprints(training, state)
         with processes.ends_at_once():
             return loop(training, state, checkpoints, start_step)
 
@@ -181,5 +182,4 @@ def save(training: Training, state: TrainState, checkpoints: Checkpoints, step: 
     """Start saving, if the run saves at all; training goes on while the files are written."""
     if saves_at_all(training.config):
         with record.pausing("checkpoint"):
-            items = {"params": optim.join(state.params, state.frozen), "opt_state": state.opt_state}
-            checkpoints.save(step, items)
+            checkpoints.save(step, {"params": state.params, "opt_state": state.opt_state})

@@ -4,6 +4,7 @@ Rules are (regex, multiplier) pairs; the first whose regex is found in the param
 `generator/layers/attention/query/kernel`, holds, and every parameter must be covered.
 """
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -101,15 +102,14 @@ def multipliers(params: Any, rules: Rules, key: str = "rules") -> Any:
     """The multiplier of every parameter, first match wins; UserError lists the paths that no rule covers."""
     uncovered: list[str] = []
 
-    def find(key_path: Any, _: Any) -> float:
-        path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+    def find(path: str) -> float:
         for pattern, multiplier in rules:
             if re.search(pattern, path):
                 return multiplier
         uncovered.append(path)
         return 0.0
 
-    tree = jax.tree_util.tree_map_with_path(find, params)
+    tree = by_path(params, find)
     if uncovered:
         raise UserError(f"{key}: no rule covers {', '.join(uncovered)}; end with ('.*', 1.0)")
     return tree
@@ -128,6 +128,12 @@ def with_adapters(rules: Rules, params: Any) -> Rules:
         if own:
             rules = (*rules[:first], (rf"^{role}/(?!.*/({'|'.join(adapters.LEAVES)})$)", 0.0), *rules[first:])
     return rules
+
+
+def by_path(tree: Any, fn: Callable[[str], Any]) -> Any:
+    """`fn` of every leaf's path, such as generator/layers/attention/query/kernel."""
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return jax.tree_util.tree_map_with_path(lambda path, _: fn(name(path)), tree)
 
 
 def split_frozen(params: Any, rules: Rules) -> tuple[Any, Any]:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from rag_jax import config as configs
 from rag_jax import data, files, hf, pair, rag
 from rag_jax.config import Config
-from rag_jax.distributed import processes, sharding
+from rag_jax.distributed import fingerprint, processes, sharding
 from rag_jax.errors import UserError
 from rag_jax.evaluation import evaluation
 from rag_jax.evaluation.metrics import HIGHER_IS_BETTER
@@ -21,7 +21,7 @@ from rag_jax.objectives import OBJECTIVES, ROLES
 from rag_jax.planning import fit
 from rag_jax.training import optim
 from rag_jax.training.step import Step, TrainState, Tree, abstract_state, init_state, make_train_step
-from rag_jax.workdir import provenance
+from rag_jax.workdir import provenance, untrained
 from rag_jax.workdir.checkpoint import Checkpoints
 
 # Keys that may differ between a run and its continuation; all others change what the checkpoint means.
@@ -249,20 +249,47 @@ def pretrained(training: Training, params: Tree) -> TrainState:
     return init_state(*optim.split_frozen(params, training.rules), training.optimizer, training.mesh)
 
 
+def keep_fingerprints(training: Training, state: TrainState) -> None:
+    """What the run does not train is written down, by its fingerprint. Every process must call."""
+    fingerprints = fingerprint.of_params(state.frozen)
+    if training.is_main:
+        untrained.write(training.workdir, fingerprints)
+
+
 def saved_params(opened: pair.Pair, workdir: pathlib.Path, step: int | str | None) -> tuple[int, Tree]:
-    """The step that a number, "best" or "latest" stands for, and the parameters that the run saved there."""
+    """The step that a number, "best" or "latest" stands for, and the parameters that the run had there."""
     with Checkpoints(workdir, higher_is_better=HIGHER_IS_BETTER) as checkpoints:
         found = checkpoints.find(step)
-        return found, checkpoints.restore({"params": pair.abstract_params(opened)}, found)["params"]
+        return found, _restored(opened, workdir, checkpoints, found, pair.abstract_params(opened), {})["params"]
 
 
 def restore(training: Training, checkpoints: Checkpoints, step: int) -> TrainState:
     abstract = training.state
-    items = {"params": optim.join(abstract.params, abstract.frozen), "opt_state": abstract.opt_state}
-    restored = checkpoints.restore(items, step)
+    params, others = optim.join(abstract.params, abstract.frozen), {"opt_state": abstract.opt_state}
+    restored = _restored(training.opened, training.workdir, checkpoints, step, params, others)
     trainable, frozen = optim.split_frozen(restored["params"], training.rules)
     at = jax.device_put(np.int32(step), abstract.step.sharding)
     return TrainState(at, trainable, frozen, restored["opt_state"])
+
+
+def _restored(
+    opened: pair.Pair, workdir: pathlib.Path, checkpoints: Checkpoints, step: int, params: Tree, others: dict[str, Tree]
+) -> dict[str, Tree]:
+    """All parameters and the other items of a checkpoint: what was not trained comes from the models' own folders.
+
+    UserError where these hold something else than what the run began with.
+    """
+    elsewhere = untrained.read(workdir).keys() - checkpoints.paths(step, "params")
+    is_saved = optim.by_path(params, lambda path: path not in elsewhere)
+    saved = jax.tree.map(lambda leaf, kept: leaf if kept else None, params, is_saved)
+    restored = checkpoints.restore({"params": saved, **others}, step)
+    if elsewhere:
+        whole = pair.pretrained_params(pair.open_pair(opened.config), jax.tree.leaves(params)[0].sharding.mesh)
+        rest = jax.tree.map(lambda leaf, kept: None if kept else leaf, whole, is_saved)
+        paths = {role: opened.config[role].path for role in opened.sources}
+        untrained.check(workdir, fingerprint.of_params(rest), paths)
+        restored["params"] = optim.join(restored["params"], rest)
+    return restored
 
 
 def say(training: Training, text: str) -> None:

@@ -1,7 +1,7 @@
 """Checkpoints of a workdir: saved asynchronously, each process its own shards, kept by policy.
 
-A checkpoint is a folder `checkpoints/STEP` of two items, "params" (all of them, frozen ones too) and "opt_state". They
-can be restored apart: evaluation and export read the parameters only. Trees are stored as `{path: array}`, so what they
+A checkpoint is a folder `checkpoints/STEP` of two items, "params" (those that are trained) and "opt_state". They can be
+restored apart: evaluation and export read the parameters only. Trees are stored as `{path: array}`, so what they
 are restored into says their structure, and may lie on another mesh than what was saved.
 
 A checkpoint appears when it is complete, with the checksums of all its files, and is used only while they hold. A
@@ -147,6 +147,11 @@ class Checkpoints:
         self._problems.pop(step, None)
         save = functools.partial(self._manager.save, step, args=ocp.args.Composite(**args), force=True)
         self._told(save)
+
+    def paths(self, step: int, item: str) -> set[str]:
+        """The paths of the arrays that a saved step holds of an item."""
+        assert self._manager is not None
+        return set(self._manager.item_metadata(step)[item] or ())
 
     def restore(self, items: Mapping[str, Any], step: int | str | None = None) -> dict[str, Any]:
         """The named items, each in the structure, dtypes and shardings of the abstract tree given for it.
