@@ -4,6 +4,7 @@
     python -m benchmarks.growth --of=batch
     python -m benchmarks.growth --of=passage
     python -m benchmarks.growth --of=remat
+    python -m benchmarks.growth --of=rank              # of adapters on both models
     python -m benchmarks.growth --of=depth             # compilation only
 
 GPT-2 small's shape with MiniLM's, random weights, every length filled; float32; all points in one process, one after
@@ -47,6 +48,7 @@ class Point:
     chunk: int = 0
     objective: str = "token"
     frozen: bool = False  # the generator
+    rank: int = 0  # of adapters on all linear layers of both models, which alone are trained; 0: none
 
 
 SWEEPS = {
@@ -55,6 +57,7 @@ SWEEPS = {
     "passage": [Point(passage=n, candidates=4) for n in (64, 128, 256, 512)],
     "remat": [Point(remat=policy) for policy in ("none", "dots", "full")],
     "objective": [Point(), Point(objective="pdist"), Point(objective="pdist", frozen=True)],
+    "rank": [Point(rank=n) for n in (0, 4, 16, 64)],
     "depth": [Point(layers=n, width=192, candidates=4, passage=32) for n in (12, 24, 48)],
 }
 
@@ -82,7 +85,8 @@ def main() -> None:
 
 
 def measure(point: Point, steps: int) -> dict[str, float]:
-    computing = models.Computing(remat=point.remat)
+    lora = models.Lora(point.rank, 2.0 * point.rank, ("attention/", "mlp/")) if point.rank else None
+    computing = models.Computing(remat=point.remat, lora=lora)
     retriever = dataclasses.replace(RETRIEVER, computing=computing)
     heads, mlp = point.width // 64, 4 * point.width
     sizes = {"num_layers": point.layers, "num_heads": heads, "width": point.width, "mlp_width": mlp}
@@ -97,7 +101,8 @@ def measure(point: Point, steps: int) -> dict[str, float]:
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
     optimizer, rate = optax.adamw(1e-4, weight_decay=0.01), optax.constant_schedule(1e-4)
     rules = ((("^generator/", 0.0),) if point.frozen else ()) + ((".*", 1.0),)
-    abstract, frozen = optim.split_frozen(dict(zip(("retriever", "generator"), shapes, strict=True)), rules)
+    params = dict(zip(("retriever", "generator"), shapes, strict=True))
+    abstract, frozen = optim.split_frozen(params, optim.with_adapters(rules, params))
     state = train_step.abstract_state(abstract, frozen, optimizer, mesh)
     places = jax.tree.map(lambda a: a.sharding, state)
     step = train_step.make_train_step(composite, optimizer, rate, places, dropout_seed=None)

@@ -189,8 +189,8 @@ def _frugal(config: Any, configs: dict[str, models.ModelConfig], device: fit.Dev
 
 
 def _held_bytes(configs: dict[str, models.ModelConfig], device: fit.Device) -> float:
-    """A parameter, its gradient and two moments, float32, shared by all devices."""
-    return 16 * sum(map(flops.parameters, configs.values())) / device.count
+    """Parameters, and of those that are trained their gradients and two moments, float32, shared by all devices."""
+    return 4 * sum(flops.parameters(one) + 3 * flops.trained_parameters(one) for one in configs.values()) / device.count
 
 
 def _group_bytes(config: Any, generator: models.ModelConfig) -> float:

@@ -32,11 +32,14 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 # What `Deferred.prepare` makes of a layer's parameters: whole ones in the compute dtype.
 PREPARED = "prepared"
-# What a fused kernel of attention has computed.
-ATTENDED = "attended"
+# What a fused kernel of attention has computed, and what a layer with an adapter has.
+ATTENDED, ADAPTED = "attended", "adapted"
 
 
-_products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+def _products(primitive: Any, *args: Any, **params: Any) -> bool:
+    """Products with weights."""
+    is_product = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
+    return is_product or (primitive.name == "name" and params["name"] == ADAPTED)
 
 
 def _products_and_attention(primitive: Any, *args: Any, **params: Any) -> bool:
@@ -66,6 +69,13 @@ def matrix_product(x: Float[Array, "... in"], kernel: Float[Array, "in out"]) ->
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
+def unkept_product(x: Float[Array, "... in"], kernel: Float[Array, "in out"]) -> Float[Array, "... out"]:
+    """`matrix_product` as a batch of one, of which REMAT keeps nothing: what it is added to is kept in its place."""
+    one = ((2,), (1,)), ((0,), (0,))
+    product = jax.lax.dot_general(x.reshape(1, -1, x.shape[-1]), kernel[None], one)
+    return product.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 class Linear(nnx.Linear):
     """`x @ kernel` in their dtype. The bias is added in float32: its gradient is a sum over all tokens.
 
@@ -84,11 +94,13 @@ class Linear(nnx.Linear):
         packing: Packing | None = None,
     ) -> Float[Array, "_ L out"]:
         """`dropout_keys`, `packing`: as in `dropout`, of the adapter."""
-        y = matrix_product(x, self.kernel[...])
-        if self.lora is not None:
+        if self.lora is None:
+            y = matrix_product(x, self.kernel[...])
+        else:
             keys = named_keys(dropout_keys, self.lora_name) if self.lora.dropout else None
-            dropped = dropout(x, self.lora.dropout, keys, packing)
-            y = y + matrix_product(matrix_product(dropped, self.lora_a[...]), self.lora_b[...]) * self.lora.scale
+            down = matrix_product(dropout(x, self.lora.dropout, keys, packing), self.lora_a[...]) * self.lora.scale
+            y = unkept_product(x, self.kernel[...]) + unkept_product(down, self.lora_b[...])
+            y = checkpoint_name(y, ADAPTED)
         return y if self.bias is None else (y + self.bias[...]).astype(y.dtype)
 
 

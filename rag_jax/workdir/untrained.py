@@ -13,7 +13,10 @@ Fingerprints = Mapping[str, list[int]]  # of each parameter, by its path
 
 
 def write(workdir: pathlib.Path, fingerprints: Fingerprints) -> None:
-    files.write_json(workdir / NAME, dict(fingerprints))
+    """In place of what an earlier run left there; of a run that trains all, nothing."""
+    (workdir / NAME).unlink(missing_ok=True)
+    if fingerprints:
+        files.write_json(workdir / NAME, dict(fingerprints))
 
 
 def read(workdir: pathlib.Path) -> dict[str, list[int]]:

@@ -56,6 +56,14 @@ def test_evidence_costs_no_backward_pass():
     assert max(pdist["flops"], frozen["flops"]) <= 1.10
 
 
+@pytest.mark.slow
+def test_adapters_cost_no_gradient_of_what_they_are_of():
+    """A step that trains adapters of rank 16 computes at most .72 of one that trains all, and what the maths needs."""
+    full, lora = (growth.measure(growth.Point(rank=rank), steps=0) for rank in (0, 16))
+    assert lora["work"] <= 0.72 * full["work"]
+    assert lora["flops"] <= 1.10
+
+
 @pytest.mark.parametrize(
     ("window", "taps"),
     [
