@@ -1,9 +1,11 @@
 """Export: a run's checkpoint as two Hugging Face folders.
 
     python -m rag_jax.export --workdir=DIR --out=OUT [--step=N|best|latest] [--dtype=float32]
+    python -m rag_jax.export --workdir=DIR --out=OUT --adapters
 
 OUT/retriever is read by `transformers.AutoModel` and `SentenceTransformer`, OUT/generator by
-`transformers.AutoModelForCausalLM`, and OUT with its config.json by `rag_jax.load`.
+`transformers.AutoModelForCausalLM`, and OUT with its config.json by `rag_jax.load`. With --adapters a model that has
+adapters (LoRA) is written as those alone, as `peft` reads them; else they are merged into its weights.
 """
 
 import contextlib
@@ -19,6 +21,8 @@ from rag_jax.objectives import OBJECTIVES
 # In place of the run's paths, which are those of this machine: an export is handed on.
 NO_ROWS = {"data.train": None, "data.eval": None, "data.passages": None}
 DTYPES = ("float32", "float16", "bfloat16", "source")
+# Passages by which is told how far adapters have moved embeddings.
+SAMPLE = 64
 
 
 def main() -> None:
@@ -27,10 +31,11 @@ def main() -> None:
     flags.add_argument("--out", required=True, type=cli.path, metavar="OUT", help="a folder that is not there yet")
     flags.add_argument("--step", metavar="N|best|latest", help="which of its checkpoints; the latest if not given")
     flags.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights; source: as they came in")
+    flags.add_argument("--adapters", action="store_true", help="adapters by themselves (PEFT), not merged")
     args, overrides = cli.parse(flags)
     loaded = config.load_workdir(args.workdir, overrides)
     check_out(args.out)
-    step = export(loaded, args.workdir, args.out, args.step, args.dtype)
+    step = export(loaded, args.workdir, args.out, args.step, args.dtype, adapters=args.adapters)
     print(f"step {step} of {args.workdir}: {', '.join(str(path) for path in sorted(args.out.iterdir()))}")
 
 
@@ -42,13 +47,25 @@ def check_out(out: pathlib.Path) -> None:
         raise UserError(f"--out={out}: is not empty; give a new folder")
 
 
-def export(loaded: Any, workdir: pathlib.Path, out: pathlib.Path, step: str | int | None, dtype: str) -> int:
-    """Write all models of the config at a step; `out` appears when it is complete. Returns the step."""
+def export(
+    loaded: Any, workdir: pathlib.Path, out: pathlib.Path, step: str | int | None, dtype: str, *, adapters: bool = False
+) -> int:
+    """Write all models of the config at a step; `out` appears when it is complete. Returns the step.
+
+    `adapters`: of models that have some those alone.
+    """
     from rag_jax import hf, pair
     from rag_jax.training import setup
 
     opened = pair.open_pair(loaded, workdir)
+    adapted = {role for role, source in opened.sources.items() if source.model_config.computing.lora is not None}
+    if adapters and not adapted:
+        raise UserError(
+            f"--adapters: the run in {workdir} has none (retriever.lora.rank, generator.lora.rank); leave it out"
+        )
     found, params = setup.saved_params(opened, workdir, step)
+    if "retriever" in adapted:
+        print(moved(opened, params, found), flush=True)
     out = out.resolve()  # a link to an empty folder stays one
     out.parent.mkdir(parents=True, exist_ok=True)
     with _told(out), files.folder_at_once(out) as made:
@@ -56,11 +73,49 @@ def export(loaded: Any, workdir: pathlib.Path, out: pathlib.Path, step: str | in
             folder = made / role
             folder.mkdir()
             pooling = pair.pooling(loaded, source) if role == "retriever" else None
-            hf.save_model(source, params[role], folder, dtype, pooling)
-            (folder / "README.md").write_text(card(loaded, role, found), encoding="utf-8")
+            alone = adapters and role in adapted
+            if alone:
+                base = hf.base_of(loaded[role].path, f"{role}.path")
+                trained = setup.trained_of_base(opened, role)
+                hf.save_adapter(source, params[role], folder, base, trained, pooling)
+            else:
+                hf.save_model(source, params[role], folder, dtype, pooling)
+            (folder / "README.md").write_text(card(loaded, role, found, alone), encoding="utf-8")
         changes = NO_ROWS | {f"{role}.path": role for role in opened.sources}
+        for role in adapted:  # a folder of adapters brings its own
+            changes |= {f"{role}.lora.rank": 0, f"{role}.lora.path": None}
         files.write_whole(made / "config.json", config.to_json(config.build(config.flat(loaded), changes)))
     return found
+
+
+def moved(opened: Any, params: Any, step: int) -> str:
+    """How far adapters have moved the embeddings of some passages from those that the base makes of them."""
+    import jax
+    import numpy as np
+
+    from rag_jax import data
+    from rag_jax.data import rows
+    from rag_jax.inference.trained import Trained
+    from rag_jax.models.adapters import without_effect
+
+    source = opened.config.data.train
+    try:
+        read = rows.read_rows(
+            source, "data.train", data.columns_of(opened.config.data, "data.train"), with_answers=False
+        )
+        texts = list(dict.fromkeys(text for passages in read.passages for text in passages if text.strip()))[:SAMPLE]
+    except UserError:
+        texts = []
+    if not texts:
+        return "moved      not known: data.train cannot be read, whose passages tell how far embeddings have moved"
+    base = params | {"retriever": without_effect(params["retriever"])}
+    before, after = (Trained(opened, each, step).embed_passages(texts) for each in (base, params))
+    norms = np.linalg.norm(before, axis=1) * np.linalg.norm(after, axis=1)
+    cosine = np.sum(before * after, axis=1) / np.maximum(norms, 1e-12)
+    if jax.numpy.array_equal(before, after):
+        return f"moved      nothing: the adapters leave the embeddings of {len(texts)} passages as the base makes them"
+    spread = f"{cosine.mean():.3f} on average ({cosine.min():.3f} to {cosine.max():.3f})"
+    return f"moved      {len(texts)} passages of data.train: cosine with the base's embeddings {spread}"
 
 
 @contextlib.contextmanager
@@ -117,16 +172,27 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=48)[0]))""",
 }
 
 
-def card(loaded: Any, role: str, step: int) -> str:
-    """The model card: what it is, what it was trained with, how to load it."""
+ADAPTER_USE = {
+    "retriever": USE["retriever"],  # which loads adapters by peft, where it is installed
+    "generator": USE["generator"]
+    .replace(
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n",
+        "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n",
+    )
+    .replace("AutoModelForCausalLM.from", "AutoPeftModelForCausalLM.from"),
+}
+
+
+def card(loaded: Any, role: str, step: int, alone: bool = False) -> str:
+    """The model card: what it is, what it was trained with, how to load it. `alone`: an adapter by itself."""
     texts, objective = loaded.prompt, loaded.objective
-    reads, use = "", USE[role]
+    reads, use = "", (ADAPTER_USE if alone else USE)[role]
     if role == "generator":
         shown = (untrusted.code(text) for text in (texts.passage, texts.query, texts.answer))
         reads = f"| prompt | {' '.join(f'`{text}`' for text in shown)} |\n"
         use = use.format(passage=texts.passage, query=texts.query)
     return CARD.format(
-        library="sentence-transformers" if role == "retriever" else "transformers",
+        library="peft" if alone else "sentence-transformers" if role == "retriever" else "transformers",
         role=role.capitalize(),
         other="generator" if role == "retriever" else "retriever",
         step=step,

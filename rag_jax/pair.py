@@ -61,7 +61,8 @@ def adapted(config: Any, role: str, source: hf.Source) -> hf.Source:
     if brought is None:
         if not section.rank:
             return source
-        if problem := adapters.problem(asked, models.linear_layers(source.model_config)):
+        problem = adapters.problem(asked, models.linear_layers(source.model_config))
+        if problem := problem or hf.fused_problem(source, asked):
             raise UserError(f"{role}.lora.{problem} ({role}.path={source.path!r})")
         return dataclasses.replace(source, model_config=models.with_lora(source.model_config, asked))
     if section.rank and (asked.rank, asked.scale) != (brought.rank, brought.scale):

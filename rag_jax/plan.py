@@ -106,7 +106,7 @@ def compile_step(loaded: Any, topology: chips.Topology) -> dict[str, Any]:
     from rag_jax.training.record import evidence_read
 
     sources = {
-        role: hf.open_config(loaded[role].path, f"{role}.path", role)
+        role: pair.adapted(loaded, role, hf.open_config(loaded[role].path, f"{role}.path", role))
         for role in pair.ROLES
         if loaded[role].path is not None
     }

@@ -13,7 +13,7 @@ from flax import nnx
 from rag_jax import data, losses, models, objectives, rag
 from rag_jax.data.batches import fill_slots
 from rag_jax.data.shapes import block_tokens
-from rag_jax.models import BertConfig, Gpt2Config, LlamaConfig, head
+from rag_jax.models import BertConfig, Gpt2Config, LlamaConfig, adapters, head
 
 BERT = BertConfig(61, 2, 2, 16, 32, 64, 2, 1e-12, "gelu", 0.0, 0.0)
 GENERATORS = {
@@ -714,6 +714,41 @@ def test_pooling_against_numpy(mode, left):
     pick = {"cls": lambda h: h[0], "mean": lambda h: h.mean(0), "last": lambda h: h[-1]}[mode]
     expected = [pick(h[m]) for h, m in zip(hidden, mask, strict=True)]
     np.testing.assert_allclose(rag.pool(jnp.asarray(hidden), jnp.asarray(mask), mode), expected, rtol=1e-6)
+
+
+def with_adapters(model, params, rank=3, dropout=0.0, generator="llama"):
+    """The composite with adapters on all linear layers of both models, none of them zero."""
+    lora = models.Lora(rank, 2.0, ("attention/", "mlp/"), True, dropout)
+    graphs, whole = {}, {}
+    for role, config in (("retriever", BERT), ("generator", GENERATORS[generator])):
+        graphs[role], shapes = models.abstract(models.with_lora(config, lora))
+        given = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params[role])}
+        rng = np.random.default_rng(4)
+
+        def leaf(path, shape, given=given, rng=rng):
+            drawn = jnp.asarray(0.3 * rng.standard_normal(shape.shape), shape.dtype)
+            return given.get(jax.tree_util.keystr(path), drawn)
+
+        whole[role] = jax.tree_util.tree_map_with_path(leaf, shapes)
+    return dataclasses.replace(model, **graphs), whole
+
+
+def test_adapters_are_what_they_add_to_the_weights():
+    """The loss and the adapters' gradients, by the chain rule from those of merged weights."""
+    model, params = with_adapters(*make("llama"))
+    plain, lora = make("llama")[0], models.Lora(3, 2.0, ("attention/", "mlp/"), True)
+    merged, rows = adapters.merged(params, lora), make_rows(8)
+    loss, gradients = value_and_grad(model, params, rows)
+    expected, of_weights = value_and_grad(plain, merged, rows)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for role, path in (("retriever", ("mlp", "down")), ("generator", ("attention", "key"))):
+        layer, gradient, weights = (tree[role]["layers"] for tree in (params, gradients, of_weights))
+        for name in path:
+            layer, gradient, weights = layer[name], gradient[name], weights[name]
+        by_chain = lora.scale * np.einsum("nio,nro->nir", weights["kernel"], layer["lora_b"])
+        np.testing.assert_allclose(gradient["lora_a"], by_chain, rtol=1e-3, atol=1e-6)
+        by_chain = lora.scale * np.einsum("nir,nio->nro", layer["lora_a"], weights["kernel"])
+        np.testing.assert_allclose(gradient["lora_b"], by_chain, rtol=1e-3, atol=1e-6)
 
 
 def with_dropout(model, rate=0.2):

@@ -5,7 +5,7 @@ import json
 import pathlib
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,14 @@ from rag_jax.models import adapters
 __all__ = [
     "Pooling",
     "Source",
+    "base_of",
     "copy_small_files",
+    "fused_problem",
     "load_adapter",
     "load_params",
     "open_config",
     "open_model",
+    "save_adapter",
     "save_model",
     "with_adapter",
 ]
@@ -58,8 +61,8 @@ class Source:
 def open_model(path: str, key: str, role: str) -> Source:
     """The model that the config key `key` names, as "retriever" or "generator". UserError for what cannot be used."""
     around, where = folders.resolve(path, key), f"{key}={path!r}"
-    if peft.is_adapter(around) and not (around / "config.json").is_file():
-        return with_adapter(open_model(peft.base_of(around, where), key, role), path, key)
+    if is_adapter_alone(around):
+        return with_adapter(open_model(base_of(path, key), key, role), path, key)
     folder = folders.model_folder(around)
     for each in (around, folder):
         folders.small_files(each, where)
@@ -117,7 +120,10 @@ def open_config(path: str, key: str, role: str) -> Source:
         folder = pathlib.Path(path)
         model_config = configs.from_hf(transformers.AutoConfig.for_model(model_type, **sizes).to_dict(), [])
     else:
-        folder = folders.model_folder(folders.resolve(path, key))
+        around = folders.resolve(path, key)
+        if is_adapter_alone(around):
+            return with_adapter(open_config(base_of(path, key), key, role), path, key)
+        folder = folders.model_folder(around)
         model_type, model_config = configs.read_config(folder, f"{key}={path!r}")
     if role == "retriever":
         model_config = model_config.without_head()
@@ -134,6 +140,7 @@ def save_model(
     """
     dtype = source.dtype if dtype == "source" else dtype
     _copy(source, folder)
+    (folder / peft.CONFIG).unlink(missing_ok=True)  # of an adapter that is part of the weights now
     _without_code(folder)
     theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     theirs["architectures"] = [_architecture(source, is_retriever=pooling is not None)]
@@ -149,6 +156,49 @@ def save_model(
     rest = weights.load_rest(source.folder, source.model_type)
     params = adapters.merged(params, source.model_config.computing.lora)
     weights.save_params(params, folder, source.model_type, source.model_config, np.dtype(dtype), rest)
+
+
+def save_adapter(
+    source: Source, params: Any, folder: pathlib.Path, base: str, trained: Collection[str], pooling: Pooling | None
+) -> None:
+    """A folder that PEFT loads around its `base`, and with `pooling` sentence-transformers too; it must be empty.
+
+    `trained`: paths of the base's own leaves that were trained beside its adapters, and are in the folder too.
+    """
+    _copy(source, folder)
+    for name in ("config.json", "generation_config.json", peft.CONFIG):  # those of the base are in its own folder
+        (folder / name).unlink(missing_ok=True)
+    _without_code(folder)
+    if pooling is not None:
+        write_pooling(folder, pooling, source.model_config.width)
+        _with_pad_token(folder, source.tokenizer)
+    is_retriever = pooling is not None
+    peft.save(
+        params, folder, source.model_type, source.model_config, base, is_retriever=is_retriever, trained=tuple(trained)
+    )
+
+
+def fused_problem(source: Source, lora: models.Lora) -> str | None:
+    """Which layers, one in Hugging Face's model, such adapters are not on together."""
+    return peft.fused_problem(source.model_type, source.model_config, lora)
+
+
+def base_of(path: str, key: str) -> str:
+    """What a model's path stands for in a file that is handed on: a hub name, or a folder, of an adapter its base's."""
+    if not path.startswith(folders.RANDOM) and not pathlib.Path(path).expanduser().is_dir():
+        return path
+    folder, where = folders.resolve(path, key), f"{key}={path!r}"
+    if not is_adapter_alone(folder):
+        return str(folder.resolve())
+    base = peft.base_of(folder, where)
+    if pathlib.Path(base).is_dir() and is_adapter_alone(pathlib.Path(base)):
+        raise UserError(f"{where}: its base, {untrusted.short(base)}, is an adapter too; merge that into its own base")
+    return base
+
+
+def is_adapter_alone(folder: pathlib.Path) -> bool:
+    """Whether a folder holds an adapter (PEFT) without the model that it is for."""
+    return peft.is_adapter(folder) and not (folder / "config.json").is_file()
 
 
 def copy_small_files(source: Source, folder: pathlib.Path) -> None:

@@ -33,11 +33,6 @@ def read_config(folder: pathlib.Path, where: str) -> tuple[str, ModelConfig]:
     `where` is how messages name the folder, such as `retriever.path='...'`.
     """
     if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise UserError(
-                f"{where}: holds an adapter (PEFT), not a model; merge it into its base (peft's merge_and_unload, then "
-                "save_pretrained of model and tokenizer) and give that folder"
-            )
         raise UserError(f"{where}: no config.json in {folder}; give the folder of a Hugging Face model")
     _check_file(untrusted.read_json(folder / "config.json", f"{where}: its config.json"), where)
     try:

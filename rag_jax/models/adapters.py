@@ -77,6 +77,15 @@ def merged(params: Any, lora: Lora | None) -> Any:
     return rest
 
 
+def without_effect(params: Any) -> Any:
+    """The parameters of a model whose adapters add nothing."""
+
+    def leaf(path: Any, value: Any) -> Any:
+        return jnp.zeros_like(value) if path[-1].key == B else value
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
 @jax.jit
 def _sum(kernel: Any, a: Any, b: Any, scale: Any) -> Float[Array, "N _ _"]:
     return kernel + scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

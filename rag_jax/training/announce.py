@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 
-from rag_jax import data, files, hf, pair
+from rag_jax import data, files, hf, models, pair
 from rag_jax.hf import known
-from rag_jax.training import optim
+from rag_jax.models import adapters
+from rag_jax.training import optim, setup
 from rag_jax.training.setup import Training
 from rag_jax.training.step import Tree
 
@@ -92,8 +93,21 @@ def model_line(training: Training, role: str, source: hf.Source) -> str:
 
     trainable, frozen = count(training.state.params), count(training.state.frozen)
     text = f"{training.config[role].path} ({source.model_type}), {(trainable + frozen) / 1e6:,.1f} M parameters"
-    text += f", {trainable / (trainable + frozen):.0%} trained"
+    share = trainable / (trainable + frozen)
+    text += f", {share:.{0 if share in (0, 1) or share >= 0.01 else 2}%} trained" + adapters_of(training, role, source)
     return f"{text}, {reading(training)}" if role == "retriever" else text
+
+
+def adapters_of(training: Training, role: str, source: hf.Source) -> str:
+    """Which adapters a model has, and whether anything is trained beside them."""
+    lora = source.model_config.computing.lora
+    if lora is None:
+        return ""
+    layers = models.linear_layers(source.model_config)
+    adapted = sum(adapters.is_target(path, lora) for path in layers)
+    beside = len(setup.trained_of_base(training.opened, role))
+    more = f", and {beside} arrays of its own" if beside else ""
+    return f" (adapters of rank {lora.rank} on {adapted} of {len(layers)} linear layers{more})"
 
 
 def reading(training: Training) -> str:

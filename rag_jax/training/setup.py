@@ -17,6 +17,7 @@ from rag_jax.distributed import fingerprint, processes, sharding
 from rag_jax.errors import UserError
 from rag_jax.evaluation import evaluation
 from rag_jax.evaluation.metrics import HIGHER_IS_BETTER
+from rag_jax.models import adapters
 from rag_jax.objectives import OBJECTIVES, ROLES
 from rag_jax.planning import fit
 from rag_jax.training import optim
@@ -261,6 +262,15 @@ def saved_params(opened: pair.Pair, workdir: pathlib.Path, step: int | str | Non
     with Checkpoints(workdir, higher_is_better=HIGHER_IS_BETTER) as checkpoints:
         found = checkpoints.find(step)
         return found, _restored(opened, workdir, checkpoints, found, pair.abstract_params(opened), {})["params"]
+
+
+def trained_of_base(opened: pair.Pair, role: str) -> list[str]:
+    """Paths of a model's own leaves that the run trains beside its adapters."""
+    shapes = opened.shapes()
+    rules = optim.with_adapters(rate_rules(opened.config, used_roles(opened)), shapes)
+    rates = jax.tree_util.tree_leaves_with_path(optim.multipliers(shapes, rules)[role])
+    paths = {jax.tree_util.keystr(path, simple=True, separator="/"): rate for path, rate in rates}
+    return [path for path, rate in paths.items() if rate and not adapters.is_adapter(path)]
 
 
 def restore(training: Training, checkpoints: Checkpoints, step: int) -> TrainState:

@@ -9,7 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_rag import BERT, GENERATORS, assert_trees_close, make, make_rows, packed_rows, value_and_grad, with_dropout
+from test_rag import (
+    BERT,
+    GENERATORS,
+    assert_trees_close,
+    make,
+    make_rows,
+    packed_rows,
+    value_and_grad,
+    with_adapters,
+    with_dropout,
+)
 
 from rag_jax import data, models
 from rag_jax.distributed import sharding
@@ -178,6 +188,21 @@ def test_frozen_parameters():
     _, expected = value_and_grad(model, params, rows)
     _, got, _ = gradients_on(mesh_of((1, 4, 2)), model, params, rows, rules=rules)
     assert_trees_close(got, jax.device_get(optim.split_frozen(expected, rules)[0]), 1e-5)
+
+
+@pytest.mark.parametrize("shape", cases([], [(1, 4, 2)], [(1, 8, 1), (2, 2, 2)]))
+def test_adapters(shape):
+    """Their gradients alone, with dropout of what they read; a base shared by devices, along both axes."""
+    model, params = with_adapters(*make("llama"), dropout=0.2)
+    rules = optim.with_adapters(ALL, params)
+    rows, key = make_rows(32), jax.random.fold_in(jax.random.key(3), 0)
+    loss, gradients = value_and_grad(model, params, rows, key)
+    assert loss != value_and_grad(model, params, rows)[0]
+    meshed, got, _ = gradients_on(mesh_of(shape), model, params, rows, 3, rules)
+    np.testing.assert_allclose(meshed, loss, rtol=1e-5)
+    expected = optim.split_frozen(jax.device_get(gradients), rules)[0]
+    assert len(jax.tree.leaves(expected)) == 2 * 6 + 2 * 7  # every linear layer of BERT and of Llama
+    assert_trees_close(got, expected, 1e-5)
 
 
 @pytest.mark.slow

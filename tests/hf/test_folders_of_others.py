@@ -175,9 +175,15 @@ def test_pointers_of_git_lfs_are_told(folder, name):
         hf.open_model(str(folder), "retriever.path", "retriever")
 
 
-def test_an_adapter_is_no_model(folder):
+def test_an_adapter_that_names_no_base_is_refused(folder):
     (folder / "config.json").rename(folder / "adapter_config.json")
-    with pytest.raises(UserError, match=r"holds an adapter \(PEFT\), not a model; merge it into its base"):
+    with pytest.raises(UserError, match="its adapter_config.json names no base_model_name_or_path; give the base"):
+        hf.open_model(str(folder), "retriever.path", "retriever")
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
+    with pytest.raises(UserError, match="is an adapter too; merge that into its own base"):
+        hf.open_model(str(folder), "retriever.path", "retriever")
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder / "no")}))
+    with pytest.raises(UserError, match="no such folder"):
         hf.open_model(str(folder), "retriever.path", "retriever")
 
 
