@@ -282,6 +282,24 @@ def pretrained_params(pair: Pair, mesh: Mesh | None = None) -> dict[str, Any]:
     return params
 
 
+def base_params(pair: Pair, mesh: Mesh) -> dict[str, Any]:
+    """`pretrained_params` of a run whose models are open from its workdir, where their weights are not."""
+    sources = {role: _base(pair.config, role, source) for role, source in pair.sources.items()}
+    return pretrained_params(dataclasses.replace(pair, sources=sources), mesh)
+
+
+def _base(config: Any, role: str, source: hf.Source) -> hf.Source:
+    """The model with its weights; of an adapter whose folder is gone, which the run has no more need of, its base."""
+    section, key = config[role], f"{role}.path"
+    try:
+        return adapted(config, role, hf.open_model(section.path, key, role))
+    except UserError:
+        if source.adapter is None:
+            raise
+    path = section.path if section.lora.path is not None else hf.base_beside(source.adapter, key)
+    return dataclasses.replace(hf.open_model(path, key, role), model_config=source.model_config)
+
+
 def _with_adapters(seed: int, role: str, source: hf.Source, params: Any, leaves: Any) -> Any:
     """The parameters and the adapters beside them: those of the source's folder, or new ones."""
     found = hf.load_adapter(source) if source.adapter is not None else {}

@@ -26,6 +26,7 @@ from rag_jax.models import adapters
 __all__ = [
     "Pooling",
     "Source",
+    "base_beside",
     "base_of",
     "copy_small_files",
     "fused_problem",
@@ -194,6 +195,11 @@ def base_of(path: str, key: str) -> str:
     if pathlib.Path(base).is_dir() and is_adapter_alone(pathlib.Path(base)):
         raise UserError(f"{where}: its base, {untrusted.short(base)}, is an adapter too; merge that into its own base")
     return base
+
+
+def base_beside(folder: pathlib.Path, where: str) -> str:
+    """The base that the adapter's config in a folder names."""
+    return peft.base_of(folder, where)
 
 
 def is_adapter_alone(folder: pathlib.Path) -> bool:

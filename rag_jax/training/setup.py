@@ -294,7 +294,7 @@ def _restored(
     saved = jax.tree.map(lambda leaf, kept: leaf if kept else None, params, is_saved)
     restored = checkpoints.restore({"params": saved, **others}, step)
     if elsewhere:
-        whole = pair.pretrained_params(pair.open_pair(opened.config), jax.tree.leaves(params)[0].sharding.mesh)
+        whole = pair.base_params(opened, jax.tree.leaves(params)[0].sharding.mesh)
         rest = jax.tree.map(lambda leaf, kept: None if kept else leaf, whole, is_saved)
         paths = {role: opened.config[role].path for role in opened.sources}
         untrained.check(workdir, fingerprint.of_params(rest), paths)
