@@ -52,12 +52,14 @@ def get_config() -> ConfigDict:
     retriever.passage_prefix = None
     retriever.remat = "none"
     retriever.chunk_size = 0
+    retriever.base_dtype = "float32"
     retriever.lora = ConfigDict({"rank": 0, "alpha": 32.0, "scaling": "standard", "dropout": 0.0, "path": None})
     retriever.lora.targets = ("attention/", "mlp/")
 
     config.generator = generator = ConfigDict()
     generator.path = "quickstart/models/smollm2-135m"
     generator.remat = "full"
+    generator.base_dtype = "float32"
     generator.lora = ConfigDict({"rank": 0, "alpha": 32.0, "scaling": "standard", "dropout": 0.0, "path": None})
     generator.lora.targets = ("attention/", "mlp/")
 

@@ -107,8 +107,13 @@ def patterns(v: Texts) -> str | None:
     return rules(tuple((pattern, 1.0) for pattern in v)) if v else "must name a layer at least"
 
 
-def lora_keys(role: str) -> dict[str, Key]:
+def base_keys(role: str) -> dict[str, Key]:
     return {
+        f"{role}.base_dtype": Key(
+            str,
+            one_of("float32", "bfloat16", "int8", "int4"),
+            "of a frozen model's weights (adapters are none): int8 and int4 of its layers, then bfloat16 of the rest",
+        ),
         f"{role}.lora.rank": Key(int, at_least(0), "R, of adapters that are trained in place of the model; 0: none"),
         f"{role}.lora.alpha": Key(float, positive, "what adapters add is multiplied by alpha / R"),
         f"{role}.lora.scaling": Key(
@@ -215,10 +220,10 @@ KEYS: dict[str, Key] = {
     "retriever.passage_prefix": Key(str | None, anything, "put before passages; None: what the model's folder says"),
     "retriever.remat": Key(str, one_of(*REMAT), REMAT_MEANING),
     "retriever.chunk_size": Key(int, at_least(0), "rows encoded at a time on a device, to bound memory; 0: all"),
-    **lora_keys("retriever"),
+    **base_keys("retriever"),
     "generator.path": Key(str | None, not_empty, "Hugging Face folder, hub name, or random:gpt2|llama|qwen3"),
     "generator.remat": Key(str, one_of(*REMAT), REMAT_MEANING),
-    **lora_keys("generator"),
+    **base_keys("generator"),
     "objective.name": Key(
         str,
         one_of(*OBJECTIVES),

@@ -50,7 +50,11 @@ def open_pair(config: Any, workdir: pathlib.Path | None = None) -> Pair:
 
 
 def adapted(config: Any, role: str, source: hf.Source) -> hf.Source:
-    """The model with the adapters that it brings or that the config asks for; UserError for what cannot be."""
+    """The model as the run holds it: with adapters that it brings or that the config asks for, its base in fewer bits.
+
+    UserError for what cannot be.
+    """
+    source = dataclasses.replace(source, model_config=models.with_base(source.model_config, config[role].base_dtype))
     section, brought = config[role].lora, source.model_config.computing.lora
     if section.path is not None and source.adapter is None:
         source = hf.with_adapter(source, section.path, f"{role}.lora.path")
@@ -191,7 +195,7 @@ def _frugal(config: Any, configs: dict[str, models.ModelConfig], device: fit.Dev
 
 def _held_bytes(configs: dict[str, models.ModelConfig], device: fit.Device) -> float:
     """Parameters, and of those that are trained their gradients and two moments, float32, shared by all devices."""
-    return 4 * sum(flops.parameters(one) + 3 * flops.trained_parameters(one) for one in configs.values()) / device.count
+    return sum(flops.held_bytes(one) + 12 * flops.trained_parameters(one) for one in configs.values()) / device.count
 
 
 def _group_bytes(config: Any, generator: models.ModelConfig) -> float:
@@ -208,7 +212,8 @@ def model_config(config: Any, role: str, source: hf.Source, device: fit.Device |
     kernel, _ = attention_kernel(config, role, source, device)
     own = _with_dropout(config, source)
     unrolls = fit.unrolls(device, own.num_layers)
-    computing = models.Computing(config.dtype, config[role].remat, kernel, unrolls, own.computing.lora)
+    held = own.computing.lora, own.computing.base_dtype
+    computing = models.Computing(config.dtype, config[role].remat, kernel, unrolls, *held)
     return dataclasses.replace(own, computing=computing)
 
 

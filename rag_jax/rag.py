@@ -23,7 +23,7 @@ from rag_jax import losses
 from rag_jax.data.batches import Batch
 from rag_jax.data.shapes import Packed, blocks_of
 from rag_jax.losses import Term
-from rag_jax.models import adapters, layers
+from rag_jax.models import adapters, layers, quantised
 from rag_jax.models.decoder import Decoder
 from rag_jax.models.head import gold_log_probs
 from rag_jax.models.layers import named_keys, several_keys
@@ -192,13 +192,15 @@ class Rag:
 
     def cast(self, params: dict) -> dict:
         """Parameters that are only read, in the compute dtype: once, not at every token that is decoded."""
-        wide = ("bias", "scale")
+        wide = ("bias", "scale", *quantised.LEAVES)
         cast = lambda path, a: a if path[-1].key in wide else a.astype(self.dtype)  # noqa: E731
         return jax.tree_util.tree_map_with_path(cast, params)
 
     def _ready(self, path: tuple[str, ...], leaf: Array) -> Array:
         """One layer's parameter, whole, as the layer computes with it."""
         dtype = self.dtype if path[-1] in ("kernel", *adapters.LEAVES) else jnp.float32
+        if path[-1] in quantised.LEAVES:
+            dtype = leaf.dtype
         if self.gather is not None:
             return self.gather(path[:-1], {path[-1]: leaf}, dtype, dtype)[path[-1]]
         return leaf.astype(dtype)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 import re
@@ -19,6 +20,7 @@ from rag_jax.errors import UserError
 from rag_jax.files import write_json
 from rag_jax.hf import torch_file
 from rag_jax.hf.families import FAMILIES, Family, Rule
+from rag_jax.models import quantised
 
 DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 DTYPE_NAMES = tuple(np.dtype(kind).name for kind in DTYPES.values())
@@ -57,18 +59,24 @@ def load_params(
     family = FAMILIES[model_type]
     tensors = _tensors(folder, family)
     _check(folder, tensors, expected_tensors(family, config), family)
-    pieces = _pieces(family, config)
+    pieces, held = _pieces(family, config), _leaves(config, as_held=True)
     leaves = {}
+
+    def put(path: str, part: Callable[[Any], np.ndarray]) -> None:
+        shape = held[path].shape
+        if shardings is None:
+            leaves[path] = part((slice(None),) * len(shape))
+        else:
+            leaves[path] = jax.make_array_from_callback(shape, _at(shardings, path), part)
+
     for path, leaf in _leaves(config).items():
         with _reading() as read:  # a leaf at a time: no more of the files is in memory than it needs
-
-            def part(index: Any, path: str = path, leaf: Any = leaf, read: Any = read) -> np.ndarray:
-                return _part(pieces[path], index, leaf, lambda name, at: _finite(tensors[name], read, at, leaf.dtype))
-
-            if shardings is None:
-                leaves[path] = part((slice(None),) * len(leaf.shape))
-            else:
-                leaves[path] = jax.make_array_from_callback(leaf.shape, _at(shardings, path), part)
+            of_leaf = functools.partial(_part, pieces[path], leaf=leaf, read=functools.partial(_finite, tensors, read))
+            if path in held:
+                put(path, functools.partial(_in_dtype, of_leaf, held[path].dtype))
+                continue
+            for name, whole in _in_fewer_bits(of_leaf, leaf.shape, config.computing.base_dtype).items():
+                put(f"{path.removesuffix('kernel')}{name}", whole.__getitem__)
     return _nest(leaves)
 
 
@@ -160,6 +168,18 @@ def _pieces(family: Family, config: models.ModelConfig) -> dict[str, list[_Piece
     return pieces
 
 
+def _in_dtype(of_leaf: Callable[[Any], np.ndarray], dtype: Any, index: Any) -> np.ndarray:
+    return of_leaf(index).astype(dtype, copy=False)
+
+
+def _in_fewer_bits(of_leaf: Callable[[Any], np.ndarray], shape: tuple[int, ...], kind: str) -> dict[str, np.ndarray]:
+    """The leaves of a stacked kernel that is quantised: no more than one layer of it is in memory whole."""
+    layers = [
+        quantised.quantised(of_leaf((slice(n, n + 1), slice(None), slice(None)))[0], kind) for n in range(shape[0])
+    ]
+    return {name: np.stack([layer[name] for layer in layers]) for name in quantised.LEAVES}
+
+
 def _part(
     pieces: Sequence[_Piece],
     index: tuple[slice, ...],
@@ -207,9 +227,12 @@ def _tensors(folder: pathlib.Path, family: Family) -> dict[str, _Tensor]:
     return tensors
 
 
-def _finite(tensor: _Tensor, read: Callable[[_Tensor, Any], np.ndarray], where: Any, dtype: Any) -> np.ndarray:
-    """A part of a tensor; UserError where it holds NaN or infinity."""
-    value = np.asarray(read(tensor, where), dtype)
+def _finite(
+    tensors: Mapping[str, _Tensor], read: Callable[[_Tensor, Any], np.ndarray], name: str, where: Any
+) -> np.ndarray:
+    """A part of a tensor, float32; UserError where it holds NaN or infinity."""
+    tensor = tensors[name]
+    value = np.asarray(read(tensor, where), np.float32)
     # Both are NaN where any value is; nothing of the size of the part is made.
     if value.size and not (np.isfinite(value.min()) and np.isfinite(value.max())):
         raise UserError(f"{tensor.name} in {tensor.path} holds NaN or infinity; fetch it again or save it in float32")
@@ -323,9 +346,10 @@ def _write(
         write_json(folder / INDEX, index)
 
 
-def _leaves(config: models.ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """All but adapters, which stand in files of their own."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(models.abstract(models.without_lora(config))[1])
+def _leaves(config: models.ModelConfig, *, as_held: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
+    """All but adapters, which stand in files of their own; as files hold them, or as the run does."""
+    config = models.with_lora(config, None) if as_held else models.plain(config)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(models.abstract(config)[1])
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 

@@ -32,8 +32,9 @@ __all__ = [
     "abstract",
     "abstract_leaf",
     "linear_layers",
+    "plain",
+    "with_base",
     "with_lora",
-    "without_lora",
 ]
 
 
@@ -49,9 +50,20 @@ def with_lora(config: ModelConfig, lora: Lora | None) -> ModelConfig:
     return dataclasses.replace(config, computing=computing)  # type: ignore[type-var]
 
 
-def without_lora(config: ModelConfig) -> ModelConfig:
-    """The model that the adapters are of."""
-    return config if config.computing.lora is None else with_lora(config, None)
+def with_base(config: ModelConfig, base_dtype: str) -> ModelConfig:
+    """The same model with its frozen weights in this dtype."""
+    computing = dataclasses.replace(config.computing, base_dtype=base_dtype)
+    return dataclasses.replace(config, computing=computing)  # type: ignore[type-var]
+
+
+def plain(config: ModelConfig) -> ModelConfig:
+    """The model as its files hold it: no adapters, nothing in fewer bits."""
+    computing = config.computing
+    return (
+        config
+        if computing.lora is None and computing.base_dtype == "float32"
+        else with_base(with_lora(config, None), "float32")
+    )
 
 
 def abstract_leaf(config: ModelConfig, path: str) -> jax.ShapeDtypeStruct:
@@ -65,7 +77,7 @@ def abstract_leaf(config: ModelConfig, path: str) -> jax.ShapeDtypeStruct:
 @functools.cache
 def linear_layers(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """(in, out) of every layer that may have an adapter, by its path, such as layers/attention/query."""
-    leaves = jax.tree_util.tree_leaves_with_path({"layers": abstract(config)[1]["layers"]})
+    leaves = jax.tree_util.tree_leaves_with_path({"layers": abstract(plain(config))[1]["layers"]})
     paths = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
     return {path.removesuffix("/kernel"): shape[-2:] for path, shape in paths.items() if path.endswith("/kernel")}
 
@@ -73,5 +85,10 @@ def linear_layers(config: ModelConfig) -> dict[str, tuple[int, int]]:
 @functools.cache
 def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
     """Traced once: a start asks twenty times."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: adapters.attached(config.build(nnx.Rngs(0)), config.computing)))
+
+    def build() -> nnx.Module:
+        adapted = adapters.attached(config.build(nnx.Rngs(0)), config.computing)
+        return adapters.reduced(adapted, config.computing.base_dtype)
+
+    graphdef, state = nnx.split(nnx.eval_shape(build))
     return graphdef, nnx.to_pure_dict(state)

@@ -6,6 +6,7 @@ checkpoints, the scan over layers) treats them as it does all others.
 **N** layers, **R** rank.
 """
 
+import functools
 import math
 import re
 import zlib
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from rag_jax.models import quantised
 from rag_jax.models.config import Computing, Lora
 from rag_jax.models.layers import Linear
 
@@ -25,18 +27,43 @@ LEAVES = A, B = "lora_a", "lora_b"
 
 
 def attached(model: nnx.Module, computing: Computing) -> nnx.Module:
-    """The model with an adapter on each of its layers that a target names, as zeros; see `drawn`."""
+    """The model with an adapter, as zeros, on each of its layers that a target names; see `drawn`."""
     lora = computing.lora
-    if lora is None:
-        return model
-    for parts, layer in nnx.iter_modules(model):
-        path = "/".join(map(str, parts))
-        if isinstance(layer, Linear) and path.startswith("layers/") and is_target(path, lora):
+    for path, layer in _linear_layers(model):
+        if lora is not None and is_target(path, lora):
             *stacked, width, out_width = layer.kernel[...].shape
             layer.lora, layer.lora_name = lora, path
             layer.lora_a = nnx.Param(jnp.zeros((*stacked, width, lora.rank)))
             layer.lora_b = nnx.Param(jnp.zeros((*stacked, lora.rank, out_width)))
     return model
+
+
+def reduced(model: nnx.Module, base_dtype: str) -> nnx.Module:
+    """The model with its frozen weights in fewer bits, to be filled; see `Computing.base_dtype`."""
+    if base_dtype == "float32":
+        return model
+    for _, layer in _linear_layers(model):
+        *stacked, width, out_width = layer.kernel[...].shape
+        if base_dtype in quantised.KINDS:
+            layer.is_quantised = True
+            for name, (shape, dtype) in quantised.shapes(base_dtype, width, out_width).items():
+                setattr(layer, name, nnx.Param(jnp.zeros((*stacked, *shape), dtype)))
+            del layer.kernel
+        else:
+            layer.kernel = nnx.Param(layer.kernel[...].astype(base_dtype))
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.Embed):
+            module.embedding = nnx.Param(module.embedding[...].astype(jnp.bfloat16))
+    head = getattr(model, "head", None)
+    if isinstance(head, Linear):
+        head.kernel = nnx.Param(head.kernel[...].astype(jnp.bfloat16))
+    return model
+
+
+def _linear_layers(model: nnx.Module) -> list[tuple[str, Linear]]:
+    """(path, module) of those that may have an adapter: all in the stacked layers."""
+    found = [("/".join(map(str, parts)), module) for parts, module in nnx.iter_modules(model)]
+    return [(path, each) for path, each in found if isinstance(each, Linear) and path.startswith("layers/")]
 
 
 def is_target(path: str, lora: Lora) -> bool:
@@ -68,13 +95,20 @@ def drawn(path: str, shape: tuple[int, ...], key: Key[Array, ""]) -> Float[Array
 
 
 def merged(params: Any, lora: Lora | None) -> Any:
-    """The parameters of the same model without adapters, which are added to their layers' kernels: W + scale A B."""
-    if not isinstance(params, dict) or lora is None:
-        return params
-    rest = {name: merged(part, lora) for name, part in params.items() if name not in LEAVES}
-    if A in params:
-        rest["kernel"] = _sum(params["kernel"], params[A], params[B], lora.scale)
+    """The parameters of the same model without adapters, whole: W + scale A B, float32, W as it is computed with."""
+    if not isinstance(params, dict):
+        return params if params.dtype == jnp.float32 else params.astype(jnp.float32)
+    rest = {name: merged(part, lora) for name, part in params.items() if name not in (*LEAVES, *quantised.LEAVES)}
+    if quantised.CODES in params:
+        rest["kernel"] = _whole(params[quantised.CODES], params[quantised.SCALES])
+    if A in params and lora is not None:
+        rest["kernel"] = _sum(rest["kernel"], params[A], params[B], lora.scale)
     return rest
+
+
+@jax.jit
+def _whole(codes: Any, scales: Any) -> Float[Array, "N _ _"]:
+    return jax.vmap(functools.partial(quantised.dequantised, dtype=jnp.float32))(codes, scales)
 
 
 def without_effect(params: Any) -> Any:

@@ -34,6 +34,9 @@ class Computing:
     attention: Kernel = "plain"  # where there is no cache
     unrolls: bool = False  # compiles each layer, so that what stays for the backward pass is not copied into stacks
     lora: Lora | None = None  # adapters that its layers have
+    # Of weights that are not trained: "float32" | "bfloat16" | a key of quantised.KINDS, of the kernels of layers, and
+    # then bfloat16 of embeddings and of the output matrix. Norms and biases stay float32.
+    base_dtype: str = "float32"
 
 
 class ModelConfig:

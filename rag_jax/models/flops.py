@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from rag_jax.models import ModelConfig, abstract, adapters
+from rag_jax.models import ModelConfig, abstract, adapters, with_base
 
 
 class Forward(NamedTuple):
@@ -47,14 +47,20 @@ def layer_stack(config: ModelConfig, tokens: float, seen: float, slots: float | 
 @functools.lru_cache(maxsize=32)
 def layer_weights(config: ModelConfig, names: tuple[str, ...]) -> int:
     """Elements of all matrices of these names that tokens are multiplied by in all layers, whatever the family."""
-    leaves = jax.tree_util.tree_leaves_with_path(abstract(config)[1]["layers"])
+    leaves = jax.tree_util.tree_leaves_with_path(abstract(with_base(config, "float32"))[1]["layers"])
     return sum(leaf.size for path, leaf in leaves if path[-1].key in names)
 
 
 @functools.lru_cache(maxsize=16)
 def parameters(config: ModelConfig) -> int:
     """How many numbers a model has learned."""
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract(config)[1]))
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract(with_base(config, "float32"))[1]))
+
+
+@functools.lru_cache(maxsize=16)
+def held_bytes(config: ModelConfig) -> int:
+    """Of all parameters, as they are kept."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract(config)[1]))
 
 
 def trained_parameters(config: ModelConfig) -> int:
@@ -64,7 +70,7 @@ def trained_parameters(config: ModelConfig) -> int:
 
 def kept_bytes(config: ModelConfig, tokens: int) -> float:
     """Bytes that stay of a forward pass of `tokens` tokens for its backward pass, by the rematerialisation; roughly."""
-    leaves = jax.tree_util.tree_leaves_with_path(abstract(config)[1]["layers"])
+    leaves = jax.tree_util.tree_leaves_with_path(abstract(with_base(config, "float32"))[1]["layers"])
     outputs = sum(leaf.shape[0] * leaf.shape[-1] for path, leaf in leaves if path[-1].key == "kernel")
     # Without any, about three more arrays of each product's size: its input, norms, activations.
     products = {"full": 0, "products": 1, "dots": 1, "none": 4}[config.computing.remat]

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
 
 from rag_jax.models.config import Computing, Lora
 from rag_jax.models.packing import Packing
+from rag_jax.models.quantised import KINDS, dequantised
 from rag_jax.models.rows import taken
 
 Rope = tuple[Float[Array, "_ L C2"], Float[Array, "_ L C2"]]
@@ -30,7 +31,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
-# What `Deferred.prepare` makes of a layer's parameters: whole ones in the compute dtype.
+# What `Deferred.prepare` makes of a layer's parameters, and what quantised ones become: whole, in the compute dtype.
 PREPARED = "prepared"
 # What a fused kernel of attention has computed, and what a layer with an adapter has.
 ATTENDED, ADAPTED = "attended", "adapted"
@@ -86,6 +87,9 @@ class Linear(nnx.Linear):
     lora_name: str = ""  # of its dropout's random keys
     lora_a: nnx.Param
     lora_b: nnx.Param
+    is_quantised: bool = False
+    codes: nnx.Param  # in place of the kernel, of one that is quantised
+    scales: nnx.Param
 
     def __call__(
         self,
@@ -94,14 +98,21 @@ class Linear(nnx.Linear):
         packing: Packing | None = None,
     ) -> Float[Array, "_ L out"]:
         """`dropout_keys`, `packing`: as in `dropout`, of the adapter."""
+        kernel = self.whole_kernel(x.dtype)
         if self.lora is None:
-            y = matrix_product(x, self.kernel[...])
+            y = matrix_product(x, kernel)
         else:
             keys = named_keys(dropout_keys, self.lora_name) if self.lora.dropout else None
             down = matrix_product(dropout(x, self.lora.dropout, keys, packing), self.lora_a[...]) * self.lora.scale
-            y = unkept_product(x, self.kernel[...]) + unkept_product(down, self.lora_b[...])
+            y = unkept_product(x, kernel) + unkept_product(down, self.lora_b[...])
             y = checkpoint_name(y, ADAPTED)
         return y if self.bias is None else (y + self.bias[...]).astype(y.dtype)
+
+    def whole_kernel(self, dtype: Any) -> Float[Array, "in out"]:
+        """The kernel; made for this one time where it is quantised, so that it is made again for the backward pass."""
+        if not self.is_quantised:
+            return self.kernel[...]
+        return checkpoint_name(dequantised(self.codes[...], self.scales[...], dtype), PREPARED)
 
 
 def linear(in_width: int, out_width: int, *, bias: bool, rngs: nnx.Rngs) -> Linear:
@@ -291,7 +302,8 @@ def scan(
         keys = jax.tree.map(lambda keys: numbered_keys(keys, n), layer_keys)
         return body(nnx.merge(graphdef, layer_params), carry, x, keys)
 
-    if computing.remat != "none" or (deferred and not computing.unrolls):
+    is_quantised = computing.base_dtype in KINDS
+    if computing.remat != "none" or is_quantised or (deferred and not computing.unrolls):
         # Also without rematerialisation, where only what was deferred is made again: kept for the backward pass, all
         # layers would be whole at one time after all. A loop needs no barrier between the first and the second time.
         step = jax.checkpoint(step, policy=REMAT[computing.remat], prevent_cse=computing.unrolls)

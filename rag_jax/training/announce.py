@@ -8,7 +8,7 @@ import jax
 
 from rag_jax import data, files, hf, models, pair
 from rag_jax.hf import known
-from rag_jax.models import adapters
+from rag_jax.models import adapters, flops
 from rag_jax.training import optim, setup
 from rag_jax.training.setup import Training
 from rag_jax.training.step import Tree
@@ -91,23 +91,24 @@ def model_line(training: Training, role: str, source: hf.Source) -> str:
     def count(tree: Tree) -> int:
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree.get(role)))
 
-    trainable, frozen = count(training.state.params), count(training.state.frozen)
-    text = f"{training.config[role].path} ({source.model_type}), {(trainable + frozen) / 1e6:,.1f} M parameters"
-    share = trainable / (trainable + frozen)
+    whole, trainable = flops.parameters(source.model_config), count(training.state.params)
+    text = f"{training.config[role].path} ({source.model_type}), {whole / 1e6:,.1f} M parameters"
+    share = trainable / whole
     text += f", {share:.{0 if share in (0, 1) or share >= 0.01 else 2}%} trained" + adapters_of(training, role, source)
     return f"{text}, {reading(training)}" if role == "retriever" else text
 
 
 def adapters_of(training: Training, role: str, source: hf.Source) -> str:
-    """Which adapters a model has, and whether anything is trained beside them."""
-    lora = source.model_config.computing.lora
+    """Which adapters a model has, whether anything is trained beside them, and how its base is kept."""
+    lora, base_dtype = source.model_config.computing.lora, source.model_config.computing.base_dtype
+    base = "" if base_dtype == "float32" else f", {base_dtype} base"
     if lora is None:
-        return ""
+        return base
     layers = models.linear_layers(source.model_config)
     adapted = sum(adapters.is_target(path, lora) for path in layers)
     beside = len(setup.trained_of_base(training.opened, role))
     more = f", and {beside} arrays of its own" if beside else ""
-    return f" (adapters of rank {lora.rank} on {adapted} of {len(layers)} linear layers{more})"
+    return f" (adapters of rank {lora.rank} on {adapted} of {len(layers)} linear layers{more}){base}"
 
 
 def reading(training: Training) -> str:

@@ -166,6 +166,7 @@ def make_step(opened: pair.Pair, mesh: Mesh) -> tuple[optim.Rules, optax.Gradien
     params = pair.abstract_params(opened, mesh)
     rules = optim.with_adapters(rate_rules(config, used_roles(opened)), params)
     trainable, frozen = optim.split_frozen(params, rules)
+    check_bases(config, trainable)
     optimizer = optim.make_optimizer(config.optimizer, config.total_steps, trainable)
     state = abstract_state(trainable, frozen, optimizer, mesh)
     step = make_train_step(
@@ -177,6 +178,18 @@ def make_step(opened: pair.Pair, mesh: Mesh) -> tuple[optim.Rules, optax.Gradien
         skips_nonfinite=config.guard.skip_nonfinite > 0,
     )
     return rules, optimizer, state, step
+
+
+def check_bases(config: Config, trainable: Tree) -> None:
+    """UserError where a model would be trained in whose weights small changes are lost."""
+    for role, tree in trainable.items():
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        coarse = [jax.tree_util.keystr(path, simple=True, separator="/") for path, a in leaves if a.dtype != np.float32]
+        if coarse:
+            raise UserError(
+                f"{role}.base_dtype={config[role].base_dtype}: is of weights that are not trained, and {coarse[0]} is; "
+                f"set {role}.lora.rank, freeze the model by optimizer.rate_rules, or say float32"
+            )
 
 
 def shared_facts(training: Training, start_step: int) -> dict[str, Any]:

@@ -264,7 +264,7 @@ def test_peft_loads_what_is_saved_and_a_merged_export_says_the_same(made, case, 
 
     ours = outputs(graphdef, params)
     np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
-    plain = models.without_lora(config)
+    plain = models.plain(config)
     merged = outputs(models.abstract(plain)[0], adapters.merged(params, config.computing.lora))
     np.testing.assert_allclose(merged, ours, rtol=1e-4, atol=1e-5)
 

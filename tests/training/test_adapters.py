@@ -176,6 +176,42 @@ def test_training_goes_on_from_an_exported_adapter(made, tmp_path):
     assert params_at(tmp_path / "next", 1).keys() == begun.keys()
 
 
+SMALL = LORA | {
+    "generator__base_dtype": "int4", "retriever__base_dtype": "int8", "total_steps": 2, "checkpoint__every_steps": 2,
+    "generator__lora__dropout": 0.0, "eval__every_steps": 2, "optimizer__rate_rules": "(('.*', 1.0),)",
+}  # fmt: skip
+
+
+def test_small_bases_train_on_one_device_and_on_four_alike_and_go_on(made, tmp_path):
+    cache = made[2]
+    one, four = tmp_path / "one", tmp_path / "four"
+    run_here(cache, "main", f"--config={TINY}", f"--workdir={one}", **SMALL)
+    printed = run_here(
+        cache, "main", f"--config={TINY}", f"--workdir={four}", devices=4, mesh__data=2, mesh__model=2, **SMALL
+    )
+    assert "int4 base" in printed and "int8 base" in printed
+    losses = [
+        [json.loads(line).get("loss/total") for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (one, four)
+    ]
+    np.testing.assert_allclose(*(np.array(each, float) for each in losses), rtol=1e-5)
+    first, second = params_at(one, 2), params_at(four, 2)
+    codes = {path for path in first if path.endswith("/codes")}
+    assert len(codes) == 12 and {first[path].dtype.name for path in codes} == {"int8", "uint8"}
+    for path, value in first.items():
+        # Adam's first steps are as long for a gradient that is next to nothing.
+        np.testing.assert_allclose(second[path], value, atol=1e-4)
+    assert not any("codes" in path or "scales" in path for path in arrays(one, 2, "params"))
+    # What is evaluated again is what the run said, and a merged export is what the run computed with.
+    told = json.loads(run_here(cache, "evaluate", f"--workdir={one}", "--json").splitlines()[-1])
+    in_run = json.loads((one / "eval" / "step_2.json").read_text())
+    assert told["eval/answer_nll"] == pytest.approx(in_run["eval/answer_nll"], abs=1e-6)
+    run_here(cache, "export", f"--workdir={one}", f"--out={tmp_path / 'out'}")
+    texts = ["what does a goose say?"]
+    expected = rag_jax.load(one).embed_queries(texts)
+    np.testing.assert_allclose(rag_jax.load(tmp_path / "out").embed_queries(texts), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -189,6 +225,8 @@ def test_training_goes_on_from_an_exported_adapter(made, tmp_path):
         ({"generator__lora__targets": "()"}, "must name a layer at least"),
         ({"generator__lora__targets": "attention"}, "must be texts such as ('attention/', 'mlp/')"),
         ({"generator__lora__rank": 2, "generator__lora__targets": "('query',)"}, "adapted together or not at all"),
+        ({"generator__base_dtype": "int4"}, "generator.base_dtype=int4: is of weights that are not trained, and"),
+        ({"generator__base_dtype": "int3"}, "must be one of float32, bfloat16, int8, int4"),
         ({"retriever__lora__path": "nowhere"}, "retriever.lora.path='nowhere'"),
         ({"retriever__lora__alpha": 0}, "retriever.lora.alpha=0.0: must be greater than 0"),
         ({"retriever__lora__scaling": "rslora"}, "must be one of standard, rank_stabilised"),
