@@ -13,6 +13,7 @@ from rag_jax import data, hf, models, rag
 from rag_jax.distributed import sharding
 from rag_jax.errors import UserError
 from rag_jax.models import adapters, flops
+from rag_jax.models.quantised import KINDS
 from rag_jax.objectives import OBJECTIVES, ROLES
 from rag_jax.planning import fit
 
@@ -211,7 +212,8 @@ def model_config(config: Any, role: str, source: hf.Source, device: fit.Device |
     device = device or this_device()
     kernel, _ = attention_kernel(config, role, source, device)
     own = _with_dropout(config, source)
-    unrolls = fit.unrolls(device, own.num_layers)
+    # Layers one after the other, nothing would keep the compiler from making all quantised ones whole at the start.
+    unrolls = own.computing.base_dtype not in KINDS and fit.unrolls(device, own.num_layers)
     held = own.computing.lora, own.computing.base_dtype
     computing = models.Computing(config.dtype, config[role].remat, kernel, unrolls, *held)
     return dataclasses.replace(own, computing=computing)

@@ -1,7 +1,7 @@
 """What accelerators can do: peaks, memory, links; and the descriptions that their compilers ask for.
 
-Figures are those of the makers: Google's TPU system architecture pages, NVIDIA's data sheets of the SXM cards. Links
-count both directions of one device's, as bytes a second that it can send and receive at a time.
+Figures are those of the makers: Google's TPU system architecture pages, NVIDIA's data sheets (of the SXM cards where
+there are several). Links, PCIe where a card has no other, count both directions of one device's, as bytes a second that it can send and receive at a time.
 """
 
 import dataclasses
@@ -57,6 +57,7 @@ class Card:
     clock_ghz: float
     bandwidth: float  # bytes/s
     memory: float  # bytes
+    threads: int = 2048  # of a core
 
     @property
     def target(self) -> str:
@@ -65,7 +66,7 @@ class Card:
         return f"""gpu_device_info {{
           threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
           shared_memory_per_core: {of_core} shared_memory_per_block_optin: {of_block}
-          threads_per_core_limit: 2048 core_count: {self.cores} fpus_per_core: 128
+          threads_per_core_limit: {self.threads} core_count: {self.cores} fpus_per_core: 128
           block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
           memory_bandwidth: {self.bandwidth:.0f} l2_cache_size: {self.l2_mib * 2**20} clock_rate_ghz: {self.clock_ghz}
           device_memory_size: {self.memory:.0f} registers_per_core_limit: 65536 registers_per_block_limit: 65536
@@ -108,7 +109,7 @@ def gpu(kind: str, card: Card, link_bandwidth: float, node_bandwidth: float, flo
 
 
 # Shared memory of a core, and of a block that asks for it.
-AMPERE, HOPPER = (167936, 166912), (233472, 232448)
+AMPERE, HOPPER, SMALL = (167936, 166912), (233472, 232448), (102400, 101376)
 # A run takes this share of a card's memory, see `cli.ENVIRONMENT`.
 GPU_SHARE = 0.92
 CHIPS = {
@@ -116,6 +117,11 @@ CHIPS = {
     "v5e": Chip("TPU v5e", 15.75 * GIB, 819e9, 200e9),
     "v5p": Chip("TPU v5", 95.74 * GIB, 2765e9, 600e9),
     "v6e": Chip("TPU v6e", 31.25 * GIB, 1640e9, 448e9),
+    "l4": gpu("L4", Card((8, 9), 58, SMALL, 48, 2.04, 300e9, 24e9, 1536), 64e9, 12.5e9, 30.3e12),
+    "a10g": gpu("A10G", Card((8, 6), 80, SMALL, 6, 1.71, 600e9, 24e9, 1536), 64e9, 12.5e9, 31.2e12),
+    "rtx4090": gpu("RTX 4090", Card((8, 9), 128, SMALL, 72, 2.52, 1008e9, 24e9, 1536), 64e9, 12.5e9, 82.6e12),
+    "l40s": gpu("L40S", Card((8, 9), 142, SMALL, 96, 2.52, 864e9, 48e9, 1536), 64e9, 12.5e9, 91.6e12),
+    "a100-40": gpu("A100", Card((8, 0), 108, AMPERE, 40, 1.41, 1555e9, 40e9), 600e9, 50e9, 19.5e12),
     "a100": gpu("A100", Card((8, 0), 108, AMPERE, 40, 1.41, 2039e9, 80e9), 600e9, 50e9, 19.5e12),
     "h100": gpu("H100", Card((9, 0), 132, HOPPER, 50, 1.98, 3350e9, 80e9), 900e9, 100e9, 67e12),
     "h200": gpu("H200", Card((9, 0), 132, HOPPER, 50, 1.98, 4800e9, 141e9), 900e9, 100e9, 67e12),
