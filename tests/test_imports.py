@@ -139,7 +139,10 @@ def test_families_share_only_what_is_of_all():
     for path in (PACKAGE / "models").glob("*.py"):
         if path.stem != "__init__":
             inside = {name.split(".")[2] for name in imports_of(path) if name.startswith("rag_jax.models.")}
-            shared = {"config", "products", "rows", "packing", "layers", "tpu_attention", "attention", "decoder"}
+            shared = {
+                "config", "products", "rows", "packing", "quantised", "layers", "adapters", "tpu_attention",
+                "attention", "decoder",
+            }  # fmt: skip
             assert inside <= shared - {path.stem} or path.stem == "flops", path.name
 
 

@@ -1,7 +1,8 @@
 """What accelerators can do: peaks, memory, links; and the descriptions that their compilers ask for.
 
 Figures are those of the makers: Google's TPU system architecture pages, NVIDIA's data sheets (of the SXM cards where
-there are several). Links, PCIe where a card has no other, count both directions of one device's, as bytes a second that it can send and receive at a time.
+there are several). Links, PCIe where a card has no other, count both directions of one device's, as bytes a second that
+it can send and receive at a time.
 """
 
 import dataclasses

@@ -46,7 +46,7 @@ def test_topologies_and_their_slowest_link():
     assert chips.topology("v5e:16x16").devices == 256 and chips.topology("v5p:4x4x4").devices == 64
     within, across = chips.topology("h100:8"), chips.topology("h100:64")
     assert within.bandwidth == 450e9 and across.bandwidth == 50e9
-    assert all(chip.peak > 1e14 for chip in chips.CHIPS.values())
+    assert all(chip.peak > 5e13 for chip in chips.CHIPS.values())
 
 
 def test_a_missing_compiler_is_named_with_the_line_that_installs_it(monkeypatch):
@@ -333,3 +333,40 @@ def test_seven_billion_parameters_on_gpus(cache, devices):
     result = large(cache, f"h100:{devices}", devices)
     assert_plausible(result, devices)
     assert_only_weights_and_embeddings(result)
+
+
+def test_what_does_not_fit_is_told_the_first_changes_that_make_it_fit(monkeypatch):
+    """The compiler's answer is put in its place; what is tried, and what is not worth trying, is not."""
+    loaded = config.load(TINY, {"group_size": 8, "batch_size": 8, "objective.candidates": 2})
+    tried = []
+
+    def compiled(file, overrides, topology):
+        tried.append(overrides)
+        return {"fits": "generator.base_dtype" in overrides, "hbm_bytes_per_device": 5}
+
+    monkeypatch.setattr(plan, "compiled", compiled)
+    card = chips.topology("rtx4090:1")
+    found = plan.first_that_fits(TINY, {"seed": 1}, loaded, card)
+    expected = {"generator.remat": "full", "retriever.remat": "full", "generator.lora.rank": 16}
+    assert found["changes"] == expected | {"generator.base_dtype": "int4"}
+    assert tried[0] == {"seed": 1, "generator.remat": "full", "retriever.remat": "full"} and len(tried) == 3
+    told = {
+        "topology": "rtx4090:1", "devices": 1, "mesh": {"data": 1}, "batch_size": 8, "batch_per_device": 8,
+        "candidates": 2, "hbm_bytes_per_device": 30e9, "hbm_limit_bytes": 22e9, "parameter_bytes": 1,
+        "optimizer_bytes": 1, "fits": False, "fits_with": found,
+    }  # fmt: skip
+    assert "fits with  --config.generator.remat=full" in plan.report(told, loaded)
+    monkeypatch.setattr(plan, "compiled", lambda *_: {"fits": False})
+    assert plan.first_that_fits(TINY, {"objective.candidates": 2}, loaded, card) is None
+    assert [change for change in plan.changes_that_save(loaded) if "group_size" in change] == [
+        {"group_size": 4}, {"group_size": 2},
+    ]  # fmt: skip
+    # All of a 7B model is too much for such a card whatever is recomputed.
+    assert plan.held_bytes("configs/bge_large_llama2_7b.py", {}) > 100e9
+    assert plan.held_bytes("configs/bge_llama2_7b_qlora.py", {}) < 7e9
+
+
+def test_cards_that_people_own_are_known():
+    for name in ("l4", "a10g", "rtx4090", "l40s", "a100-40", "a100", "h100", "h200"):
+        assert chips.topology(f"{name}:1").chip.peak > 5e13
+    assert chips.topology("a100-40:1").chip.hbm_bytes < 40e9
