@@ -82,15 +82,16 @@ def export(
                 hf.save_model(source, params[role], folder, dtype, pooling)
             (folder / "README.md").write_text(card(loaded, role, found, alone), encoding="utf-8")
         changes = NO_ROWS | {f"{role}.path": role for role in opened.sources}
-        for role in adapted:  # a folder of adapters brings its own
+        for role in opened.sources:  # a folder of adapters brings its own, and merged weights are whole
             changes |= {f"{role}.lora.rank": 0, f"{role}.lora.path": None}
+            if not (adapters and role in adapted):
+                changes[f"{role}.base_dtype"] = "float32"
         files.write_whole(made / "config.json", config.to_json(config.build(config.flat(loaded), changes)))
     return found
 
 
 def moved(opened: Any, params: Any, step: int) -> str:
     """How far adapters have moved the embeddings of some passages from those that the base makes of them."""
-    import jax
     import numpy as np
 
     from rag_jax import data
@@ -98,21 +99,18 @@ def moved(opened: Any, params: Any, step: int) -> str:
     from rag_jax.inference.trained import Trained
     from rag_jax.models.adapters import without_effect
 
-    source = opened.config.data.train
-    try:
-        read = rows.read_rows(
-            source, "data.train", data.columns_of(opened.config.data, "data.train"), with_answers=False
-        )
-        texts = list(dict.fromkeys(text for passages in read.passages for text in passages if text.strip()))[:SAMPLE]
-    except UserError:
-        texts = []
+    source, columns, texts = opened.config.data.train, data.columns_of(opened.config.data, "data.train"), []
+    if pathlib.Path(source).expanduser().exists():  # nothing is fetched for this
+        with contextlib.suppress(UserError):
+            found = rows.read_rows(source, "data.train", columns, with_answers=False).passages
+            texts = list(dict.fromkeys(text for several in found for text in several if text.strip()))[:SAMPLE]
     if not texts:
         return "moved      not known: data.train cannot be read, whose passages tell how far embeddings have moved"
     base = params | {"retriever": without_effect(params["retriever"])}
     before, after = (Trained(opened, each, step).embed_passages(texts) for each in (base, params))
     norms = np.linalg.norm(before, axis=1) * np.linalg.norm(after, axis=1)
     cosine = np.sum(before * after, axis=1) / np.maximum(norms, 1e-12)
-    if jax.numpy.array_equal(before, after):
+    if np.array_equal(before, after):
         return f"moved      nothing: the adapters leave the embeddings of {len(texts)} passages as the base makes them"
     spread = f"{cosine.mean():.3f} on average ({cosine.min():.3f} to {cosine.max():.3f})"
     return f"moved      {len(texts)} passages of data.train: cosine with the base's embeddings {spread}"

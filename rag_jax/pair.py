@@ -78,6 +78,15 @@ def adapted(config: Any, role: str, source: hf.Source) -> hf.Source:
     return source
 
 
+def shares_base(config: Any, sources: dict[str, hf.Source]) -> bool:
+    """Whether both models are adapters on one base, which is then held once."""
+    if len(sources) < 2:
+        return False
+    computing = [source.model_config.computing for source in sources.values()]
+    bases = {hf.base_of(config[role].path, f"{role}.path") for role in sources}
+    return len(bases) == 1 and all(one.lora for one in computing) and len({one.base_dtype for one in computing}) == 1
+
+
 def use_precision(config: Any) -> None:
     """Of every float32 product that is traced from now on, until another run is opened; jax keeps programs apart by it.
 
@@ -279,11 +288,15 @@ def abstract_params(pair: Pair, mesh: Mesh | None = None) -> dict[str, Any]:
 
 def pretrained_params(pair: Pair, mesh: Mesh | None = None) -> dict[str, Any]:
     """The parameters in the models' folders, which lie as `abstract_params` says; new adapters are drawn by seed."""
-    params = {}
-    for role, leaves in abstract_params(pair, mesh).items():
+    params: dict[str, Any] = {}
+    shares = shares_base(pair.config, pair.sources)
+    for role, leaves in sorted(abstract_params(pair, mesh).items()):  # the generator first
         source = pair.sources[role]
         places = jax.tree.map(lambda a: a.sharding, leaves)
-        params[role] = hf.load_params(source.folder, source.model_type, source.model_config, places)
+        if shares and "generator" in params:
+            params[role] = params["generator"]
+        else:
+            params[role] = hf.load_params(source.folder, source.model_type, source.model_config, places)
         if source.model_config.computing.lora is not None:
             params[role] = _with_adapters(pair.config.seed, role, source, params[role], leaves)
     return params
@@ -311,10 +324,9 @@ def _with_adapters(seed: int, role: str, source: hf.Source, params: Any, leaves:
     """The parameters and the adapters beside them: those of the source's folder, or new ones."""
     found = hf.load_adapter(source) if source.adapter is not None else {}
     key = jax.random.fold_in(jax.random.key(seed), ROLES.index(role))
-    have = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): a
-        for path, a in jax.tree_util.tree_leaves_with_path(params)
-    }
+    named = jax.tree_util.tree_leaves_with_path(params)
+    have = {jax.tree_util.keystr(path, simple=True, separator="/"): a for path, a in named}
+    have = {path: a for path, a in have.items() if not adapters.is_adapter(path)}  # of another role, if any
 
     def leaf(key_path: Any, wanted: jax.ShapeDtypeStruct) -> jax.Array:
         path = jax.tree_util.keystr(key_path, simple=True, separator="/")

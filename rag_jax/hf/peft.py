@@ -37,14 +37,6 @@ MOST_RANK = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
-class AdapterConfig:
-    """What an adapter's folder says."""
-
-    base: str  # hub name or folder of the model that it is for
-    lora: models.Lora
-
-
-@dataclasses.dataclass(frozen=True)
 class _Module:
     """A linear layer of theirs in every layer of a model, such as model.layers.{i}.self_attn.q_proj, and ours."""
 

@@ -93,10 +93,10 @@ class Linear(nnx.Linear):
 
     def __call__(
         self,
-        x: Float[Array, "_ L in"],
+        x: Float[Array, "... in"],
         dropout_keys: Key[Array, " B"] | None = None,
         packing: Packing | None = None,
-    ) -> Float[Array, "_ L out"]:
+    ) -> Float[Array, "... out"]:
         """`dropout_keys`, `packing`: as in `dropout`, of the adapter."""
         kernel = self.whole_kernel(x.dtype)
         if self.lora is None:

@@ -102,6 +102,8 @@ def adapters_of(training: Training, role: str, source: hf.Source) -> str:
     """Which adapters a model has, whether anything is trained beside them, and how its base is kept."""
     lora, base_dtype = source.model_config.computing.lora, source.model_config.computing.base_dtype
     base = "" if base_dtype == "float32" else f", {base_dtype} base"
+    if role == "retriever" and pair.shares_base(training.config, training.opened.sources):
+        base += ", on the generator's weights"
     if lora is None:
         return base
     layers = models.linear_layers(source.model_config)

@@ -146,6 +146,33 @@ def split_frozen(params: Any, rules: Rules) -> tuple[Any, Any]:
     return trainable, frozen
 
 
+def borrowed(frozen: Any) -> Any:
+    """The frozen leaves of two models of one base: those of the retriever that the generator has too are held once."""
+
+    def leaf(path: Any, value: Any) -> Any:
+        return None if _at(frozen["generator"], path) is not None else value
+
+    return frozen | {"retriever": jax.tree_util.tree_map_with_path(leaf, frozen["retriever"])}
+
+
 def join(trainable: Any, frozen: Any) -> Any:
-    """The whole tree again; inverse of `split_frozen`."""
-    return jax.tree.map(lambda t, f: f if t is None else t, trainable, frozen, is_leaf=lambda leaf: leaf is None)
+    """The whole tree again; inverse of `split_frozen`, and of `borrowed`: what neither has of the retriever is the
+    generator's."""
+    is_none = lambda leaf: leaf is None  # noqa: E731
+    tree = jax.tree.map(lambda t, f: f if t is None else t, trainable, frozen, is_leaf=is_none)
+    if not isinstance(tree, dict) or not {"retriever", "generator"} <= tree.keys():
+        return tree
+
+    def leaf(path: Any, value: Any) -> Any:
+        return _at(tree["generator"], path) if value is None else value
+
+    return tree | {"retriever": jax.tree_util.tree_map_with_path(leaf, tree["retriever"], is_leaf=is_none)}
+
+
+def _at(tree: Any, path: Any) -> Any:
+    """The leaf at a path of `jax.tree_util`; None where there is none."""
+    for key in path:
+        if not isinstance(tree, dict) or key.key not in tree:
+            return None
+        tree = tree[key.key]
+    return tree

@@ -165,7 +165,7 @@ def make_step(opened: pair.Pair, mesh: Mesh) -> tuple[optim.Rules, optax.Gradien
     config = opened.config
     params = pair.abstract_params(opened, mesh)
     rules = optim.with_adapters(rate_rules(config, used_roles(opened)), params)
-    trainable, frozen = optim.split_frozen(params, rules)
+    trainable, frozen = split(opened, params, rules)
     check_bases(config, trainable)
     optimizer = optim.make_optimizer(config.optimizer, config.total_steps, trainable)
     state = abstract_state(trainable, frozen, optimizer, mesh)
@@ -178,6 +178,20 @@ def make_step(opened: pair.Pair, mesh: Mesh) -> tuple[optim.Rules, optax.Gradien
         skips_nonfinite=config.guard.skip_nonfinite > 0,
     )
     return rules, optimizer, state, step
+
+
+def split(opened: pair.Pair, params: Tree, rules: optim.Rules) -> tuple[Tree, Tree]:
+    """What is trained and what is not. The base that both models share is held once, as the generator's."""
+    trainable, frozen = optim.split_frozen(params, rules)
+    if not pair.shares_base(opened.config, opened.sources):
+        return trainable, frozen
+    frozen = optim.borrowed(frozen)
+
+    def own(tree: Tree) -> Tree:  # of two leaves with the same memory neither could be given away
+        copied = jax.tree.map(lambda a: a.copy() if isinstance(a, jax.Array) else a, tree["retriever"])
+        return tree | {"retriever": copied}
+
+    return own(trainable), own(frozen)
 
 
 def check_bases(config: Config, trainable: Tree) -> None:
@@ -260,7 +274,7 @@ def write_workdir(training: Training, start_step: int, inputs: provenance.Inputs
 
 
 def pretrained(training: Training, params: Tree) -> TrainState:
-    return init_state(*optim.split_frozen(params, training.rules), training.optimizer, training.mesh)
+    return init_state(*split(training.opened, params, training.rules), training.optimizer, training.mesh)
 
 
 def keep_fingerprints(training: Training, state: TrainState) -> None:
@@ -290,7 +304,7 @@ def restore(training: Training, checkpoints: Checkpoints, step: int) -> TrainSta
     abstract = training.state
     params, others = optim.join(abstract.params, abstract.frozen), {"opt_state": abstract.opt_state}
     restored = _restored(training.opened, training.workdir, checkpoints, step, params, others)
-    trainable, frozen = optim.split_frozen(restored["params"], training.rules)
+    trainable, frozen = split(training.opened, restored["params"], training.rules)
     at = jax.device_put(np.int32(step), abstract.step.sharding)
     return TrainState(at, trainable, frozen, restored["opt_state"])
 
@@ -302,7 +316,10 @@ def _restored(
 
     UserError where these hold something else than what the run began with.
     """
-    elsewhere = untrained.read(workdir).keys() - checkpoints.paths(step, "params")
+    known = untrained.read(workdir).keys()
+    if pair.shares_base(opened.config, opened.sources):
+        known |= {path.replace("generator/", "retriever/", 1) for path in known}
+    elsewhere = known - checkpoints.paths(step, "params")
     is_saved = optim.by_path(params, lambda path: path not in elsewhere)
     saved = jax.tree.map(lambda leaf, kept: leaf if kept else None, params, is_saved)
     restored = checkpoints.restore({"params": saved, **others}, step)

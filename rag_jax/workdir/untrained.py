@@ -36,7 +36,7 @@ def read(workdir: pathlib.Path) -> dict[str, list[int]]:
 def check(workdir: pathlib.Path, now: Fingerprints, paths: Mapping[str, str]) -> None:
     """UserError where parameters are others than the run began with; `paths`: of the models' folders, by role."""
     before = read(workdir)
-    changed = [path for path, numbers in now.items() if before.get(path) != numbers]
+    changed = [path for path, numbers in now.items() if before.get(path, numbers) != numbers]
     if changed:
         role = changed[0].split("/")[0]
         raise UserError(

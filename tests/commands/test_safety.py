@@ -265,7 +265,7 @@ def test_an_export_goes_nowhere_but_into_a_new_or_empty_folder(tmp_path, monkeyp
     loaded = config.load(TINY)
     mine = tmp_path / "out" / "mine"
 
-    class One:
+    class One(checkpoint.Checkpoints):
         """The one checkpoint of a run; it takes long enough for somebody to use the folder."""
 
         def __init__(self, *_, **__):
@@ -279,6 +279,9 @@ def test_an_export_goes_nowhere_but_into_a_new_or_empty_folder(tmp_path, monkeyp
 
         def find(self, step):
             return 3
+
+        def paths(self, step, item):
+            return set()
 
         def restore(self, items, step):
             if mine.parent.is_dir():

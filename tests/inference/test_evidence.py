@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rag_jax import config, data, files, models, pair, rag
-from rag_jax.distributed import sharding
+from rag_jax.distributed import fingerprint, sharding
 from rag_jax.inference import evidence
 
 TINY = "configs/tiny.py"
@@ -143,4 +143,4 @@ def test_another_generator_has_a_folder_of_its_own(opened, params):
             others = [*leaves[:i], jnp.asarray(changed.view(np.float32).reshape(bits.shape)), *leaves[i + 1 :]]
             assert evidence.folder_of(opened, jax.tree.unflatten(structure, others)) != folder
     places = sharding.param_shardings(sharding.make_mesh(1, 4, 2), params)
-    assert evidence.fingerprint(jax.device_put(params, places)) == evidence.fingerprint(params)
+    assert fingerprint.of_params(jax.device_put(params, places)) == fingerprint.of_params(params)

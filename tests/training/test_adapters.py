@@ -212,6 +212,69 @@ def test_small_bases_train_on_one_device_and_on_four_alike_and_go_on(made, tmp_p
     np.testing.assert_allclose(rag_jax.load(tmp_path / "out").embed_queries(texts), expected, atol=1e-5)
 
 
+BOTH = {
+    "retriever__path": "random:llama", "generator__path": "random:llama", "retriever__pooling": "last",
+    "generator__lora__rank": 3, "retriever__lora__rank": 2, "total_steps": 3, "eval__every_steps": 0,
+    "checkpoint__every_steps": 1, "checkpoint__keep": 9,
+    "optimizer__rate_rules": "(('retriever/.*norm/', 1.0), ('.*', 1.0))",
+}  # fmt: skip
+
+
+def test_one_base_with_two_adapters_is_held_once(made, tmp_path):
+    """It trains as two copies of the base do, goes on to the same bits, and each role is exported by itself."""
+    cache = made[2]
+    shared, apart = tmp_path / "shared", tmp_path / "apart"
+    printed = run_here(cache, "main", f"--config={TINY}", f"--workdir={shared}", **BOTH)
+    assert "on the generator's weights" in printed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pair, "shares_base", lambda config, sources: False)
+        printed = run_here(cache, "main", f"--config={TINY}", f"--workdir={apart}", **BOTH)
+    assert "on the generator's weights" not in printed
+    losses = [
+        [json.loads(line).get("loss/total") for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (shared, apart)
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+    # The retriever's norms are its own; all else of it that is frozen is the generator's.
+    once, twice = untrained.read(shared), untrained.read(apart)
+    assert once.items() <= twice.items()
+    assert {path for path in twice if path.startswith("retriever/")} == twice.keys() - once.keys()
+    opened = pair.open_pair(config.load_workdir(shared), shared)
+    _, params = setup.saved_params(opened, shared, 3)
+    kernels = [params[role]["layers"]["mlp"]["up"]["kernel"] for role in ("retriever", "generator")]
+    assert kernels[0] is kernels[1]
+    first, second = named(params), params_at(apart, 3)
+    assert first.keys() == second.keys()
+    for path, value in first.items():
+        np.testing.assert_array_equal(value, second[path], path)
+    shutil.rmtree(shared / "checkpoints" / "3")
+    shutil.rmtree(shared / "checkpoints" / "2")
+    run_here(cache, "main", f"--config={TINY}", f"--workdir={shared}", **BOTH)
+    for path, value in params_at(shared, 3).items():
+        np.testing.assert_array_equal(value, second[path], path)
+    run_here(cache, "export", f"--workdir={shared}", f"--out={tmp_path / 'out'}", "--adapters")
+    again = rag_jax.load(tmp_path / "out")
+    texts = ["what does a goose say?"]
+    np.testing.assert_array_equal(again.embed_queries(texts), rag_jax.load(shared).embed_queries(texts))
+    bases = {
+        json.loads((tmp_path / "out" / role / "adapter_config.json").read_text())["base_model_name_or_path"]
+        for role in ("retriever", "generator")
+    }
+    assert len(bases) == 1
+
+
+@pytest.mark.slow
+def test_one_base_with_two_adapters_on_four_devices(made, tmp_path):
+    values = BOTH | {"generator__base_dtype": "int8", "retriever__base_dtype": "int8", "total_steps": 2}
+    losses = []
+    for devices, mesh in ((1, {}), (4, {"mesh__data": 2, "mesh__model": 2})):
+        workdir = tmp_path / str(devices)
+        run_here(made[2], "main", f"--config={TINY}", f"--workdir={workdir}", devices=devices, **values, **mesh)
+        lines = (workdir / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss/total"] for line in lines if "loss/total" in line])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -56,6 +56,8 @@ def state_of(workdir, step, cache):
             {"params": abstract, "opt_state": moments},
         )
         with checkpoint.Checkpoints(workdir) as checkpoints:
+            is_saved = optim.by_path(abstract, checkpoints.paths(step, "params").__contains__)
+            items["params"] = jax.tree.map(lambda a, saved: a if saved else None, items["params"], is_saved)
             return checkpoint.flatten(checkpoints.restore(items, step))
 
 
@@ -178,10 +180,8 @@ def params_before_and_after(workdir, cache):
     """Of each model, by path: as it came in, and as the run has saved it at its last step."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAG_JAX_CACHE", str(cache))
-        opened = pair.open_pair(config.load_workdir(workdir))
-        before = pair.pretrained_params(opened)
-        with checkpoint.Checkpoints(workdir) as checkpoints:
-            after = checkpoints.restore({"params": pair.abstract_params(opened)})["params"]
+        before = pair.pretrained_params(pair.open_pair(config.load_workdir(workdir)))
+        _, after = setup.saved_params(pair.open_pair(config.load_workdir(workdir), workdir), workdir, None)
     return {role: (checkpoint.flatten(before[role]), checkpoint.flatten(after[role])) for role in before}
 
 

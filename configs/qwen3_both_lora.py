@@ -1,0 +1,106 @@
+"""Qwen3-0.6B as retriever and as generator: one base, held once, with an adapter for each role.
+
+    python -m rag_jax.main --config=configs/qwen3_both_lora.py --workdir=my_run \\
+        --config.data.train=rows.parquet --config.data.eval=held_out_rows.parquet
+    python -m rag_jax.export --workdir=my_run --out=my_pair --adapters
+
+The model comes from the Hugging Face hub (1.5 GB). A query's embedding is the state of its last token.
+
+Cost: the base in bfloat16 takes 1.2 GB, once. Ask for your card:
+
+    python -m rag_jax.plan --config=configs/qwen3_both_lora.py --topology=l4:1
+
+Not yet run on such a card.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 42
+    config.total_steps = 1000
+    config.batch_size = 16
+    config.group_size = 8
+    config.dtype = "bfloat16"
+    config.matmul_precision = "default"
+    config.attention = "auto"
+    config.kernels = "deterministic"
+    config.dropout = None
+
+    config.data = data = ConfigDict()
+    data.train = None
+    data.eval = None
+    data.passages = None
+    data.columns = columns = ConfigDict({"query": "Question", "passage": "Abstract", "answer": "Answer"})
+    columns.update({"negative": None, "document": None, "passage_score": None, "negative_score": None})
+    data.eval_columns = dict.fromkeys(("query", "passage", "answer", "document"))
+    data.passages_columns = dict.fromkeys(("passage", "document"))
+    data.format = "auto"
+    data.query_len = 64
+    data.passage_len = 256
+    data.prompt_passage_len = 256
+    data.prompt_query_len = 64
+    data.answer_len = 64
+    data.bad_rows = "drop"
+
+    config.prompt = prompt = ConfigDict()
+    prompt.passage = "{passage}"
+    prompt.query = "\n\nQuestion: {query}\nAnswer:"
+    prompt.answer = " {answer}"
+
+    config.retriever = retriever = ConfigDict()
+    retriever.path = "Qwen/Qwen3-0.6B"
+    retriever.pooling = "last"
+    retriever.similarity = "auto"
+    retriever.truncate_dim = None
+    retriever.query_prefix = "Instruct: Given a question, retrieve passages that answer it\nQuery: "
+    retriever.passage_prefix = None
+    retriever.remat = "full"
+    retriever.chunk_size = 16
+    retriever.base_dtype = "bfloat16"
+    retriever.lora = ConfigDict({"rank": 16, "alpha": 32.0, "scaling": "standard", "dropout": 0.0, "path": None})
+    retriever.lora.targets = ("attention/", "mlp/")
+
+    config.generator = generator = ConfigDict()
+    generator.path = "Qwen/Qwen3-0.6B"
+    generator.remat = "full"
+    generator.base_dtype = "bfloat16"
+    generator.lora = ConfigDict({"rank": 16, "alpha": 32.0, "scaling": "standard", "dropout": 0.0, "path": None})
+    generator.lora.targets = ("attention/", "mlp/")
+
+    config.objective = objective = ConfigDict()
+    objective.name = "token"
+    objective.candidates = 4
+    objective.candidates_from = "group"
+    objective.negatives = 0
+    objective.temperature = 0.01
+    objective.marginal_temperature = 0.05
+    objective.contrastive_weight = 1.0
+    objective.document_weight = 0.0
+    objective.marginal_weight = 1.0
+    objective.evidence = "answer"
+    objective.evidence_temperature = 0.1
+    objective.evidence_weight = 1.0
+    objective.kept_evidence = "auto"
+    objective.label_noise = None
+    objective.label_share = 0.0
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.learning_rate = 2e-4
+    optimizer.schedule = "cosine"
+    optimizer.warmup_steps = 100
+    optimizer.weight_decay = 0.01
+    optimizer.clip_norm = 1.0
+    optimizer.rate_rules = ((r".*", 1.0),)
+    optimizer.decay_rules = ((r"(bias|scale)$", 0.0), (r".*", 1.0))
+
+    config.mining = ConfigDict({"every_steps": 0, "margin": 0.1, "negatives_from": "rows", "explore": 0})
+    config.mesh = ConfigDict({"replica": 1, "data": -1, "model": 1})
+    config.checkpoint = ConfigDict({"every_steps": 250, "every_minutes": 30.0, "keep": 2, "keep_every": 0})
+    config.guard = ConfigDict({"skip_nonfinite": 0, "spike_factor": 10.0})
+    config.log = ConfigDict({"every_steps": 10})
+    config.eval = ConfigDict(
+        {"every_steps": 250, "rows": 500, "answers": 32, "metric": "auto", "patience": 0, "batch_size": 8}
+    )
+    return config
