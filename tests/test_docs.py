@@ -212,6 +212,8 @@ def executable():
     """What trains, exports and measures, in this order; of the trainings the one with most flags."""
     found = [c for c in COMMANDS if module_of(c.text) in ORDER and len(words_of(c.text)) > 3]
     found = [c for c in found if "--help" not in c.text and not c.page.startswith("benchmarks")]
+    # Of a run that has adapters: tests/training/test_adapters.py.
+    found = [c for c in found if "--adapters" not in c.text]
     trains = max((c for c in found if module_of(c.text) == "main"), key=lambda c: len(words_of(c.text)))
     others = {c.text: c for c in found if module_of(c.text) != "main"}.values()
     return [trains, *sorted(others, key=lambda c: ORDER.index(module_of(c.text)))]
