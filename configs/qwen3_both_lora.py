@@ -6,7 +6,7 @@
 
 The model comes from the Hugging Face hub (1.5 GB). A query's embedding is the state of its last token.
 
-Cost: the base in bfloat16 takes 1.2 GB, once. Ask for your card:
+Cost: the base in bfloat16 takes 1.2 GB, once; the compiler wants 3.8 GiB of an L4. Ask for your card:
 
     python -m rag_jax.plan --config=configs/qwen3_both_lora.py --topology=l4:1
 
