@@ -23,6 +23,8 @@ NO_ROWS = {"data.train": None, "data.eval": None, "data.passages": None}
 DTYPES = ("float32", "float16", "bfloat16", "source")
 # Passages by which is told how far adapters have moved embeddings.
 SAMPLE = 64
+# The mean cosine above which they have hardly moved.
+HARDLY = 0.999
 
 
 def main() -> None:
@@ -113,7 +115,8 @@ def moved(opened: Any, params: Any, step: int) -> str:
     if np.array_equal(before, after):
         return f"moved      nothing: the adapters leave the embeddings of {len(texts)} passages as the base makes them"
     spread = f"{cosine.mean():.3f} on average ({cosine.min():.3f} to {cosine.max():.3f})"
-    return f"moved      {len(texts)} passages of data.train: cosine with the base's embeddings {spread}"
+    hardly = "; that is hardly at all: train longer, or at a higher rate" if cosine.mean() > HARDLY else ""
+    return f"moved      {len(texts)} passages of data.train: cosine with the base's embeddings {spread}{hardly}"
 
 
 @contextlib.contextmanager

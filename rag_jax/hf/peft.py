@@ -162,7 +162,7 @@ def save(
     modules = [each for each in _modules(family, config) if adapters.is_target(each.paths[0], lora)]
     tensors = {}
     for module in modules:
-        a, b = ([np.asarray(_at(params, f"{path}/{leaf}")) for path in module.paths] for leaf in adapters.LEAVES)
+        a, b = ([np.asarray(weights.at(params, f"{path}/{leaf}")) for path in module.paths] for leaf in adapters.LEAVES)
         for layer in range(config.num_layers):
             theirs = _joined([part[layer] for part in a], [part[layer] for part in b])
             for name, value in zip("AB", theirs, strict=True):
@@ -371,7 +371,7 @@ def _trained_tensors(
     tensors = {}
     for name, each in expected.items():
         if name.rsplit(".", 1)[0].endswith(tuple(names)):
-            arrays = [np.asarray(_at(params, path)) for path in each.rule.parts]
+            arrays = [np.asarray(weights.at(params, path)) for path in each.rule.parts]
             value = np.concatenate([a if each.layer is None else a[each.layer] for a in arrays], axis=-1)
             tensors[name] = np.ascontiguousarray(value.T if each.rule.transpose else value, np.float32)
     return tensors, names
@@ -391,9 +391,3 @@ def _target_names(modules: list[_Module], family: Family, config: models.ModelCo
         return names
     wholes = (regex.escape(module.rule.hf.removesuffix(".weight")).replace(r"\{i\}", r"\d+") for module in modules)
     return rf"(.*\.)?({'|'.join(whole.removeprefix(regex.escape(family.prefix)) for whole in wholes)})"
-
-
-def _at(tree: Any, path: str) -> Any:
-    for name in path.split("/"):
-        tree = tree[name]
-    return tree

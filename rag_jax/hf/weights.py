@@ -67,7 +67,7 @@ def load_params(
         if shardings is None:
             leaves[path] = part((slice(None),) * len(shape))
         else:
-            leaves[path] = jax.make_array_from_callback(shape, _at(shardings, path), part)
+            leaves[path] = jax.make_array_from_callback(shape, at(shardings, path), part)
 
     for path, leaf in _leaves(config).items():
         with _reading() as read:  # a leaf at a time: no more of the files is in memory than it needs
@@ -99,7 +99,7 @@ def save_params(
         if name not in expected:
             return np.ascontiguousarray((rest or {})[name], dtype)
         rule, layer = expected[name].rule, expected[name].layer
-        arrays = [_at(params, path) for path in rule.parts]
+        arrays = [at(params, path) for path in rule.parts]
         value = np.concatenate([np.asarray(a if layer is None else _layer(a, layer)) for a in arrays], axis=-1)
         return np.ascontiguousarray(value.T if rule.transpose else value, dtype)
 
@@ -364,7 +364,7 @@ def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _at(tree: Any, path: str) -> Any:
+def at(tree: Any, path: str) -> Any:
     for name in path.split("/"):
         tree = tree[name]
     return tree
