@@ -76,8 +76,8 @@ def put_rows(name, home, columns, count):
 
 def put_everything(loaded, home, hub, batch_size):
     """All that a config names, relative to `home`; and what its header leaves to the user, as overrides."""
-    for role in ("retriever", "generator"):
-        put_model(loaded[role].path, home, hub)
+    for name in {loaded[role].path for role in ("retriever", "generator")}:  # Both may be adapters of one base.
+        put_model(name, home, hub)
     left_open = {}
     for name in ("train", "eval", "passages"):
         source = loaded.data[name]
