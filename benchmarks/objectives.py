@@ -10,6 +10,7 @@ is not run again: the command can be stopped and typed again. `--config.KEY=VALU
 
 import argparse
 import json
+import os
 import pathlib
 import shutil
 import statistics
@@ -33,6 +34,17 @@ OBJECTIVES = {
     "dalm": {"objective.name": "dalm"},
     "token": {"objective.name": "token"},
     "sequence": {"objective.name": "sequence"},
+}
+# The same with adapters on both models, which learn at a higher rate, and with bases in fewer bits.
+ADAPTERS = {f"{role}.lora.rank": 16 for role in ("retriever", "generator")} | {"optimizer.learning_rate": 5e-4}
+OBJECTIVES |= {
+    "token, adapters": OBJECTIVES["token"] | ADAPTERS,
+    **{
+        f"token, adapters on {kind}": OBJECTIVES["token"]
+        | ADAPTERS
+        | {f"{role}.base_dtype": kind for role in ("retriever", "generator")}
+        for kind in ("int8", "int4")
+    },
 }
 # Those to which it matters who is in a batch.
 MINED = ("contrastive only", "both, apart", "token", "sequence")
@@ -65,7 +77,7 @@ def main() -> None:
     args, more = parser.parse_known_args()
     record = Record(args.record or args.out / "measured.jsonl", {"steps": args.steps, "config": more})
     args.rows = read_by_all(args, more)
-    points = [(name, mined) for name in args.only for mined in (False, *([True] if name in MINED else []))]
+    points = [(name, mined) for name in args.only for mined in groupings(name)]
     for seed in args.seeds:
         for name, mined in points:
             which = {"name": name, "mined": mined, "seed": seed}
@@ -74,6 +86,13 @@ def main() -> None:
     if record.of(**UNTRAINED) is None:
         record.add(measure(args, more, None), **UNTRAINED)
     print(table(args, points, record))
+
+
+def groupings(name: str) -> tuple[bool, ...]:
+    """Whether groups are mined, of each line of an objective."""
+    if "adapters" in name:
+        return (True,)
+    return (False, True) if name in MINED else (False,)
 
 
 class Record:
@@ -140,12 +159,15 @@ def run(args: argparse.Namespace, more: list[str], name: str, mined: bool, seed:
     command = [sys.executable, "-m", "rag_jax.main", f"--config={args.config}", f"--workdir={workdir}"]
     # What tells the rows of the table apart comes last and so overrides what goes to all.
     given = [*words(args), *more, *(f"--config.{key}={value}" for key, value in values.items())]
-    subprocess.run([*command, *given], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, *given], cwd=ROOT, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{workdir.name}: training ended with {os.waitstatus_to_exitcode(status)}")
     exported = workdir / "exported"
     shutil.rmtree(exported, ignore_errors=True)  # of an evaluation that was stopped; an export overwrites nothing
     command = [sys.executable, "-m", "rag_jax.export", f"--workdir={workdir}", f"--out={exported}"]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    measured = measure(args, more, exported) | minings(workdir)
+    measured = measure(args, more, exported) | minings(workdir) | {"peak bytes": used.ru_maxrss * 1024}
     shutil.rmtree(exported)
     shutil.rmtree(workdir / "checkpoints")
     return measured
