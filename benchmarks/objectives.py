@@ -35,8 +35,11 @@ OBJECTIVES = {
     "token": {"objective.name": "token"},
     "sequence": {"objective.name": "sequence"},
 }
-# The same with adapters on both models, which learn at a higher rate, and with bases in fewer bits.
-ADAPTERS = {f"{role}.lora.rank": 16 for role in ("retriever", "generator")} | {"optimizer.learning_rate": 5e-4}
+# The same with adapters on both models, which learn at higher rates, and with bases in fewer bits.
+ADAPTERS = {f"{role}.lora.rank": 16 for role in ("retriever", "generator")} | {
+    "optimizer.learning_rate": 5e-4,
+    "optimizer.rate_rules": (("generator/", 2.0), (".*", 1.0)),
+}
 OBJECTIVES |= {
     "token, adapters": OBJECTIVES["token"] | ADAPTERS,
     **{

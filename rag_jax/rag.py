@@ -25,7 +25,6 @@ from rag_jax.data.shapes import Packed, blocks_of
 from rag_jax.losses import Term
 from rag_jax.models import adapters, layers, quantised
 from rag_jax.models.decoder import Decoder
-from rag_jax.models.head import gold_log_probs
 from rag_jax.models.layers import named_keys, several_keys
 from rag_jax.models.packing import packed, packing_of, repeated, unpacked
 from rag_jax.models.rows import taken
@@ -324,7 +323,7 @@ def answer_log_probs(
     before_BKTD = jax.vmap(of_pair)(hidden_BKLD, index_BT - 1)
     packing = repeated(packing_of(asked_BT, num_tokens), K)
     before, ids = (packed(a, packing) for a in (before_BKTD.reshape(B * K, -1, D), jnp.repeat(ids_BT, K, axis=0)))
-    log_probs = gold_log_probs(before.reshape(-1, D), generator.head_kernel(), ids.reshape(-1), chunk)
+    log_probs = generator.gold_log_probs(before.reshape(-1, D), ids.reshape(-1), chunk)
     return unpacked(log_probs.reshape(ids.shape), packing).reshape(B, K, -1)
 
 
@@ -617,7 +616,7 @@ def string_terms(rag: Rag, params: dict, batch: Batch, embs: Embs | None, keys: 
         ids, mask, group_keys = rows
         hidden = generator(ids, mask, group_keys)[:, :-1]
         flat = hidden.reshape(-1, hidden.shape[-1])
-        flat = gold_log_probs(flat, generator.head_kernel(), ids[:, 1:].reshape(-1), rag.head_chunk)
+        flat = generator.gold_log_probs(flat, ids[:, 1:].reshape(-1), rag.head_chunk)
         return flat.reshape(ids.shape[0], -1)
 
     log_probs_bL = map_rows(string_log_probs, (batch.string_ids, batch.string_mask, keys), rag.group_size)

@@ -141,7 +141,7 @@ def test_families_share_only_what_is_of_all():
             inside = {name.split(".")[2] for name in imports_of(path) if name.startswith("rag_jax.models.")}
             shared = {
                 "config", "products", "rows", "packing", "quantised", "layers", "adapters", "tpu_attention",
-                "attention", "decoder",
+                "attention", "head", "rope", "decoder",
             }  # fmt: skip
             assert inside <= shared - {path.stem} or path.stem == "flops", path.name
 

@@ -27,6 +27,7 @@ BATCH = PS(("replica", "data"))
 # does not divide its dimension is left out for that parameter, so odd vocabularies are not split along V.
 PARAM_RULES: tuple[tuple[str, PS], ...] = (
     (r"embed/(word|position|token_type)/embedding$", PS("model", "data")),
+    (r"embed/distance/embedding$", PS()),
     (r"layers/.*(query|key|value|gate|up)/(kernel|codes|scales)$", PS(None, "data", "model")),
     (r"layers/.*(out|down)/(kernel|codes|scales)$", PS(None, "model", "data")),
     (r"head/kernel$", PS("data", "model")),

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from rag_jax import untrusted
 from rag_jax.errors import UserError
-from rag_jax.hf.families import FAMILIES, is_number, is_size
+from rag_jax.hf.families import FAMILIES, Family, is_number, is_size
 from rag_jax.models import ModelConfig
 
 # Theirs -> ours; the first name of each kind is the one written.
@@ -23,6 +23,7 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
+FLOATS = (float, float | None)
 # Of whole numbers in a config.json: first pattern of the key that matches, far beyond every real model.
 MOST = {"layer": 10_000, "label": 100_000, "": 10**8}
 
@@ -91,14 +92,17 @@ def from_hf(theirs: Mapping[str, Any], problems: list[str]) -> Any:
     if is_size(ours["width"]) and is_size(ours["num_heads"]):
         ours |= {name: value(ours) for name, value in family.absent.items() if ours[name] is None}
     ours |= family.read(theirs, problems)
-    if any(field.name == "causal" for field in dataclasses.fields(family.config)):
-        ours["causal"] = theirs.get("is_causal", True)
-    _check_values(family.config, ours, problems)
+    fields = {field.name: field for field in dataclasses.fields(family.config)}
+    if "causal" in fields:
+        key, causal = family.causal_key
+        value = theirs.get(key)
+        ours["causal"] = (value == causal) if isinstance(value, bool) else True if value is None else value
+    _check_values(family, ours, problems)
     if problems:
         return None
     # JSON's 0 and 0.0 are one number, and must be one config.
-    ours |= {name: float(value) for name, value in ours.items() if name.endswith("dropout")}
-    return family.config(**ours)
+    floats = [name for name, value in ours.items() if fields[name].type in FLOATS and is_number(value)]
+    return family.config(**ours | {name: float(ours[name]) for name in floats})
 
 
 def to_hf(config: ModelConfig, model_type: str) -> dict[str, Any]:
@@ -110,14 +114,16 @@ def to_hf(config: ModelConfig, model_type: str) -> dict[str, Any]:
         value = getattr(config, ours if isinstance(ours, str) else ours[0])
         theirs[key] = names[value] if ours == "activation" else value
     if family.config.causal and not config.causal:
-        theirs["is_causal"] = False
+        key, causal = family.causal_key
+        theirs[key] = not causal
     return theirs | family.write(config)
 
 
-def _check_values(config: type[ModelConfig], ours: Mapping[str, Any], problems: list[str]) -> None:
-    """Every value must be of its field's kind, and heads must divide what they share."""
-    for field in dataclasses.fields(config):
-        if field.name in ours and (must := _must(field, ours[field.name])):
+def _check_values(family: Family, ours: Mapping[str, Any], problems: list[str]) -> None:
+    """Every value that is read must be of its field's kind, and heads must divide what they share."""
+    for field in dataclasses.fields(family.config):
+        is_read = field.name in ours and field.name not in family.constants
+        if is_read and (must := _must(field, ours[field.name])):
             problems.append(f"{field.name}={untrusted.short(ours[field.name])} (must be {must})")
     heads = [ours[name] for name in ("width", "num_heads", "num_kv_heads", "head_dim") if name in ours]
     if not all(map(is_size, heads)):
@@ -136,7 +142,7 @@ def _must(field: dataclasses.Field, value: Any) -> str | None:
         return None if isinstance(value, bool) else "true or false"
     if field.type is float and field.name.endswith("dropout"):
         return None if is_number(value) and 0 <= value < 1 else "a number from 0 to below 1"
-    if field.type is float:
+    if field.type in FLOATS and not (value is None and field.type is not float):
         return None if is_number(value) and value > 0 else "a number above 0"
     if field.type in (int, int | None):
         return None if is_size(value) or (value is None and field.type is not int) else "a whole number above 0"

@@ -349,7 +349,7 @@ def _others(
             problems.append(f"{wrong[0]} is {tensors[wrong[0]].shape}, not {expected[wrong[0]].shape}")
             continue
         values = [tensors[name].T if rule.transpose else tensors[name] for name in names]
-        value = np.stack(values) if rule.stacked else values[0]
+        value = np.stack([np.ones_like(values[0])] * rule.first + values) if rule.stacked else values[0]
         widths = [models.abstract_leaf(config, path).shape[-1] for path in rule.parts]
         leaves |= dict(zip(rule.parts, np.split(value, np.cumsum(widths)[:-1], axis=-1), strict=True))
     return leaves

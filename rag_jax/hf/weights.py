@@ -142,7 +142,7 @@ def expected_tensors(family: Family, config: models.ModelConfig) -> dict[str, Ex
         if rule.stacked:
             shape = shape[1:]
         shape = shape[::-1] if rule.transpose else shape
-        for i in range(config.num_layers) if rule.stacked else (None,):
+        for i in range(rule.first, config.num_layers) if rule.stacked else (None,):
             expected[rule.hf if i is None else rule.hf.format(i=i)] = Expected(rule, i, shape)
     return expected
 
@@ -151,7 +151,7 @@ def expected_tensors(family: Family, config: models.ModelConfig) -> dict[str, Ex
 class _Piece:
     """Where (a layer of) a leaf of ours stands: in which tensor, and from where on along our last axis."""
 
-    name: str
+    name: str | None  # None: such a layer has none
     rule: Rule
     first: int
 
@@ -163,6 +163,8 @@ def _pieces(family: Family, config: models.ModelConfig) -> dict[str, list[_Piece
     for name, tensor in expected_tensors(family, config).items():
         first = 0
         for path in tensor.rule.parts:
+            if tensor.layer is not None and not pieces[path]:
+                pieces[path] += [_Piece(None, tensor.rule, 0)] * tensor.rule.first
             pieces[path].append(_Piece(name, tensor.rule, first))
             first += leaves[path].shape[-1]
     return pieces
@@ -192,6 +194,9 @@ def _part(
     stacked = pieces[0].rule.stacked
     for n, layer in enumerate(ranges[0] if stacked else [0]):
         piece = pieces[layer]
+        if piece.name is None:
+            out[n] = 1.0
+            continue
         where = [slice(r.start, r.stop) for r in (ranges[1:] if stacked else ranges)]
         where[-1] = slice(where[-1].start + piece.first, where[-1].stop + piece.first)
         value = read(piece.name, tuple(where[::-1] if piece.rule.transpose else where))

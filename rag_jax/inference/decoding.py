@@ -21,7 +21,6 @@ from rag_jax import rag
 from rag_jax.distributed import sharding
 from rag_jax.inference import programs
 from rag_jax.models.decoder import Cache, Decoder
-from rag_jax.models.head import gold_log_probs
 
 # The bits of the float32 that follows 1.
 ABOVE_ONE = np.float32(1).view(np.uint32) + np.uint32(1)
@@ -86,9 +85,7 @@ def next_logits(generator: Decoder, hidden: Float[Array, "B K D"]) -> tuple[Floa
     They stay apart, since a difference for every v would be as much work as a softmax.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
-    kernel = generator.head_kernel().astype(flat.dtype)
-    logits = jnp.einsum("SD,VD->SV", flat, kernel, preferred_element_type=jnp.float32)
-    logits = logits.reshape(*hidden.shape[:2], -1)
+    logits = generator.logits(flat).reshape(*hidden.shape[:2], -1)
     return logits, jax.nn.logsumexp(logits, axis=-1)
 
 
@@ -249,7 +246,7 @@ def score(
         ids, mask = (jnp.repeat(a, K, axis=0) for a in hypothesis)
         after, _ = generator.extend_cache(ids, mask, reading.cache)
         before = jnp.concatenate([reading.hidden.reshape(B * K, 1, D), after[:, :-1]], axis=1)
-        log_probs = gold_log_probs(before.reshape(-1, D), generator.head_kernel(), ids.reshape(-1))
+        log_probs = generator.gold_log_probs(before.reshape(-1, D), ids.reshape(-1))
         return log_probs.reshape(B, K, -1)
 
     return jnp.swapaxes(jax.lax.map(one, (jnp.swapaxes(ids, 0, 1), jnp.swapaxes(mask, 0, 1))), 0, 1)

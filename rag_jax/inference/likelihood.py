@@ -21,7 +21,6 @@ from rag_jax.data import segments
 from rag_jax.distributed import sharding
 from rag_jax.inference import programs, search
 from rag_jax.models.decoder import Cache, Decoder
-from rag_jax.models.head import gold_log_probs
 
 ROWS = sharding.BATCH
 # Of keys, values and lengths: in the former layers lead.
@@ -185,4 +184,4 @@ def _score(
 ) -> tuple[Float[Array, " A"]]:
     """Log-probabilities of tokens after the states that stand `where`."""
     states = hidden.reshape(-1, hidden.shape[-1])[where]
-    return (gold_log_probs(states, generator.head_kernel(), ids),)
+    return (generator.gold_log_probs(states, ids),)

@@ -12,7 +12,9 @@ from rag_jax.models.bert import Bert, BertConfig
 from rag_jax.models.config import Computing, Kernel, Lora, ModelConfig
 from rag_jax.models.decoder import Cache, Decoder
 from rag_jax.models.gpt2 import Gpt2, Gpt2Config
-from rag_jax.models.llama import LayerKind, Llama, LlamaConfig, RopeScaling
+from rag_jax.models.llama import Llama, LlamaConfig
+from rag_jax.models.modernbert import ModernBert, ModernBertConfig
+from rag_jax.models.rope import LayerKind, RopeScaling
 
 __all__ = [
     "Bert",
@@ -28,6 +30,8 @@ __all__ = [
     "LlamaConfig",
     "Lora",
     "ModelConfig",
+    "ModernBert",
+    "ModernBertConfig",
     "RopeScaling",
     "abstract",
     "abstract_leaf",

@@ -4,7 +4,7 @@ Letters as in `layers`; **Lk** keys that are looked at. Keys and values lie as t
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from rag_jax.models.config import Kernel
-from rag_jax.models.layers import ATTENDED, Rope, dropout, linear, named_keys, numbered_keys, rms_norm, rotate
+from rag_jax.models.layers import ATTENDED, Rope, dropout, linear, named_keys, numbered_keys, rotate
 from rag_jax.models.packing import Packing, packed, unpacked
 from rag_jax.models.rows import taken
 
@@ -105,10 +105,13 @@ def attend(
     parts: Sequence[tuple[PlainKeysValues, Seen]],
     rate: float = 0.0,
     dropout_keys: Key[Array, " B"] | None = None,
+    softcap: float | None = None,
+    bias: Float[Array, "H L Lk"] | None = None,
 ) -> Float[Array, "B H L C"]:
     """Scaled dot-product attention over the keys of all parts as if they stood in one array, softmax in float32.
 
-    Heads may share keys. A row that may look at nothing gives a mean.
+    Heads may share keys. A row that may look at nothing gives a mean. `softcap`: scores come no further than that from
+    0. `bias`: is added to the scores, of one part alone.
     """
     B, H, L, C = query.shape
     # Heads that share keys are rows of one product with them.
@@ -116,7 +119,7 @@ def attend(
     rows = jnp.arange(H, dtype=jnp.uint32)[:, None] * LONGEST + jnp.arange(L, dtype=jnp.uint32)
     rows = rows.reshape(grouped.shape[1], -1)
     attended = [
-        attend_part(grouped, keys_values, seen.mask(L), rate, numbered_keys(dropout_keys, n), rows)
+        attend_part(grouped, keys_values, seen.mask(L), rate, numbered_keys(dropout_keys, n), rows, softcap, bias)
         for n, (keys_values, seen) in enumerate(parts)
     ]
     out, _, total = functools.reduce(merged, attended)
@@ -131,10 +134,16 @@ def attend_part(
     rate: float = 0.0,
     dropout_keys: Key[Array, " B"] | None = None,
     rows: UInt32[Array, "G HL"] | None = None,
+    softcap: float | None = None,
+    bias: Float[Array, "H L Lk"] | None = None,
 ) -> Part:
     """The plain way, for any device, dtype and length. `rows`: numbers of heads and queries, for dropout."""
     (key, value), (B, G, *_) = keys_values, query.shape
     scores = float32_product(query, key)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias.reshape(1, G, -1, bias.shape[-1])
     by_head = scores.reshape(B, G, -1, *mask.shape[1:])  # rows are heads and queries
     # The lowest number, not -inf: a part of which a row sees nothing must count nothing beside others, and no NaN.
     scores = jnp.where(mask[:, None, None], by_head, jnp.finfo(jnp.float32).min).reshape(scores.shape)
@@ -226,7 +235,8 @@ def _attend_pallas(
 class Attention(nnx.Module):
     """Multi-head attention over the rows' own tokens and, where given, a context of earlier keys and values.
 
-    `qk_norm`: eps and dtype of norms of queries and keys.
+    `qk_norm`: makes a norm of so many channels, of queries and of keys; of each head's, or with `norms_all` of all
+    heads' together. `scale`: of scores, in place of C**-0.5. `softcap`: see `attend`.
     """
 
     def __init__(
@@ -236,7 +246,10 @@ class Attention(nnx.Module):
         *,
         qkv_bias: bool,
         out_bias: bool,
-        qk_norm: tuple[float, str] | None = None,
+        qk_norm: Callable[[int], nnx.Module] | None = None,
+        norms_all: bool = False,
+        scale: float | None = None,
+        softcap: float | None = None,
         dropout_rate: float = 0.0,
         rngs: nnx.Rngs,
     ):
@@ -246,10 +259,11 @@ class Attention(nnx.Module):
         self.key = linear(width, self.num_kv_heads * self.head_dim, bias=qkv_bias, rngs=rngs)
         self.value = linear(width, self.num_kv_heads * self.head_dim, bias=qkv_bias, rngs=rngs)
         self.out = linear(self.num_heads * self.head_dim, width, bias=out_bias, rngs=rngs)
-        self.qk_norm = qk_norm is not None
+        self.scale, self.softcap = scale, softcap
+        self.qk_norm, self.norms_all = qk_norm is not None, norms_all
         if qk_norm is not None:
-            self.query_norm = rms_norm(self.head_dim, *qk_norm, rngs)
-            self.key_norm = rms_norm(self.head_dim, *qk_norm, rngs)
+            counts = (self.num_heads, self.num_kv_heads) if norms_all else (1, 1)
+            self.query_norm, self.key_norm = (qk_norm(count * self.head_dim) for count in counts)
 
     def __call__(
         self,
@@ -261,30 +275,38 @@ class Attention(nnx.Module):
         kernel: Kernel = "plain",
         dropout_keys: Key[Array, " B"] | None = None,
         packing: Packing | None = None,
+        bias: Float[Array, "H S S"] | None = None,
     ) -> tuple[Float[Array, "_ L D"], KeysValues]:
         """The attended values, and the rows' own keys and values; `own`: which of these are seen.
 
         `kernel`: what computes it, and so how keys and values lie, those of the context too. A fused one knows no
-        dropout: with some, the plain one takes its place. `packing`: how x, and what is attended, is packed; keys and
-        values never are.
+        dropout, no softcap and no bias: with some, the plain one takes its place. `packing`: how x, and what is
+        attended, is packed; keys and values never are. `bias`: of scores between a row's S slots, where there
+        is no context.
         """
 
         def heads(projected: Array, count: int) -> Array:
             return projected.reshape(*x.shape[:2], count, self.head_dim)
 
-        query = heads(self.query(x, dropout_keys, packing), self.num_heads)
-        key, value = (heads(of(x, dropout_keys, packing), self.num_kv_heads) for of in (self.key, self.value))
-        if self.qk_norm:
+        query, key, value = (of(x, dropout_keys, packing) for of in (self.query, self.key, self.value))
+        if self.qk_norm and self.norms_all:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key, value = heads(query, self.num_heads), heads(key, self.num_kv_heads), heads(value, self.num_kv_heads)
+        if self.qk_norm and not self.norms_all:
             query, key = self.query_norm(query), self.key_norm(key)
         if rope is not None:
             query, key = rotate(query, rope), rotate(key, rope)
+        if self.scale is not None:
+            query = query * (self.scale * self.head_dim**0.5)
         query, key, value = (unpacked(array, packing) for array in (query, key, value))
-        is_plain = kernel == "plain" or (dropout_keys is not None and self.dropout_rate > 0)
+        drops = dropout_keys is not None and self.dropout_rate > 0
+        is_plain = kernel == "plain" or drops or self.softcap is not None or bias is not None
         keys_values = (jnp.transpose(key, (0, 2, 3, 1)), jnp.swapaxes(value, 1, 2)) if is_plain else (key, value)
         if is_plain:
             parts = [(keys_values, own)] if context is None else [context.of_rows(), (keys_values, own)]
             keys = named_keys(dropout_keys, "attention")
-            attended = jnp.swapaxes(attend(jnp.swapaxes(query, 1, 2), parts, self.dropout_rate, keys), 1, 2)
+            attended = attend(jnp.swapaxes(query, 1, 2), parts, self.dropout_rate, keys, self.softcap, bias)
+            attended = jnp.swapaxes(attended, 1, 2)
         else:
             attended = attend_fused(query, keys_values, own, context, kernel)
         attended = packed(attended.reshape(*attended.shape[:2], -1), packing)

@@ -1,9 +1,14 @@
-"""BERT encoders: bge, MiniLM, e5, gte, contriever (Devlin et al., 2018)."""
+"""BERT encoders (Devlin et al., 2018) and what has come of them: RoBERTa, XLM-R, MPNet, DistilBERT.
+
+bge, MiniLM, e5, gte, contriever; bge-m3, multilingual e5; all-mpnet.
+"""
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -23,29 +28,62 @@ class BertConfig(ModelConfig):
     width: int  # D
     mlp_width: int  # F
     max_positions: int
-    type_vocab_size: int
+    type_vocab_size: int  # 0: texts have no types
     norm_eps: float
     activation: str
     dropout: float
     attention_dropout: float
     computing: Computing = Computing()
+    first_position: int = 0  # rows of the table of positions before that of a text's first token
+    # Kinds of distances between tokens, of which each head adds one number to the score of such a pair; 0: none.
+    distance_kinds: int = 0
 
     def build(self, rngs: nnx.Rngs) -> "Bert":
         return Bert(self, rngs=rngs)
 
 
 class BertEmbed(nnx.Module):
-    """Sum of word, position and token-type embeddings (the type is always 0: one text a row), normalised."""
+    """Sum of word, position and token-type embeddings (the type is always 0: one text a row), normalised.
+
+    `distance`: of each kind of distance what it adds to the scores of each head.
+    """
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         dtype = config.computing.dtype
         self.word = layers.Embed(config.vocab_size, config.width, dtype, rngs)
-        self.position = layers.Embed(config.max_positions, config.width, dtype, rngs)
-        self.token_type = layers.Embed(config.type_vocab_size, config.width, dtype, rngs)
+        self.position = layers.Embed(config.first_position + config.max_positions, config.width, dtype, rngs)
+        if config.type_vocab_size:
+            self.token_type = layers.Embed(config.type_vocab_size, config.width, dtype, rngs)
+        if config.distance_kinds:
+            self.distance = layers.Embed(config.distance_kinds, config.num_heads, "float32", rngs)
         self.norm = layers.layer_norm(config.width, config.norm_eps, dtype, rngs)
+        self.config = config
 
     def __call__(self, ids: Int[Array, "B L"], positions: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        return self.norm(self.word(ids) + self.position(positions) + self.token_type(jnp.zeros_like(ids)))
+        x = self.word(ids) + self.position(positions + self.config.first_position)
+        return self.norm(x + self.token_type(jnp.zeros_like(ids)) if self.config.type_vocab_size else x)
+
+    def bias(self, length: int) -> Float[Array, "H L L"] | None:
+        """What distances add to the scores of rows of so many slots, if they do."""
+        if not self.config.distance_kinds:
+            return None
+        slots = np.arange(length)
+        kinds = distance_kinds(slots[:, None] - slots, self.config.distance_kinds)
+        return jnp.transpose(self.distance(jnp.asarray(kinds)), (2, 0, 1))
+
+
+def distance_kinds(distance: Int[np.ndarray, "..."], count: int, far: int = 128) -> Int[np.ndarray, "..."]:
+    """The kind of each distance, as T5 has them (Raffel et al., 2019).
+
+    Half of them are of keys behind the query, half of keys before it. Of each half the first half are single distances,
+    the others grow with the distance up to `far`, from which on all is one kind.
+    """
+    half = count // 2
+    exact = half // 2
+    length = np.abs(distance)
+    grown = np.log(np.maximum(length, 1).astype(np.float32) / exact) / np.float32(math.log(far / exact))
+    beyond = np.minimum(exact + (grown * (half - exact)).astype(np.int64), half - 1)
+    return np.where(distance < 0, half, 0) + np.where(length < exact, length, beyond)
 
 
 class BertLayer(nnx.Module):
@@ -62,12 +100,17 @@ class BertLayer(nnx.Module):
         self.kernel: Kernel = config.computing.attention
 
     def __call__(
-        self, x: Float[Array, "_ L D"], seen: Seen, dropout_keys: Key[Array, " B"] | None, packing: Packing | None
+        self,
+        x: Float[Array, "_ L D"],
+        seen: Seen,
+        dropout_keys: Key[Array, " B"] | None,
+        packing: Packing | None,
+        bias: Float[Array, "H S S"] | None,
     ) -> Float[Array, "_ L D"]:
         def drop(x: Float[Array, "_ L D"], name: str) -> Float[Array, "_ L D"]:
             return layers.dropout(x, self.dropout, layers.named_keys(dropout_keys, name), packing)
 
-        attended, _ = self.attention(x, seen, kernel=self.kernel, dropout_keys=dropout_keys, packing=packing)
+        attended, _ = self.attention(x, seen, kernel=self.kernel, dropout_keys=dropout_keys, packing=packing, bias=bias)
         x = self.attention_norm(x + drop(attended, "residual"))
         return self.mlp_norm(x + drop(self.mlp(x, dropout_keys, packing), "mlp"))
 
@@ -92,10 +135,10 @@ class Bert(nnx.Module):
         packing = packing_of(attention_mask, num_tokens)
         x = self.embed(*(packed(a, packing) for a in (ids, layers.positions_of(attention_mask))))
         x = layers.dropout(x, self.config.dropout, layers.named_keys(dropout_keys, "embed"), packing)
-        seen = Seen(attention_mask)
+        seen, bias = Seen(attention_mask), self.embed.bias(ids.shape[1])
         x, _ = layers.scan(
             self.layers,
-            lambda layer, x, _, keys: (layer(x, seen, keys, packing), None),
+            lambda layer, x, _, keys: (layer(x, seen, keys, packing, bias), None),
             x,
             num_layers=self.config.num_layers,
             computing=self.config.computing,

@@ -4,7 +4,9 @@ import dataclasses
 import math
 from typing import Any, ClassVar, Literal
 
+import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 # Of attention: ours for any device, cuDNN's for GPUs, ours for TPUs; and what takes the arrays of these on any device.
 Kernel = Literal["plain", "cudnn", "pallas", "xla", "pallas-interpreted"]
@@ -39,6 +41,23 @@ class Computing:
     base_dtype: str = "float32"
 
 
+@dataclasses.dataclass(frozen=True)
+class LogitShape:
+    """What becomes of the products of states and output matrix."""
+
+    scale: float = 1.0
+    softcap: float | None = None  # logits come no further than that from 0
+
+    def __call__(self, products: Float[Array, "..."]) -> Float[Array, "..."]:
+        scaled = products if self.scale == 1.0 else products * self.scale
+        return scaled if self.softcap is None else self.softcap * jnp.tanh(scaled / self.softcap)
+
+    def slope(self, logits: Float[Array, "..."]) -> Float[Array, "..."]:
+        """By how much they grow with the products, where they are these."""
+        slope = jnp.full((), self.scale)
+        return slope if self.softcap is None else slope * (1.0 - jnp.square(logits / self.softcap))
+
+
 class ModelConfig:
     """A family's config is a frozen dataclass of these fields and its own, in the order that it likes."""
 
@@ -53,6 +72,7 @@ class ModelConfig:
     layer_kinds: tuple[
         int, ...
     ] = ()  # of each layer, which of the family's kinds of layers it is; (): all of the first
+    logit_shape: LogitShape = LogitShape()
     causal: bool  # a token sees what stands before it and no more, so the model can generate
 
     @property

@@ -1,7 +1,7 @@
 """Causal language models, whatever the family: plain forward, shared-prefix forward, and decoding with a KV cache.
 
-A family gives `_embed`, `_views`, `head_kernel`, `layers`, `norm` and a layer called as `PreNormLayer` is; everything
-else is written once, here.
+A family gives `_embed`, `_views`, `head_kernel`, `layers`, `norm` and a layer called as `Layer` is; everything else is
+written once, here.
 
 Letters as in `layers`; **P** prefixes, **K** of which each of B suffixes is read behind; **S** rows behind a cache's.
 """
@@ -17,8 +17,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from rag_jax.models import layers
 from rag_jax.models.attention import Attention, Context, KeysValues, Seen
 from rag_jax.models.config import Kernel
+from rag_jax.models.head import gold_log_probs
 from rag_jax.models.layers import View
 from rag_jax.models.packing import Packing, packed, packing_of, repeated, unpacked
+from rag_jax.models.products import float32_einsum
 
 
 class Cache(NamedTuple):
@@ -29,14 +31,18 @@ class Cache(NamedTuple):
     length: Int[Array, " B"]
 
 
-class PreNormLayer(nnx.Module):
-    """Attention and MLP, each behind its norm and inside a residual sum."""
+class Layer(nnx.Module):
+    """Attention and MLP, each inside a residual sum, with norms of what it reads, of what it gives, or of both."""
 
-    attention_norm: Any
+    attention_norm: Any = None
     attention: Attention
-    mlp_norm: Any
+    attention_post_norm: Any = None
+    mlp_norm: Any = None
     mlp: Any
-    dropout: float = 0.0  # of what is added
+    mlp_post_norm: Any = None
+    attention_out_dropout: float = 0.0  # of what is added
+    mlp_out_dropout: float = 0.0
+    residual_scale: float = 1.0  # of what is added
 
     def __call__(
         self,
@@ -48,16 +54,23 @@ class PreNormLayer(nnx.Module):
         kernel: Kernel = "plain",
         dropout_keys: Key[Array, " B"] | None = None,
         packing: Packing | None = None,
+        normed: bool | Bool[Array, ""] | None = None,
     ) -> tuple[Float[Array, "_ L D"], KeysValues]:
-        def drop(x: Float[Array, "_ L D"], name: str) -> Float[Array, "_ L D"]:
-            return layers.dropout(x, self.dropout, layers.named_keys(dropout_keys, name), packing)
+        """`normed`: whether attention reads what its norm gives; None: it does."""
 
+        def added(part: Float[Array, "_ L D"], norm: Any, rate: float, name: str) -> Float[Array, "_ L D"]:
+            part = part if norm is None else norm(part)
+            part = layers.dropout(part, rate, layers.named_keys(dropout_keys, name), packing)
+            return part if self.residual_scale == 1.0 else part * self.residual_scale
+
+        read = x if self.attention_norm is None else self.attention_norm(x)
         attended, keys_values = self.attention(
-            self.attention_norm(x), own, rope=rope, context=context, kernel=kernel, dropout_keys=dropout_keys,
-            packing=packing,
+            read if normed is None else jnp.where(normed, read, x), own, rope=rope, context=context, kernel=kernel,
+            dropout_keys=dropout_keys, packing=packing,
         )  # fmt: skip
-        x = x + drop(attended, "residual")
-        x = x + drop(self.mlp(self.mlp_norm(x), dropout_keys, packing), "mlp")
+        x = x + added(attended, self.attention_post_norm, self.attention_out_dropout, "residual")
+        read = x if self.mlp_norm is None else self.mlp_norm(x)
+        x = x + added(self.mlp(read, dropout_keys, packing), self.mlp_post_norm, self.mlp_out_dropout, "mlp")
         return x, keys_values
 
 
@@ -85,7 +98,15 @@ class Decoder(nnx.Module):
         raise NotImplementedError
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        return hidden @ self.head_kernel().T.astype(hidden.dtype)
+        """Of the next token, float32."""
+        products = float32_einsum("...D,VD->...V", hidden, self.head_kernel().astype(hidden.dtype))
+        return self.config.logit_shape(products)
+
+    def gold_log_probs(
+        self, hidden: Float[Array, "n D"], ids: Int[Array, " n"], chunk: int = 512
+    ) -> Float[Array, " n"]:
+        """log p of given next tokens, float32, of `chunk` at a time."""
+        return gold_log_probs(hidden, self.head_kernel(), ids, chunk, self.config.logit_shape)
 
     def __call__(
         self,
@@ -140,14 +161,15 @@ class Decoder(nnx.Module):
             (prefix_x, pairs_x), (prefix_view, pairs_view) = carry, views
             own = Seen(prefix_mask, prefix_view.window, causal=True)
             prefix_x, keys_values = layer(
-                prefix_x, own, rope=prefix_view.rope, kernel=kernel, dropout_keys=keys[0], packing=prefix_packing
-            )
+                prefix_x, own, rope=prefix_view.rope, kernel=kernel, dropout_keys=keys[0], packing=prefix_packing,
+                normed=prefix_view.normed,
+            )  # fmt: skip
             before = Seen(prefix_mask, pairs_view.window, offset=pairs_prefix_len)
             context = Context(keys_values, before, flat)
             own = Seen(pairs_mask, pairs_view.window, causal=True)
             pairs_x, _ = layer(
                 pairs_x, own, rope=pairs_view.rope, context=context, kernel=kernel, dropout_keys=keys[1],
-                packing=pairs_packing,
+                packing=pairs_packing, normed=pairs_view.normed,
             )  # fmt: skip
             return (prefix_x, pairs_x), None
 
@@ -228,8 +250,9 @@ class Decoder(nnx.Module):
                 context = Context(keys_values, Seen(filled, view.window, offset=length))
             own = Seen(attention_mask, view.window, causal=self.config.causal)
             x, keys_values = layer(
-                x, own, rope=view.rope, context=context, kernel=kernel, dropout_keys=keys, packing=packing
-            )
+                x, own, rope=view.rope, context=context, kernel=kernel, dropout_keys=keys, packing=packing,
+                normed=view.normed,
+            )  # fmt: skip
             return x, keys_values if keep else None
 
         ids, positions = (packed(a, packing) for a in (ids, positions))

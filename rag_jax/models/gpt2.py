@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, Key
 from rag_jax.models import layers
 from rag_jax.models.attention import Attention
 from rag_jax.models.config import Computing, ModelConfig
-from rag_jax.models.decoder import Decoder, PreNormLayer
+from rag_jax.models.decoder import Decoder, Layer
 from rag_jax.models.packing import Packing
 
 
@@ -40,7 +40,7 @@ class Gpt2Embed(nnx.Module):
         self.position = layers.Embed(config.max_positions, config.width, config.computing.dtype, rngs)
 
 
-class Gpt2Layer(PreNormLayer):
+class Gpt2Layer(Layer):
     def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs):
         self.attention_norm = layers.layer_norm(config.width, config.norm_eps, config.computing.dtype, rngs)
         self.attention = Attention(
@@ -48,7 +48,7 @@ class Gpt2Layer(PreNormLayer):
         )
         self.mlp_norm = layers.layer_norm(config.width, config.norm_eps, config.computing.dtype, rngs)
         self.mlp = layers.Mlp(config.width, config.mlp_width, config.activation, rngs=rngs)
-        self.dropout = config.dropout
+        self.attention_out_dropout = self.mlp_out_dropout = config.dropout
 
 
 class Gpt2(Decoder):

@@ -133,6 +133,27 @@ class Mlp(nnx.Module):
         return self.down(hidden, dropout_keys, packing)
 
 
+class GatedMlp(nnx.Module):
+    """`down(activation(gate(x)) * up(x))` (Shazeer, 2020); `dropout`: of what `down` reads."""
+
+    def __init__(
+        self, width: int, mlp_width: int, activation: str, *, bias: bool, dropout: float = 0.0, rngs: nnx.Rngs
+    ):
+        self.gate = linear(width, mlp_width, bias=bias, rngs=rngs)
+        self.up = linear(width, mlp_width, bias=bias, rngs=rngs)
+        self.down = linear(mlp_width, width, bias=bias, rngs=rngs)
+        self.activation, self.dropout = activation, dropout
+
+    def __call__(
+        self, x: Float[Array, "_ L D"], dropout_keys: Key[Array, " B"] | None = None, packing: Packing | None = None
+    ) -> Float[Array, "_ L D"]:
+        """`packing`: as in `dropout`."""
+        gate = ACTIVATIONS[self.activation](self.gate(x, dropout_keys, packing))
+        hidden = gate * self.up(x, dropout_keys, packing)
+        hidden = dropout(hidden, self.dropout, named_keys(dropout_keys, "hidden"), packing)
+        return self.down(hidden, dropout_keys, packing)
+
+
 class Embed(nnx.Embed):
     """Rows of a float32 table in `dtype`."""
 
@@ -143,15 +164,28 @@ class Embed(nnx.Embed):
         return taken(self.embedding[...], ids.reshape(-1), self.dtype).reshape(*ids.shape, -1)
 
 
-def layer_norm(width: int, eps: float, dtype: str, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(width: int, eps: float, dtype: str, rngs: nnx.Rngs, *, bias: bool = True) -> nnx.LayerNorm:
     """Computed in float32; `dtype`: of the result."""
     # The fast variance (E[x^2] - E[x]^2) loses digits that PyTorch keeps.
-    return nnx.LayerNorm(width, epsilon=eps, use_fast_variance=False, dtype=jnp.dtype(dtype), rngs=rngs)
+    return nnx.LayerNorm(width, epsilon=eps, use_bias=bias, use_fast_variance=False, dtype=jnp.dtype(dtype), rngs=rngs)
 
 
 def rms_norm(width: int, eps: float, dtype: str, rngs: nnx.Rngs) -> nnx.RMSNorm:
     """Computed in float32; `dtype`: of the result."""
     return nnx.RMSNorm(width, epsilon=eps, dtype=jnp.dtype(dtype), rngs=rngs)
+
+
+class OffsetRmsNorm(nnx.Module):
+    """`rms_norm` whose learned scale is what is added to 1, as Gemma has it."""
+
+    def __init__(self, width: int, eps: float, dtype: str, rngs: nnx.Rngs):
+        self.scale = nnx.Param(jnp.zeros(width))
+        self.eps, self.dtype = eps, jnp.dtype(dtype)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (normed * (1.0 + self.scale[...])).astype(self.dtype)
 
 
 def dropout(
@@ -225,10 +259,15 @@ def positions_of(mask: Bool[Array, "B L"]) -> Int[Array, "B L"]:
 
 
 def rotate(x: Float[Array, "B L heads C"], rope: Rope) -> Float[Array, "B L heads C"]:
-    """Rotary position embedding (Su et al., 2021), halves convention: channel i turns with channel i + C/2."""
+    """Rotary position embedding (Su et al., 2021), halves convention: channel i turns with channel i + C/2.
+
+    Of a rope of fewer channels than x has, x turns in its first ones alone.
+    """
     cos, sin = rope[0][:, :, None], rope[1][:, :, None]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    turned, rest = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
+    first, second = jnp.split(turned.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return turned if rest.shape[-1] == 0 else jnp.concatenate([turned, rest], axis=-1)
 
 
 class View(NamedTuple):
@@ -236,6 +275,9 @@ class View(NamedTuple):
 
     rope: Rope | None = None
     window: int | Int[Array, "..."] | None = None
+    normed: bool | Bool[Array, "..."] | None = (
+        None  # whether attention reads what the layer's norm gives; None: it does
+    )
 
 
 def stacked_views(views: Sequence[View]) -> View:
@@ -243,10 +285,14 @@ def stacked_views(views: Sequence[View]) -> View:
     if len(views) == 1:
         return views[0]
     far = np.iinfo(np.int32).max
-    return jax.tree.map(
-        lambda *leaves: jnp.stack(leaves),
-        *(View(view.rope, jnp.asarray(far if view.window is None else view.window)) for view in views),
-    )
+    as_arrays = [
+        view._replace(
+            window=jnp.asarray(far if view.window is None else view.window),
+            normed=None if view.normed is None else jnp.asarray(view.normed),
+        )
+        for view in views
+    ]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *as_arrays)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["stored"], meta_fields=["prepare"])

@@ -22,7 +22,7 @@ from rag_jax.hf import config as configs
 from rag_jax.hf import folder as folders
 from rag_jax.hf import tiny, weights
 from rag_jax.hf.families import FAMILIES
-from rag_jax.models import BertConfig, Gpt2Config, LayerKind, LlamaConfig, RopeScaling
+from rag_jax.models import BertConfig, Gpt2Config, LayerKind, LlamaConfig, ModernBertConfig, RopeScaling
 
 BERT = BertConfig(53, 2, 2, 16, 24, 32, 2, 1e-12, "gelu", 0.1, 0.2)
 GPT2 = Gpt2Config(53, 2, 2, 16, 24, 32, 1e-5, "gelu_tanh", 0.1, 0.2, 0.3)
@@ -37,6 +37,16 @@ def change(config, **values):
 QWEN2 = change(LLAMA, qkv_bias=True, head_dim=4)
 QWEN3 = change(LLAMA, qk_norm=True)
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 16)
+YARN = RopeScaling("yarn", 4.0, 1.0, 32.0, 16, magnitude=1.2, whole_channels=False)
+LONG = RopeScaling("channels", 2.0, original_max_positions=32, channel_factors=(1.5, 2.0), magnitude=1.1)
+OLMO = change(LLAMA, head_dim=4, qk_norm=True, qk_norm_all=True, norms="after")
+GEMMA = change(
+    LLAMA, norms="both", offset_norms=True, embed_scale=4.0, attention_scale=0.25, tied_head=True, logit_softcap=3.0
+)
+MODERN = ModernBertConfig(
+    53, 2, 2, 16, 24, 32, 1e-5, "gelu", False, False, False, 0.0, 0.0, 0.0,
+    (LayerKind(16e4), LayerKind(1e4, None, 3)), (0, 1),
+)  # fmt: skip
 # (model type, config) with every feature that a config can have.
 CONFIGS = {
     **{f"random-{name}": (name, config) for name, config in tiny.MODELS.items()},
@@ -62,10 +72,76 @@ CONFIGS = {
     "qwen3-encoder": ("qwen3", change(QWEN3, causal=False)),
     "qwen3-window": ("qwen3", change(QWEN3, sliding_window=7)),
     "qwen3-biases": ("qwen3", change(QWEN3, qkv_bias=True, out_bias=True, rope_scaling=RopeScaling("linear", 4.0))),
+    "smollm3": ("smollm3", change(LLAMA, layer_kinds=(0, 1), further_kinds=(LayerKind(None),))),
+    "granite": (
+        "granite",
+        change(LLAMA, embed_scale=3.0, residual_scale=0.5, attention_scale=0.25, logit_scale=0.125),
+    ),
+    "phi3": ("phi3", change(LLAMA, head_dim=4, rotary_channels=2, dropout=0.1)),
+    "phi3-longrope": ("phi3", change(LLAMA, head_dim=4, rope_scaling=LONG)),
+    "olmo2": ("olmo2", OLMO),
+    "olmo3": ("olmo3", change(OLMO, layer_kinds=(0, 1), further_kinds=(LayerKind(1e4, YARN),), sliding_window=7)),
+    "gemma2": (
+        "gemma2",
+        change(GEMMA, layer_kinds=(0, 1), further_kinds=(LayerKind(1e4),), sliding_window=7, score_softcap=5.0),
+    ),
+    "gemma3": (
+        "gemma3_text",
+        change(
+            GEMMA,
+            qk_norm=True,
+            layer_kinds=(0, 1),
+            further_kinds=(LayerKind(1e6),),
+            sliding_window=7,
+            logit_softcap=None,
+        ),
+    ),
+    "embeddinggemma": (
+        "gemma3_text",
+        change(
+            GEMMA,
+            qk_norm=True,
+            layer_kinds=(0, 1),
+            further_kinds=(LayerKind(1e6),),
+            sliding_window=7,
+            causal=False,
+            attention_scale=None,
+        ),
+    ),
+    "roberta": ("roberta", change(BERT, first_position=2)),
+    "xlm-roberta": ("xlm-roberta", change(BERT, first_position=2, type_vocab_size=1)),
+    "mpnet": ("mpnet", change(BERT, first_position=2, type_vocab_size=0, distance_kinds=32)),
+    "distilbert": ("distilbert", change(BERT, type_vocab_size=0)),
+    "modernbert": ("modernbert", MODERN),
+    "modernbert-biases": (
+        "modernbert",
+        change(
+            MODERN,
+            vocab_size=57,
+            num_heads=4,
+            width=24,
+            mlp_width=20,
+            max_positions=48,
+            norm_eps=1e-6,
+            activation="relu",
+            attention_bias=True,
+            mlp_bias=True,
+            norm_bias=True,
+            embed_dropout=0.1,
+            attention_dropout=0.2,
+            mlp_dropout=0.3,
+            num_layers=3,
+            layer_kinds=(0, 1, 2),
+            kinds=(LayerKind(1e4), LayerKind(1e3, None, 5), LayerKind(1e4)),
+        ),
+    ),
 }
 every_config = pytest.mark.parametrize(("model_type", "config"), CONFIGS.values(), ids=CONFIGS)
 # The families as their tensors go.
-SHAPES = "bert gpt2 llama llama-attention-biases llama-mlp-bias llama-tied mistral qwen2 qwen3".split()
+SHAPES = (
+    "bert gpt2 llama llama-attention-biases llama-mlp-bias llama-tied mistral qwen2 qwen3 phi3 olmo2 gemma3 "
+    "embeddinggemma roberta mpnet distilbert modernbert modernbert-biases"
+).split()
 every_family = pytest.mark.parametrize("family", SHAPES)
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -73,7 +149,11 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 def draw(config, seed=0):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), models.abstract(config)[1])
+    drawn = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), models.abstract(config)[1])
+    if isinstance(config, ModernBertConfig):
+        for leaf in drawn["layers"]["attention_norm"].values():
+            leaf[0] = 1.0  # the first layer has none
+    return drawn
 
 
 def write_json(path, content):
@@ -151,7 +231,9 @@ def torch_model(folder, model_type, dtype):
     """A model of PyTorch's for the folder's config.json, every parameter away from its usual value."""
     torch = pytest.importorskip("torch")
     config = transformers.AutoConfig.from_pretrained(folder)
-    auto = transformers.AutoModel if model_type == "bert" else transformers.AutoModelForCausalLM
+    if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
+        config.pad_token_id = None
+    auto = transformers.AutoModelForCausalLM if FAMILIES[model_type].config.causal else transformers.AutoModel
     model = auto.from_config(config, dtype=getattr(torch, dtype))
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -171,7 +253,11 @@ def test_save_of_load_is_what_transformers_writes_bit_for_bit(tmp_path, family, 
     assert configs.read_config(source, WHERE) == (model_type, config)
     assert weights.file_dtype(source, model_type, config) == dtype
     params, rest = hf.load_params(source, model_type, config), weights.load_rest(source, model_type)
-    assert set(rest) == ({"pooler.dense.weight", "pooler.dense.bias"} if model_type == "bert" else set())
+    assert set(rest) == (
+        {"pooler.dense.weight", "pooler.dense.bias"}
+        if isinstance(config, BertConfig) and model_type != "distilbert"
+        else set()
+    )
     for name, shard_bytes in {"single": weights.SHARD_BYTES, "sharded": 2000}.items():
         (tmp_path / name).mkdir()
         weights.save_params(params, tmp_path / name, model_type, config, DTYPES[dtype], rest, shard_bytes)
@@ -398,7 +484,7 @@ def test_config_round_trip(tmp_path, model_type, config):
 
 def test_every_field_of_the_configs_is_covered():
     """The round trip would not notice a field that all of its configs share."""
-    for family in (BertConfig, Gpt2Config, LlamaConfig):
+    for family in (BertConfig, Gpt2Config, LlamaConfig, ModernBertConfig):
         values = [vars(config) for _, config in CONFIGS.values() if type(config) is family]
         same = [name for name in values[0] if all(v[name] == values[0][name] for v in values)]
         assert same == ["computing"]
@@ -464,14 +550,18 @@ def test_dropouts_may_be_written_as_whole_numbers(tmp_path):
             "llama",
             {
                 "rope_parameters": {
-                    "rope_type": "yarn",
+                    "rope_type": "proportional",
                     "rope_theta": 1e4,
                     "factor": 2.0,
                     "partial_rotary_factor": 0.5,
                 },
                 "num_key_value_heads": 3,
             },
-            ["rope_type='yarn' (supported: default, linear, llama3)", "partial_rotary_factor=0.5", "4 heads are not"],
+            [
+                "rope_type='proportional' (supported: default, dynamic, linear, llama3,",
+                "partial_rotary_factor=0.5",
+                "4 heads are not",
+            ],
         ),
         ("mistral", {"hidden_act": "mish"}, ["hidden_act='mish'"]),
         (
@@ -499,8 +589,8 @@ def test_unsupported_values_are_named_all_at_once(tmp_path, family, values, name
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model_type": "t5"}, "model_type='t5' is not supported; supported are bert, gpt2, llama, mistral, qwen2"),
-        ({"model_type": "no-such-type"}, r"cannot be read \(.*no-such-type.*supported model types are bert, gpt2"),
+        ({"model_type": "t5"}, "model_type='t5' is not supported; supported are bert, roberta, xlm-roberta, mpnet,"),
+        ({"model_type": "no-such-type"}, r"cannot be read \(.*no-such-type.*supported model types are bert, roberta"),
         ({"hidden_size": 8}, r"cannot be read \(.*model_type"),
         ('{"model_type": "bert",', r"cannot be read \(.*not a valid JSON file"),
         ("[]", "cannot be read"),

@@ -30,6 +30,8 @@ BERT = dict(
     max_position_embeddings=32, pad_token_id=None,
 )  # fmt: skip
 GPT2 = dict(vocab_size=VOCAB, n_embd=WIDTH, n_inner=48, n_layer=2, n_head=4, n_positions=64)
+GEMMA = dict(head_dim=10, query_pre_attn_scalar=7, tie_word_embeddings=True)
+SPECIAL = dict(local_attention=8, eos_token_id=1, bos_token_id=2, cls_token_id=2, sep_token_id=1)
 # Model type, its config, and what PEFT's LoraConfig is given.
 CASES = {
     "bert": ("bert", BERT, dict(target_modules=["query", "key", "value", "dense"])),
@@ -39,6 +41,14 @@ CASES = {
     "llama": ("llama", LLAMA, dict(target_modules="all-linear")),
     "llama-pattern": ("llama", LLAMA, dict(target_modules=r".*\.(q_proj|down_proj)", use_rslora=True)),
     "qwen3": ("qwen3", LLAMA | dict(head_dim=10), dict(target_modules=["v_proj", "o_proj"])),
+    "phi3": ("phi3", LLAMA, dict(target_modules="all-linear")),
+    "gemma3": ("gemma3_text", LLAMA | GEMMA, dict(target_modules=["q_proj", "down_proj"])),
+    "mpnet": (
+        "mpnet",
+        BERT | dict(max_position_embeddings=34, pad_token_id=1),
+        dict(target_modules=["q", "o", "dense"]),
+    ),
+    "modernbert": ("modernbert", BERT | SPECIAL, dict(target_modules=["Wqkv", "Wi", "Wo"])),
 }
 TOLERANCE = 1e-4
 
@@ -64,7 +74,8 @@ def made(tmp_path_factory):
         base, adapter = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("adapter")
         model_type, values, asked = CASES[case]
         config = transformers.AutoConfig.for_model(model_type, **values)
-        auto = transformers.AutoModel if model_type == "bert" else transformers.AutoModelForCausalLM
+        is_causal = FAMILIES[model_type].config.causal
+        auto = transformers.AutoModelForCausalLM if is_causal else transformers.AutoModel
         model = auto.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
         redrawn(model, 7)
         model.save_pretrained(base)
@@ -137,10 +148,11 @@ def gradients_of(adapted, folder, adapter, model_type, config):
 def assert_gradients_close(got, expected, model_type):
     """Where one A of theirs is of three layers of ours, theirs is the sum of our three."""
     assert got.keys() == expected.keys()
-    if model_type == "gpt2":
-        parts = [f"layers/attention/{part}/{adapters.A}" for part in ("query", "key", "value")]
-        total = sum(np.asarray(got[part]) for part in parts if part in got)
-        got = {path: total if path in parts else value for path, value in got.items()}
+    for rule in FAMILIES[model_type].rules:
+        parts = [part.replace("/kernel", f"/{adapters.A}") for part in rule.parts]
+        if len(parts) > 1 and parts[0] in got:
+            total = sum(np.asarray(got[part]) for part in parts)
+            got = got | dict.fromkeys(parts, total)
     for path in expected:
         error = np.linalg.norm(np.asarray(got[path]) - expected[path]) / np.linalg.norm(expected[path])
         assert error < TOLERANCE, (path, error)
@@ -150,7 +162,7 @@ def assert_gradients_close(got, expected, model_type):
 def test_outputs_and_gradients_equal_peft(made, case, tmp_path):
     adapted, _, adapter, config, params = made(case)
     rng = np.random.default_rng(5)
-    ids, mask = rng.integers(0, VOCAB, (3, 11)), np.arange(11) < np.array([[11], [4], [8]])
+    ids, mask = rng.integers(2, VOCAB, (3, 11)), np.arange(11) < np.array([[11], [4], [8]])
     out_weights = rng.standard_normal((3, 11, VOCAB if config.causal else WIDTH)).astype(np.float32) * mask[:, :, None]
     graphdef, _ = models.abstract(config)
     own, others = split(params)

@@ -43,20 +43,21 @@ LLAMA3 = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=16,
 )
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+GEMMA = LLAMA | dict(head_dim=10, query_pre_attn_scalar=7, tie_word_embeddings=True)
+BERT = dict(
+    vocab_size=VOCAB,
+    hidden_size=WIDTH,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=16,
+    pad_token_id=None,
+)
+SPECIAL = dict(eos_token_id=1, bos_token_id=2, cls_token_id=2, sep_token_id=1)
 # Of each family its model type and what its config says.
 FAMILIES = {
-    "bert": (
-        "bert",
-        dict(
-            vocab_size=VOCAB,
-            hidden_size=WIDTH,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=16,
-            pad_token_id=None,
-        ),
-    ),
+    "bert": ("bert", BERT),
     "gpt2": ("gpt2", dict(vocab_size=VOCAB, n_embd=WIDTH, n_inner=48, n_layer=2, n_head=4, n_positions=16)),
     "llama2": ("llama", LLAMA | dict(num_key_value_heads=4)),
     "llama-llama3-rope": ("llama", LLAMA | dict(rope_parameters=LLAMA3)),
@@ -73,7 +74,73 @@ FAMILIES = {
         LLAMA | dict(num_hidden_layers=3, use_sliding_window=True, sliding_window=3, max_window_layers=1),
     ),
     "qwen3": ("qwen3", LLAMA | dict(head_dim=10, tie_word_embeddings=True)),
+    "smollm3": ("smollm3", LLAMA | dict(num_hidden_layers=3, no_rope_layers=[1, 0, 1])),
+    "smollm3-local": (
+        "smollm3",
+        LLAMA | dict(num_hidden_layers=3, no_rope_layers=[1, 0, 1], use_sliding_window=True, sliding_window=3),
+    ),
+    "granite": (
+        "granite",
+        LLAMA
+        | dict(
+            embedding_multiplier=3.0,
+            residual_multiplier=0.4,
+            attention_multiplier=0.2,
+            logits_scaling=2.5,
+            attention_bias=True,
+        ),
+    ),
+    "olmo2": ("olmo2", LLAMA | dict(pad_token_id=None)),
+    "olmo3": ("olmo3", LLAMA | dict(num_hidden_layers=4, sliding_window=3, rope_scaling=YARN)),
+    "phi3": ("phi3", LLAMA | dict(sliding_window=4, rope_theta=500.0, partial_rotary_factor=0.5)),
+    "phi3-longrope": (
+        "phi3",
+        LLAMA
+        | dict(
+            original_max_position_embeddings=32,
+            rope_scaling=dict(type="longrope", short_factor=[1.0, 1.5, 2.0, 4.0], long_factor=[2.0, 3.0, 4.0, 9.0]),
+        ),
+    ),
+    "llama-yarn": ("llama", LLAMA | dict(rope_parameters=YARN | dict(rope_theta=10000.0))),
+    "llama-dynamic": ("llama", LLAMA | dict(rope_parameters=dict(rope_type="dynamic", rope_theta=500.0, factor=4.0))),
+    "gemma2": ("gemma2", GEMMA | dict(sliding_window=3, attn_logit_softcapping=2.0, final_logit_softcapping=3.0)),
+    "gemma3": ("gemma3_text", GEMMA | dict(sliding_window=3, num_hidden_layers=3, sliding_window_pattern=3)),
+    "gemma3-scaled": (
+        "gemma3_text",
+        GEMMA
+        | dict(
+            sliding_window=3,
+            layer_types=["sliding_attention", "full_attention"],
+            rope_scaling=dict(rope_type="linear", factor=8.0),
+            final_logit_softcapping=3.0,
+        ),
+    ),
+    "embeddinggemma": (
+        "gemma3_text",
+        GEMMA | dict(sliding_window=6, num_hidden_layers=3, sliding_window_pattern=3, use_bidirectional_attention=True),
+    ),
+    "roberta": ("roberta", BERT | dict(max_position_embeddings=18, type_vocab_size=1, pad_token_id=1)),
+    "xlm-roberta": ("xlm-roberta", BERT | dict(max_position_embeddings=18, type_vocab_size=1, pad_token_id=1)),
+    "mpnet": ("mpnet", BERT | dict(max_position_embeddings=18, pad_token_id=1)),
+    "distilbert": (
+        "distilbert",
+        dict(vocab_size=VOCAB, dim=WIDTH, hidden_dim=48, n_layers=2, n_heads=4, max_position_embeddings=16),
+    ),
+    "modernbert": (
+        "modernbert",
+        BERT | dict(num_hidden_layers=4, local_attention=4, **SPECIAL) | dict(max_position_embeddings=64),
+    ),
+    "modernbert-biases": (
+        "modernbert",
+        BERT
+        | dict(num_hidden_layers=2, local_attention=4, norm_bias=True, attention_bias=True, mlp_bias=True, **SPECIAL),
+    ),
 }
+ENCODERS = [
+    name
+    for name, (kind, _) in FAMILIES.items()
+    if kind in ("bert", "roberta", "xlm-roberta", "mpnet", "distilbert", "modernbert") or name == "embeddinggemma"
+]
 
 
 # Layers in turn look at three tokens and turn fast, and look at all and turn slowly: local and global attention.
@@ -101,7 +168,7 @@ def make_batch(side):
     slots = np.arange(LENGTH)
     mask = slots < lengths if side == "right" else slots >= LENGTH - lengths
     shape = (len(LENGTHS), LENGTH)
-    ids, picks = rng.integers(0, VOCAB, (2, *shape))
+    ids, picks = rng.integers(2, VOCAB, (2, *shape))  # the first two may be padding, which PyTorch does not train
     return Batch(ids, mask, picks, rng.standard_normal((*shape, WIDTH)).astype(np.float32))
 
 
@@ -132,7 +199,7 @@ def ours(graphdef, params, batch):
         model = nnx.merge(graphdef, params)
         hidden = model(batch.ids, batch.mask)
         total = (hidden * batch.weights * batch.mask[:, :, None]).sum() / batch.mask.sum()
-        if not isinstance(model, models.Decoder):
+        if not model.config.causal:
             return total, (hidden, None)
         logits = model.logits(hidden)
         log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.picks[:, :, None], axis=-1)[:, :, 0]
@@ -148,6 +215,10 @@ def theirs(model, batch, folder, model_type, config):
     ids, mask, picks, positions = (torch.tensor(a) for a in (batch.ids, batch.mask, batch.picks, batch.positions))
     count = mask.sum()
     inputs = dict(input_ids=ids, attention_mask=mask.long(), position_ids=positions)
+    if isinstance(config, models.BertConfig):
+        inputs["position_ids"] = positions + config.first_position
+    if model_type == "distilbert":  # it has them, but takes none from outside
+        inputs["inputs_embeds"] = model.embeddings.word_embeddings(inputs.pop("input_ids"))
     if not config.causal:
         hidden, logits = model(**inputs).last_hidden_state, None
     else:
@@ -162,7 +233,13 @@ def theirs(model, batch, folder, model_type, config):
     gradients = {n: p.grad.numpy() for n, p in model.named_parameters() if not n.startswith("pooler.")}
     safetensors.numpy.save_file(gradients, folder / "model.safetensors")
     outputs = (hidden.detach().numpy(), None if logits is None else logits.detach().numpy())
-    return (loss.item(), outputs), hf.load_params(folder, model_type, config)
+    found = hf.load_params(folder, model_type, config)
+    if model_type == "modernbert":
+        found["layers"]["attention_norm"] = {
+            leaf: np.concatenate([np.zeros_like(value[:1]), value[1:]])  # the first layer has none
+            for leaf, value in found["layers"]["attention_norm"].items()
+        }
+    return (loss.item(), outputs), found
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +251,7 @@ def pair(tmp_path_factory):
     def load(family):
         folder = tmp_path_factory.mktemp("model")
         config = hf_config(family)
-        auto = transformers.AutoModel if config.model_type == "bert" else transformers.AutoModelForCausalLM
+        auto = transformers.AutoModel if family in ENCODERS else transformers.AutoModelForCausalLM
         model = auto.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
@@ -227,7 +304,7 @@ sides = pytest.mark.parametrize("side", ["right", "left"])
 def test_hidden_states_and_logits_equal_pytorch(pair, family, side):
     batch, ((_, (hidden, logits)), _), ((_, (their_hidden, their_logits)), _) = pair(family, side)
     assert relative(hidden[batch.mask], their_hidden[batch.mask]) < TOLERANCE
-    assert (logits is None) == (family == "bert")
+    assert (logits is None) == (family in ENCODERS)
     if logits is not None:
         assert relative(logits[batch.mask], their_logits[batch.mask]) < TOLERANCE
 
@@ -256,9 +333,17 @@ def test_left_and_right_padding_agree(family):
     ("family", "change"),
     [("llama-llama3-rope", {"rope_scaling": None}), ("llama-linear-rope", {"rope_scaling": None})]
     + [("mistral", {"sliding_window": None}), ("llama2", {"rope_theta": 500.0})]
-    + [("qwen2-local", {"layer_kinds": (1, 0, 1)}), ("qwen2-local", {"layer_kinds": (0, 0, 0)})],
+    + [("qwen2-local", {"layer_kinds": (1, 0, 1)}), ("qwen2-local", {"layer_kinds": (0, 0, 0)})]
+    + [("llama-yarn", {"rope_scaling": None}), ("phi3-longrope", {"rope_scaling": None})]
+    + [("phi3", {"rotary_channels": None}), ("phi3", {"sliding_window": None})]
+    + [("smollm3", {"layer_kinds": (0, 0, 0)}), ("smollm3-local", {"layer_kinds": (0, 0, 0)})]
+    + [("olmo3", {"layer_kinds": (1, 1, 1, 1)}), ("gemma3", {"layer_kinds": (1, 1, 1)})]
+    + [("embeddinggemma", {"layer_kinds": (1, 1, 1)}), ("embeddinggemma", {"causal": True})]
+    + [("gemma2", {"score_softcap": None}), ("gemma2", {"attention_scale": None})]
+    + [("granite", {name: 1.0}) for name in ("embed_scale", "residual_scale", "attention_scale")]
+    + [("modernbert", {"layer_kinds": (0, 2, 2, 2)}), ("modernbert", {"layer_kinds": (1, 1, 1, 2)})],
 )
-def test_what_tells_the_llamas_apart_matters_here(family, change):
+def test_what_tells_the_families_apart_matters_here(family, change):
     """Else agreement with PyTorch would say nothing about it."""
     batch = make_batch("right")
     (graphdef, params), (changed, _) = make_model(family), make_model(family, **change)
@@ -276,7 +361,7 @@ def decode_step(graphdef, params, ids, cache):
     return nnx.merge(graphdef, params).decode_step(ids, cache)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama-llama3-rope", "mistral", "qwen2-local", "two ropes"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ENCODERS] + ["two ropes"])
 def test_a_filled_cache_and_its_steps_equal_the_plain_forward(family):
     graphdef, params = make_model(family)
     prompt, batch = 6, make_batch("right")
@@ -294,7 +379,7 @@ def test_a_filled_cache_and_its_steps_equal_the_plain_forward(family):
     np.testing.assert_array_equal(cache.length, lengths + steps)
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama2", "qwen3"])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "modernbert", "gpt2", "llama2", "qwen3", "phi3", "gemma2"])
 def test_every_product_is_in_the_dtype_of_the_parameters(family):
     """One float32 value on the way would make all that follows float32."""
     graphdef, params = make_model(family, computing=Computing("bfloat16"))

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from rag_jax import models
-from rag_jax.models import BertConfig, Gpt2Config, LlamaConfig, layers
+from rag_jax.models import BertConfig, Gpt2Config, LayerKind, LlamaConfig, ModernBertConfig, layers
 from rag_jax.models.packing import packed, packing_of, repeated, unpacked
 
 MASK = np.array([[0, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [1, 0, 1, 0, 0]], bool)
@@ -18,6 +18,25 @@ ENCODERS = {
     "gpt2": Gpt2Config(67, 2, 2, 16, 32, 64, 1e-5, "gelu_tanh", 0.2, 0.2, 0.2),
     "llama": LlamaConfig(
         67, 2, 4, 2, 8, 16, 32, 64, 1e-5, 1e4, None, "silu", True, False, False, True, False, 3, 0.0, causal=False
+    ),
+    "mpnet": BertConfig(61, 2, 2, 16, 32, 64, 0, 1e-12, "gelu", 0.2, 0.2, first_position=2, distance_kinds=32),
+    "modernbert": ModernBertConfig(
+        67,
+        3,
+        2,
+        16,
+        32,
+        64,
+        1e-5,
+        "gelu",
+        False,
+        False,
+        False,
+        0.2,
+        0.2,
+        0.2,
+        (LayerKind(1e4), LayerKind(1e3, None, 3)),
+        (0, 1, 1),
     ),
 }
 

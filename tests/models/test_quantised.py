@@ -108,13 +108,13 @@ def loss_of(config, params, own):
 
 
 @pytest.mark.parametrize("base_dtype", ["bfloat16", *quantised.KINDS])
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama-biases"])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "modernbert", "gpt2", "llama-biases", "phi3", "gemma3"])
 def test_a_model_on_such_a_base_is_that_on_its_dequantised_copy(folder, family, base_dtype):
     held, whole, own = loaded(folder, family, base_dtype)
     (_, hidden), gradients = loss_of(*held, own)
     (_, expected), of_whole = loss_of(*whole, own)
     np.testing.assert_allclose(hidden, expected, rtol=1e-5, atol=1e-5)
-    assert_trees_close(gradients, of_whole, 1e-5)
+    assert_trees_close(gradients, of_whole, 5e-5)
     # And not that on the float32 base.
     path, config = folder(family)
     params = jax.tree.map(jnp.asarray, hf.load_params(path, hf_config(family).model_type, config))
