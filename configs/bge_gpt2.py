@@ -51,6 +51,7 @@ def get_config() -> ConfigDict:
     retriever.pooling = "auto"
     retriever.similarity = "auto"
     retriever.truncate_dim = None
+    retriever.matryoshka_dims = ()
     retriever.query_prefix = "Represent this sentence for searching relevant passages: "
     retriever.passage_prefix = None
     retriever.remat = "dots"

@@ -54,6 +54,7 @@ def get_config() -> ConfigDict:
     retriever.pooling = "last"
     retriever.similarity = "auto"
     retriever.truncate_dim = None
+    retriever.matryoshka_dims = ()
     retriever.query_prefix = "Instruct: Given a question, retrieve passages that answer it\nQuery: "
     retriever.passage_prefix = None
     retriever.remat = "full"

@@ -47,6 +47,7 @@ def get_config() -> ConfigDict:
     retriever.pooling = "auto"
     retriever.similarity = "auto"
     retriever.truncate_dim = None
+    retriever.matryoshka_dims = ()
     retriever.query_prefix = None
     retriever.passage_prefix = None
     retriever.remat = "dots"

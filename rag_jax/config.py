@@ -36,6 +36,7 @@ SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant
 
 Rules = tuple[tuple[str, float], ...]
 Texts = tuple[str, ...]
+Widths = tuple[int, ...]
 # A ConfigDict of the keys below. Its sections and values are attributes, whose types no checker can know.
 Config = Any
 # A check says what a value must be, or None when it is right.
@@ -105,6 +106,10 @@ def rules(v: Rules) -> str | None:
 
 def patterns(v: Texts) -> str | None:
     return rules(tuple((pattern, 1.0) for pattern in v)) if v else "must name a layer at least"
+
+
+def widths(v: Widths) -> str | None:
+    return None if all(width > 0 for width in v) and len(set(v)) == len(v) else "must be different numbers above 0"
 
 
 def base_keys(role: str) -> dict[str, Key]:
@@ -209,12 +214,22 @@ KEYS: dict[str, Key] = {
     "prompt.query": Key(str, holds("{query}"), "template of the query segment"),
     "prompt.answer": Key(str, holds("{answer}"), "template of the answer segment"),
     "retriever.path": Key(str | None, not_empty, "Hugging Face folder, hub name, or random:bert|gpt2|llama|qwen3"),
-    "retriever.pooling": Key(str, one_of("auto", "cls", "mean", "last"), "auto: what the model's folder says"),
+    "retriever.pooling": Key(
+        str,
+        one_of("auto", "cls", "mean", "last", "max", "mean_sqrt_len", "weighted_mean"),
+        "auto: what the model's folder says",
+    ),
     "retriever.similarity": Key(
         str, one_of("auto", "cosine", "dot"), "of two embeddings; auto: what the model's folder says, else cosine"
     ),
     "retriever.truncate_dim": Key(
         int | None, at_least(1), "leading channels that are the embedding; None: what the model's folder says, else all"
+    ),
+    "retriever.matryoshka_dims": Key(
+        Widths,
+        widths,
+        "numbers of leading channels that are embeddings too: the contrastive loss is summed over them, retrieval is "
+        "measured at each",
     ),
     "retriever.query_prefix": Key(str | None, anything, "put before queries; None: what the model's folder says"),
     "retriever.passage_prefix": Key(str | None, anything, "put before passages; None: what the model's folder says"),
@@ -437,6 +452,7 @@ _PARSERS: dict[Any, Callable[[str], Any]] = {
     str: str,
     Rules: ast.literal_eval,
     Texts: ast.literal_eval,
+    Widths: ast.literal_eval,
 }
 _KIND_NAMES = {
     int: "a whole number",
@@ -444,6 +460,7 @@ _KIND_NAMES = {
     str: "text",
     Rules: "pairs such as (('generator/', 0.5), ('.*', 1.0))",
     Texts: "texts such as ('attention/', 'mlp/')",
+    Widths: "whole numbers such as (256, 128)",
 }
 
 
@@ -495,7 +512,7 @@ def _convert(value: Any, name: str) -> Any:
     if kind is Rules and isinstance(value, list | tuple):
         pairs = [tuple(pair) if isinstance(pair, list) else pair for pair in value]
         return tuple((pair[0], float(pair[1])) if _is_rule(pair) else pair for pair in pairs)
-    if kind is Texts and isinstance(value, list):
+    if kind in (Texts, Widths) and isinstance(value, list):
         return tuple(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -508,6 +525,8 @@ def _is_kind(kind: Any, value: Any) -> bool:
         return isinstance(value, tuple) and all(_is_rule(pair) for pair in value)
     if kind is Texts:
         return isinstance(value, tuple) and all(isinstance(text, str) for text in value)
+    if kind is Widths:
+        return isinstance(value, tuple) and all(_is_kind(int, width) for width in value)
     if value is None:
         return optional
     if isinstance(value, bool):

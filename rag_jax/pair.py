@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from rag_jax import data, hf, models, rag
 from rag_jax.distributed import sharding
 from rag_jax.errors import UserError
-from rag_jax.models import adapters, flops
+from rag_jax.models import adapters, flops, projection
 from rag_jax.models.quantised import KINDS
 from rag_jax.objectives import OBJECTIVES, ROLES
 from rag_jax.planning import fit
@@ -159,7 +159,22 @@ def composite(config: Any, sources: dict[str, hf.Source], device: fit.Device | N
         head_tokens,
         similarity=embedding.similarity,
         truncate_dim=embedding.truncate_dim,
+        matryoshka_dims=_matryoshka_dims(config, sources, embedding),
     )
+
+
+def _matryoshka_dims(config: Any, sources: dict[str, hf.Source], embedding: hf.Pooling) -> tuple[int, ...]:
+    """Widths below that of the embedding; UserError for others."""
+    dims = config.retriever.matryoshka_dims if "retriever" in sources else ()
+    if dims:
+        before = hf.pooled_width(embedding.mode, sources["retriever"].model_config.width)
+        width = embedding.truncate_dim or projection.width_of(embedding.projection, before)
+        if max(dims) >= width:
+            raise UserError(
+                f"retriever.matryoshka_dims={dims}: an embedding has {width} channels, and is trained whole in any "
+                "case; name fewer"
+            )
+    return tuple(dims)
 
 
 def pooling(config: Any, source: hf.Source) -> hf.Pooling:
@@ -170,19 +185,23 @@ def pooling(config: Any, source: hf.Source) -> hf.Pooling:
         folder_says.passage_prefix,
     )
     width = section.truncate_dim or folder_says.truncate_dim
-    if width is not None and width > source.model_config.width:
+    mode = folder_says.mode if section.pooling == "auto" else section.pooling
+    parts, before = folder_says.projection, hf.pooled_width(mode, source.model_config.width)
+    if problem := projection.problem(parts, before):
+        raise UserError(f"retriever.pooling={mode}: retriever.path={source.path!r} has {problem}; choose another")
+    if width is not None and width > (most := projection.width_of(parts, before)):
         raise UserError(
-            f"retriever.truncate_dim={width}: retriever.path={source.path!r} has {source.model_config.width} channels; "
-            "give fewer"
+            f"retriever.truncate_dim={width}: retriever.path={source.path!r} has {most} channels; give fewer"
         )
     return hf.Pooling(
-        folder_says.mode if section.pooling == "auto" else section.pooling,
+        mode,
         query if section.query_prefix is None else section.query_prefix,
         passage if section.passage_prefix is None else section.passage_prefix,
         max(config.data.query_len, config.data.passage_len),
         folder_says.similarity if section.similarity == "auto" else section.similarity,
         width,
         folder_says.lower_case,
+        parts,
     )
 
 
@@ -223,7 +242,7 @@ def model_config(config: Any, role: str, source: hf.Source, device: fit.Device |
     own = _with_dropout(config, source)
     # Layers one after the other, nothing would keep the compiler from making all quantised ones whole at the start.
     unrolls = own.computing.base_dtype not in KINDS and fit.unrolls(device, own.num_layers)
-    held = own.computing.lora, own.computing.base_dtype
+    held = own.computing.lora, own.computing.base_dtype, own.computing.projection
     computing = models.Computing(config.dtype, config[role].remat, kernel, unrolls, *held)
     return dataclasses.replace(own, computing=computing)
 
@@ -297,8 +316,8 @@ def pretrained_params(pair: Pair, mesh: Mesh | None = None) -> dict[str, Any]:
             params[role] = params["generator"]
         else:
             params[role] = hf.load_params(source.folder, source.model_type, source.model_config, places)
-        if source.model_config.computing.lora is not None:
-            params[role] = _with_adapters(pair.config.seed, role, source, params[role], leaves)
+        if source.model_config.computing.lora is not None or source.model_config.computing.projection:
+            params[role] = _with_others(pair.config.seed, role, source, params[role], leaves)
     return params
 
 
@@ -320,9 +339,10 @@ def _base(config: Any, role: str, source: hf.Source) -> hf.Source:
     return dataclasses.replace(hf.open_model(path, key, role), model_config=source.model_config)
 
 
-def _with_adapters(seed: int, role: str, source: hf.Source, params: Any, leaves: Any) -> Any:
-    """The parameters and the adapters beside them: those of the source's folder, or new ones."""
-    found = hf.load_adapter(source) if source.adapter is not None else {}
+def _with_others(seed: int, role: str, source: hf.Source, params: Any, leaves: Any) -> Any:
+    """The parameters, what stands behind the pooling, and adapters: those of the source's folder, or new ones."""
+    found = hf.load_projection(source)
+    found |= hf.load_adapter(source) if source.adapter is not None else {}
     key = jax.random.fold_in(jax.random.key(seed), ROLES.index(role))
     named = jax.tree_util.tree_leaves_with_path(params)
     have = {jax.tree_util.keystr(path, simple=True, separator="/"): a for path, a in named}

@@ -32,6 +32,9 @@ from rag_jax.objectives import OBJECTIVES, Formula
 
 jax.tree_util.register_static(Packed)
 
+# How token states become one vector.
+MEANS = ("mean", "mean_sqrt_len", "weighted_mean")
+POOLING = ("cls", "last", "max", *MEANS)
 # Passages besides the known ones that evidence may make right for a query, the best ones.
 MORE_RIGHT = 3
 # Scores that exist at one time on a device in the contrastive loss, 16 MB for rows and for columns.
@@ -153,7 +156,7 @@ class Rag:
     objective: Objective
     retriever: nnx.GraphDef | None
     generator: nnx.GraphDef | None
-    pooling: str  # "cls" | "mean" | "last"
+    pooling: str  # of POOLING, or several of them joined by +
     group_size: int  # g
     dtype: Any = jnp.float32
     chunk_size: int = 0  # rows that the retriever encodes at a time on a device; 0: all
@@ -165,6 +168,7 @@ class Rag:
     gather: Gather | None = None  # brings shared parameters together; None: they are whole
     similarity: str = "cosine"  # "cosine" | "dot", of embeddings
     truncate_dim: int | None = None  # leading channels that are an embedding; None: all
+    matryoshka_dims: tuple[int, ...] = ()  # fewer of them that are embeddings too
 
     def model(self, name: str, params: dict) -> Any:
         """A model over float32 parameters; those of its layers are made ready one layer at a time.
@@ -242,12 +246,22 @@ def row_keys(rag: Rag, batch: Batch, key: Key[Array, ""] | None) -> Keys:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, rag.shard.positions(len(batch.query_key)))
 
 
-def pool(hidden_BLD: Float[Array, "B L D"], mask_BL: Bool[Array, "B L"], mode: str) -> Float[Array, "B D"]:
-    """One vector a row: the first real token ("cls"), the mean of the real ones, or the last real one."""
-    if mode == "mean":
+def pool(hidden_BLD: Float[Array, "B L D"], mask_BL: Bool[Array, "B L"], mode: str) -> Float[Array, "B E"]:
+    """One vector a row, of its real tokens: the first ("cls"), the last, the mean, or another of POOLING.
+
+    Of several modes, joined by +, their vectors side by side.
+    """
+    if "+" in mode:
+        return jnp.concatenate([pool(hidden_BLD, mask_BL, one) for one in mode.split("+")], axis=1)
+    if mode == "max":
+        return jnp.max(jnp.where(mask_BL[:, :, None], hidden_BLD.astype(jnp.float32), -1e9), axis=1)
+    if mode in MEANS:
         weights_BL1 = mask_BL[:, :, None].astype(jnp.float32)
+        if mode == "weighted_mean":  # the first token counts once, the second twice, and so on
+            weights_BL1 *= layers.positions_of(mask_BL)[:, :, None] + 1
         total_BD = jnp.sum(hidden_BLD.astype(jnp.float32) * weights_BL1, axis=1)
-        return total_BD / jnp.maximum(jnp.sum(weights_BL1, axis=1), 1.0)
+        count_B1 = jnp.maximum(jnp.sum(weights_BL1, axis=1), 1.0)
+        return total_BD / (jnp.sqrt(count_B1) if mode == "mean_sqrt_len" else count_B1)
     L = mask_BL.shape[1]
     index_B = jnp.argmax(mask_BL, axis=1) if mode == "cls" else L - 1 - jnp.argmax(mask_BL[:, ::-1], axis=1)
     return jnp.take_along_axis(hidden_BLD, index_B[:, None, None], axis=1)[:, 0].astype(jnp.float32)
@@ -268,7 +282,8 @@ def encode(
     `num_tokens`: that are packed, see `packing_of`.
     """
     hidden_BLD = retriever(ids_BL, mask_BL, dropout_keys, num_tokens)
-    emb_BE = pool(hidden_BLD, mask_BL, pooling)[:, :truncate_dim]
+    emb_BE, projection = pool(hidden_BLD, mask_BL, pooling), getattr(retriever, "projection", None)
+    emb_BE = (emb_BE if projection is None else projection(emb_BE))[:, :truncate_dim]
     return emb_BE if similarity == "dot" else normalised(emb_BE)
 
 
@@ -278,6 +293,12 @@ def normalised(emb_nE: Float[Array, "n E"]) -> Float[Array, "n E"]:
     is_zero_n1 = square_n1 == 0  # asked like this, NaN stays NaN
     norm_n1 = jnp.sqrt(jnp.where(is_zero_n1, 1.0, square_n1))
     return jnp.where(is_zero_n1, 0.0, emb_nE / jnp.maximum(norm_n1, 1e-12))
+
+
+def leading(emb: Float[Array, "... E"], width: int, similarity: str) -> Float[Array, "... W"]:
+    """The embedding that the first `width` channels are, as `encode` gives them."""
+    emb = emb[..., :width]
+    return emb if similarity == "dot" else normalised(emb.reshape(-1, width)).reshape(emb.shape)
 
 
 def first_copies(keys_n: Int[Array, " n"]) -> Bool[Array, " n"]:
@@ -459,6 +480,14 @@ def labels(rag: Rag, batch: Batch) -> tuple[Int[Array, "b R"], Int[Array, "b W"]
 
 
 def contrastive_term(rag: Rag, batch: Batch, embs: Embs) -> Term:
+    """The contrastive loss of whole embeddings and of their leading channels (Kusupati et al., 2022), summed."""
+    cut = functools.partial(leading, similarity=rag.similarity)
+    shorter = [(cut(embs[0], width), cut(embs[1], width)) for width in rag.matryoshka_dims]
+    nats, counted = zip(*(info_nce(rag, batch, each) for each in (embs, *shorter)), strict=True)
+    return Term(functools.reduce(jnp.add, nats), counted[0])
+
+
+def info_nce(rag: Rag, batch: Batch, embs: Embs) -> Term:
     """Symmetric InfoNCE of this device's rows over the global batch: a query over passages, its passages over queries.
 
     Every passage of the batch is one column, however many groups hold it, and none of a query that it is known to

@@ -98,6 +98,24 @@ def make(generator="llama", dtype="float32", **objective):
     return model, {"retriever": retriever_params, "generator": params}
 
 
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_the_contrastive_loss_is_summed_over_leading_widths(similarity):
+    """Those of embeddings that are cut there; values and gradients."""
+    model, params = make(name="none", contrastive_weight=1.0)
+    model, rows = dataclasses.replace(model, similarity=similarity), make_rows(8)
+
+    def loss(of, params):
+        return rag.loss(of, params, rows, None)[0]
+
+    gradient = jax.value_and_grad(loss, 1)
+    found = gradient(dataclasses.replace(model, matryoshka_dims=(10, 3)), params)
+    each = [gradient(dataclasses.replace(model, truncate_dim=width), params) for width in (16, 10, 3)]
+    wanted = jax.tree.map(lambda *of: sum(of), *each)
+    for got, expected in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+    assert float(found[0]) > 1.5 * float(each[0][0])
+
+
 def right_slots(rows, group_size):
     """Of each row, the slots of its group that hold a passage which is known to answer its query."""
     keys, slots = np.asarray(rows.pool.key).ravel(), rows.pool.key.shape[1]

@@ -31,6 +31,7 @@ PARAM_RULES: tuple[tuple[str, PS], ...] = (
     (r"layers/.*(query|key|value|gate|up)/(kernel|codes|scales)$", PS(None, "data", "model")),
     (r"layers/.*(out|down)/(kernel|codes|scales)$", PS(None, "model", "data")),
     (r"head/kernel$", PS("data", "model")),
+    (r"projection/.*kernel$", PS("data", None)),
     # Adapters are small: a copy for every share of `data`, split along `model` as their layers are.
     (r"layers/.*(query|key|value|gate|up)/lora_b$", PS(None, None, "model")),
     (r"layers/.*(out|down)/lora_a$", PS(None, "model", None)),

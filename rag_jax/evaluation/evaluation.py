@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
@@ -29,8 +30,11 @@ DEFINITIONS = {
     "relevant": "to a query are the passages of all rows with its text; retrieved are those of highest cosine, of all "
     "passages; means are over rows",
     **metrics.definitions(),
+    "eval/..._dimW": "the same by the first W channels of embeddings alone",
     "intervals": "95 %, percentile bootstrap over rows, 1,000 resamples",
 }
+# What is measured at each of `retriever.matryoshka_dims` too.
+AT_WIDTHS = ("recall@1", "recall@10", "mrr@10", "ndcg@10")
 # Of the retrieved passages in the file of rows, and characters of each.
 SHOWN, EXCERPT = 10, 160
 
@@ -133,7 +137,8 @@ def evaluate(
     columns: dict[str, metrics.Column] = {}
     cosine = retrieved = hits = answers = None
     if "retriever" in params:
-        cosine, retrieved = retrieve(model, params, rows, index_folder, rerank)
+        query_emb, corpus = embedded(model, params, rows, index_folder)
+        cosine, retrieved = search.top_k(query_emb, corpus, most(model, rerank))
         if rerank:
             cosine, retrieved = reranked(model, params, rows, cosine, retrieved, rerank)
         examples = rows.examples
@@ -141,6 +146,8 @@ def evaluate(
         if num_relevant.any():
             is_known = (num_relevant > 0).astype(np.float64)
             columns |= {name: (values, is_known) for name, values in metrics.ranking(hits, num_relevant).items()}
+            for width in model.matryoshka_dims:
+                columns |= at_width(model, rows, query_emb, corpus, width, is_known)
         columns |= found_in(rows, retrieved)
     if "generator" in params:
         K = model.objective.candidates
@@ -154,20 +161,39 @@ def evaluate(
     return Result(values, intervals, by_row(rows, columns, cosine, retrieved, hits, answers))
 
 
-def retrieve(
-    model: rag.Rag, params: dict, rows: EvalRows, index_folder: pathlib.Path | None = None, at_least: int = 0
-) -> tuple[Float[np.ndarray, "Q K"], Int[np.ndarray, "Q K"]]:
-    """Cosines and indices of the passages nearest to each sampled query, as many as metrics or generator need."""
+def most(model: rag.Rag, at_least: int = 0) -> int:
+    """So many passages of a query as metrics or the generator need."""
+    return max(metrics.DEPTH, model.objective.candidates, at_least)
+
+
+def embedded(
+    model: rag.Rag, params: dict, rows: EvalRows, index_folder: pathlib.Path | None = None
+) -> tuple[Float[np.ndarray, "Q E"], Any]:
+    """The sampled queries' embeddings, and the corpus' in memory or on disk."""
     queries, passages = rows.examples.retriever_queries, rows.examples.retriever_passages
     assert queries is not None and passages is not None
     keys, query = np.unique(rows.examples.query_key[rows.sample], return_inverse=True)
     embed = functools.partial(search.embed, model, params, batch_size=rows.batch_size)
     query_emb = embed(queries.take(keys), label="queries")[query]
     if index_folder is None:
-        corpus: Any = embed(passages, label="passages")
-    else:
-        corpus = disk_index.build(index_folder, model, params, passages, batch_size=rows.batch_size)
-    return search.top_k(query_emb, corpus, max(metrics.DEPTH, model.objective.candidates, at_least))
+        return query_emb, embed(passages, label="passages")
+    return query_emb, disk_index.build(index_folder, model, params, passages, batch_size=rows.batch_size)
+
+
+def at_width(
+    model: rag.Rag,
+    rows: EvalRows,
+    query_emb: Float[np.ndarray, "Q E"],
+    corpus: Any,
+    width: int,
+    is_known: Float[np.ndarray, " Q"],
+) -> dict[str, metrics.Column]:
+    """What retrieval by the first `width` channels gives."""
+    unit, examples = model.similarity == "cosine", rows.examples
+    queries = np.asarray(rag.leading(jnp.asarray(query_emb), width, model.similarity))
+    _, retrieved = search.top_k(queries, search.Leading(corpus, width, unit), most(model))
+    found = metrics.ranking(*metrics.relevant_hits(retrieved, examples.right_key[examples.query_key[rows.sample]]))
+    return {f"{name}_dim{width}": (values, is_known) for name, values in found.items() if name in AT_WIDTHS}
 
 
 def reranked(

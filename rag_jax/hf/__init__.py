@@ -19,7 +19,7 @@ from rag_jax.hf import config as configs
 from rag_jax.hf import folder as folders
 from rag_jax.hf import known, peft, weights
 from rag_jax.hf.families import FAMILIES, Family
-from rag_jax.hf.pooling import Pooling, read_pooling, write_pooling
+from rag_jax.hf.pooling import Pooling, load_parts, pooled_width, read_pooling, write_pooling
 from rag_jax.hf.weights import load_params
 from rag_jax.models import adapters
 
@@ -32,8 +32,10 @@ __all__ = [
     "fused_problem",
     "load_adapter",
     "load_params",
+    "load_projection",
     "open_config",
     "open_model",
+    "pooled_width",
     "save_adapter",
     "save_model",
     "with_adapter",
@@ -80,6 +82,8 @@ def open_model(path: str, key: str, role: str) -> Source:
         model_config = model_config.without_head()  # not read, not kept, not written
     tokenizer = _tokenizer(folder, where, model_config.vocab_size)
     pooling = read_pooling(around, FAMILIES[model_type].pooling, where)
+    if role == "retriever":
+        model_config = models.with_projection(model_config, pooling.projection)
     if role == "retriever" and pooling.lower_case:
         _lower_case(tokenizer)
     dtype = _rest_dtype(folder) or weights.file_dtype(folder, model_type, model_config)
@@ -100,11 +104,18 @@ def with_adapter(source: Source, path: str, key: str) -> Source:
     pooling, tokenizer, around = source.pooling, source.tokenizer, source.around
     if "modules.json" in files_there:
         pooling, around = read_pooling(folder, source.family.pooling, where), folder
+        config = models.with_projection(config, pooling.projection)
     if "tokenizer.json" in files_there:
         tokenizer = _tokenizer(folder, where, config.vocab_size)
     return dataclasses.replace(
         source, path=path, model_config=config, tokenizer=tokenizer, pooling=pooling, around=around, adapter=folder
     )
+
+
+def load_projection(source: Source) -> dict[str, np.ndarray]:
+    """What a retriever's folder holds of what stands behind its pooling, by the paths of our leaves."""
+    parts = source.model_config.computing.projection
+    return load_parts(source.around, parts) if parts else {}
 
 
 def load_adapter(source: Source) -> dict[str, np.ndarray]:
@@ -152,7 +163,7 @@ def save_model(
         theirs["pad_token_id"] = None  # no embedding stands there, and PyTorch refuses to make such a layer
     files.write_json(folder / "config.json", theirs)
     if pooling is not None:
-        write_pooling(folder, pooling, source.model_config.width)
+        write_pooling(folder, pooling, source.model_config.width, params, dtype)
         _with_pad_token(folder, source.tokenizer)
     rest = weights.load_rest(source.folder, source.model_type)
     params = adapters.merged(params, source.model_config.computing.lora)
@@ -171,7 +182,7 @@ def save_adapter(
         (folder / name).unlink(missing_ok=True)
     _without_code(folder)
     if pooling is not None:
-        write_pooling(folder, pooling, source.model_config.width)
+        write_pooling(folder, pooling, source.model_config.width, params, "float32")
         _with_pad_token(folder, source.tokenizer)
     is_retriever = pooling is not None
     peft.save(

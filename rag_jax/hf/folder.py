@@ -12,13 +12,13 @@ from rag_jax.hf import tiny, weights
 
 RANDOM = "random:"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
+HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors", "*_Dense/*.bin", "*_LayerNorm/*.bin"]
 TORCH_FILES = ["pytorch_model*.bin"]  # fetched where there is no safetensors
 # Relative names.
 SMALL_FILES = (
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|modules"
     r"|config_sentence_transformers|sentence_bert_config|adapter_config)\.json"
-    r"|vocab\.txt|merges\.txt|chat_template\.jinja|[\w.-]+\.model|[\w.-]*Pooling/config\.json"
+    r"|vocab\.txt|merges\.txt|chat_template\.jinja|[\w.-]+\.model|[\w.-]*(Pooling|Dense|LayerNorm)/config\.json"
 )
 OTHERS = ["onnx/*", "openvino/*", "original/*"]  # the same weights again, for other programs
 # Raise it when the random models change.

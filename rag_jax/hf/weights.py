@@ -220,7 +220,7 @@ def _tensors(folder: pathlib.Path, family: Family) -> dict[str, _Tensor]:
     for path in files(folder):
         untrusted.refuse_pointer(path, str(path))
         try:
-            with _opened(path) as file:
+            with opened(path) as file:
                 for name in file.keys():
                     part = file.get_slice(name)
                     known = canonical(name, family)
@@ -252,14 +252,14 @@ def _reading() -> Iterator[Callable[[_Tensor, Any], np.ndarray]]:
 
         def read(tensor: _Tensor, where: Any) -> np.ndarray:
             if tensor.path not in files:
-                files[tensor.path] = stack.enter_context(_opened(tensor.path))
+                files[tensor.path] = stack.enter_context(opened(tensor.path))
             file = files[tensor.path]
             return file.get_tensor(tensor.name) if where is ... else file.get_slice(tensor.name)[where]
 
         yield read
 
 
-def _opened(path: pathlib.Path) -> Any:
+def opened(path: pathlib.Path) -> Any:
     return torch_file.opened(path) if path.suffix == ".bin" else safetensors.safe_open(path, "np")
 
 
@@ -352,8 +352,9 @@ def _write(
 
 
 def _leaves(config: models.ModelConfig, *, as_held: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
-    """All but adapters, which stand in files of their own; as files hold them, or as the run does."""
-    config = models.with_lora(config, None) if as_held else models.plain(config)
+    """All but adapters and what stands behind the pooling, which have files of their own; as in files, or as held."""
+    held = models.with_base(models.plain(config), config.computing.base_dtype)
+    config = held if as_held else models.plain(config)
     leaves, _ = jax.tree_util.tree_flatten_with_path(models.abstract(config)[1])
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 

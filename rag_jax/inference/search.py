@@ -137,6 +137,26 @@ class Placed:
         return self.num_passages
 
 
+@dataclasses.dataclass(frozen=True)
+class Leading:
+    """The embeddings that the first channels of a corpus' are, normalised where `unit`."""
+
+    corpus: Any  # an array, or what has `block`
+    width: int
+    unit: bool
+
+    def __len__(self) -> int:
+        return len(self.corpus)
+
+    def block(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
+        corpus = Held(self.corpus) if isinstance(self.corpus, np.ndarray) else self.corpus
+        rows, scale = corpus.block(start, stop)
+        rows = rows[:, : self.width]
+        if not self.unit:
+            return rows, scale
+        return rows, (1.0 / np.maximum(np.linalg.norm(rows.astype(np.float32), axis=1), 1e-12)).astype(np.float32)
+
+
 def placed(corpus: Any) -> Any:
     """The corpus as it is searched best again and again: an array on accelerators, if it fits; every process must call.
 

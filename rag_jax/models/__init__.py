@@ -7,9 +7,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-from rag_jax.models import adapters
+from rag_jax.models import adapters, projection
 from rag_jax.models.bert import Bert, BertConfig
-from rag_jax.models.config import Computing, Kernel, Lora, ModelConfig
+from rag_jax.models.config import Computing, Dense, Kernel, Lora, ModelConfig, Norm, Part, Unit
 from rag_jax.models.decoder import Cache, Decoder
 from rag_jax.models.gpt2 import Gpt2, Gpt2Config
 from rag_jax.models.llama import Llama, LlamaConfig
@@ -22,6 +22,7 @@ __all__ = [
     "Cache",
     "Computing",
     "Decoder",
+    "Dense",
     "Gpt2",
     "Gpt2Config",
     "Kernel",
@@ -32,13 +33,17 @@ __all__ = [
     "ModelConfig",
     "ModernBert",
     "ModernBertConfig",
+    "Norm",
+    "Part",
     "RopeScaling",
+    "Unit",
     "abstract",
     "abstract_leaf",
     "linear_layers",
     "plain",
     "with_base",
     "with_lora",
+    "with_projection",
 ]
 
 
@@ -60,14 +65,16 @@ def with_base(config: ModelConfig, base_dtype: str) -> ModelConfig:
     return dataclasses.replace(config, computing=computing)  # type: ignore[type-var]
 
 
+def with_projection(config: ModelConfig, parts: tuple[Part, ...]) -> ModelConfig:
+    """The same model with this behind its pooling."""
+    computing = dataclasses.replace(config.computing, projection=parts)
+    return dataclasses.replace(config, computing=computing)  # type: ignore[type-var]
+
+
 def plain(config: ModelConfig) -> ModelConfig:
-    """The model as its files hold it: no adapters, nothing in fewer bits."""
-    computing = config.computing
-    return (
-        config
-        if computing.lora is None and computing.base_dtype == "float32"
-        else with_base(with_lora(config, None), "float32")
-    )
+    """The model as its files hold it: no adapters, nothing in fewer bits, and nothing behind its pooling."""
+    kept = dataclasses.replace(config.computing, lora=None, base_dtype="float32", projection=())
+    return config if kept == config.computing else dataclasses.replace(config, computing=kept)  # type: ignore[type-var]
 
 
 def abstract_leaf(config: ModelConfig, path: str) -> jax.ShapeDtypeStruct:
@@ -91,7 +98,8 @@ def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
     """Traced once: a start asks twenty times."""
 
     def build() -> nnx.Module:
-        adapted = adapters.attached(config.build(nnx.Rngs(0)), config.computing)
+        model = projection.attached(config.build(nnx.Rngs(0)), config.computing.projection)
+        adapted = adapters.attached(model, config.computing)
         return adapters.reduced(adapted, config.computing.base_dtype)
 
     graphdef, state = nnx.split(nnx.eval_shape(build))

@@ -28,6 +28,32 @@ class Lora:
 
 
 @dataclasses.dataclass(frozen=True)
+class Dense:
+    """A linear layer behind the pooling, and a key of `projection.ACTIVATIONS` behind that."""
+
+    inputs: int
+    width: int
+    bias: bool
+    activation: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """A layer norm behind the pooling."""
+
+    width: int
+    eps: float = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """A division by the length of the vector, where more follows."""
+
+
+Part = Dense | Norm | Unit
+
+
+@dataclasses.dataclass(frozen=True)
 class Computing:
     """How a run holds and computes a model, whatever the model is."""
 
@@ -39,6 +65,7 @@ class Computing:
     # Of weights that are not trained: "float32" | "bfloat16" | a key of quantised.KINDS, of the kernels of layers, and
     # then bfloat16 of embeddings and of the output matrix. Norms and biases stay float32.
     base_dtype: str = "float32"
+    projection: tuple[Part, ...] = ()  # of a retriever, behind its pooling
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from rag_jax import data, evaluate, models, rag
 from rag_jax.distributed import sharding
 from rag_jax.evaluation import evaluation, metrics
+from rag_jax.inference import search
 
 WORDS = "who ate the red fish bird cat dog ran sang under a blue tree moon old king".split()
 ROWS = [
@@ -216,7 +217,7 @@ def test_k_beyond_the_corpus_reads_all_of_it(folder):
 def test_greedy_answers_mix_the_retrieved_passages(folder):
     model, params = build()
     rows, _ = evaluation.load_rows(config(folder, answers=4), RETRIEVER, PROMPT)
-    cosine, retrieved = evaluation.retrieve(model, params, rows)
+    cosine, retrieved = search.top_k(*evaluation.embedded(model, params, rows), evaluation.most(model))
     texts = evaluation.greedy_answers(model, params, rows, retrieved[:, :3], cosine[:, :3])
     assert len(texts) == 4
     forward = reference_forward()
@@ -235,6 +236,22 @@ def test_greedy_answers_mix_the_retrieved_passages(folder):
     measured = evaluation.evaluate(model, params, rows).metrics
     gold = [ROWS[i][2] for i in rows.sample[:4]]
     assert measured["eval/f1"] == pytest.approx(np.mean([metrics.f1(t, g) for t, g in zip(texts, gold, strict=True)]))
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_retrieval_by_leading_channels_is_that_of_embeddings_cut_there(folder, tmp_path, similarity):
+    model, params = build()
+    model, params = dataclasses.replace(model, similarity=similarity), {"retriever": params["retriever"]}
+    rows, _ = evaluation.load_rows(config(folder), RETRIEVER, None)
+    widths = dataclasses.replace(model, matryoshka_dims=(6, 2))
+    index = tmp_path / "index"
+    for measured in (evaluation.evaluate(widths, params, rows), evaluation.evaluate(widths, params, rows, index)):
+        for width in (6, 2):
+            cut = evaluation.evaluate(dataclasses.replace(model, truncate_dim=width), params, rows).metrics
+            for name in evaluation.AT_WIDTHS:
+                assert measured.metrics[f"eval/{name}_dim{width}"] == pytest.approx(cut[f"eval/{name}"])
+        assert measured.metrics["eval/mrr@10"] == evaluation.evaluate(model, params, rows).metrics["eval/mrr@10"]
+    assert measured.metrics["eval/mrr@10_dim2"] != measured.metrics["eval/mrr@10"]
 
 
 def test_without_a_retriever_the_own_passage_is_read(folder):

@@ -8,8 +8,10 @@ import pickle
 import random
 import zipfile
 
+import command
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from rag_jax import config, data, hf, pair
 from rag_jax.errors import UserError
@@ -86,7 +88,50 @@ def old_layout(folder):
     write(folder, "modules.json", [modules[0] | {"path": "0_Transformer"}, *modules[1:]])
 
 
-@pytest.mark.parametrize("make", [lower_cased, dot, truncated, old_layout])
+def saved(folder, pooling, *more):
+    """Saved there by sentence-transformers itself, the parameters of what stands behind the pooling drawn."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    torch, st_models = pytest.importorskip("torch"), pytest.importorskip("sentence_transformers.models")
+    modules = [st_models.Transformer(str(folder)), st_models.Pooling(64, pooling_mode=pooling)]
+    modules += [kind(*args, **kwargs) for kind, args, kwargs in more]
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for module in modules[2:]:
+            for parameter in module.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    sentence_transformers.SentenceTransformer(modules=modules, device="cpu").save(str(folder))
+
+
+def projected(folder):
+    torch, st_models = pytest.importorskip("torch"), pytest.importorskip("sentence_transformers.models")
+    identity = torch.nn.Identity()
+    saved(
+        folder, "mean", (st_models.Dense, (64, 96), {}), (st_models.LayerNorm, (96,), {}),
+        (st_models.Normalize, (), {}), (st_models.Dense, (96, 48), {"bias": False, "activation_function": identity}),
+        (st_models.Normalize, (), {}),
+    )  # fmt: skip
+
+
+def projected_dot(folder):
+    st_models = pytest.importorskip("sentence_transformers.models")
+    saved(folder, ["cls", "mean"], (st_models.Dense, (128, 32), {}))
+    settings = json.loads((folder / "config_sentence_transformers.json").read_text())
+    write(folder, "config_sentence_transformers.json", settings | {"similarity_fn_name": "dot"})
+
+
+def by_weighted_mean(folder):
+    saved(folder, "weightedmean")
+
+
+def by_three(folder):
+    saved(folder, ["max", "mean_sqrt_len_tokens", "lasttoken"])
+
+
+MAKES = [lower_cased, dot, truncated, old_layout, projected, projected_dot, by_weighted_mean, by_three]
+WIDTHS = {truncated: 16, projected: 48, projected_dot: 32, by_three: 192}
+
+
+@pytest.mark.parametrize("make", MAKES)
 def test_embeddings_are_those_of_sentence_transformers_before_and_after_an_export(folder, tmp_path, make):
     pytest.importorskip("torch")
     sentence_transformers = pytest.importorskip("sentence_transformers")
@@ -101,13 +146,67 @@ def test_embeddings_are_those_of_sentence_transformers_before_and_after_an_expor
         got = theirs.encode(TEXTS)
         if opened.model.similarity == "cosine":
             got = got / np.linalg.norm(got, axis=1, keepdims=True)
-        np.testing.assert_allclose(ours, got, atol=2e-6)
-    assert theirs.similarity_fn_name == opened.model.similarity == ("dot" if make is dot else "cosine")
-    assert ours.shape[1] == (16 if make is truncated else 64)
+        np.testing.assert_allclose(ours, got, atol=1e-5 if make is projected_dot else 2e-6)
+    is_dot = make in (dot, projected_dot)
+    assert theirs.similarity_fn_name == opened.model.similarity == ("dot" if is_dot else "cosine")
+    assert ours.shape[1] == WIDTHS.get(make, 64)
     copied = tmp_path / "copied"
     hf.copy_small_files(source, copied)  # what a workdir keeps says the same
     again = hf.read_pooling(copied, "cls", "x")
     assert again == source.pooling
+
+
+def test_what_stands_behind_the_pooling_is_trained_kept_and_exported(folder, tmp_path):
+    """By a run: its gradient moves it, a checkpoint and an export hold it, and an adapter leaves it as it was."""
+    pytest.importorskip("torch")
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    projected(folder)
+    before = safetensors.numpy.load_file(folder / "2_Dense" / "model.safetensors")
+    kept = VALUES | {"retriever.path": str(folder), "total_steps": 2, "checkpoint.every_steps": 2}
+    for name, more in {"whole": {}, "adapter": {"retriever.lora.rank": 2}}.items():
+        values = {key.replace(".", "__"): value for key, value in (kept | more).items()}
+        run, out = tmp_path / name, tmp_path / f"{name}_out"
+        trained = command.call(tmp_path / "cache", "main", f"--config={command.TINY}", f"--workdir={run}", **values)
+        assert trained[0] == 0, trained[2]
+        exported = command.call(tmp_path / "cache", "export", f"--workdir={run}", f"--out={out}")
+        assert exported[0] == 0, exported[2]
+        after = safetensors.numpy.load_file(out / "retriever" / "2_Dense" / "model.safetensors")
+        moved = [np.abs(after[key] - before[key]).max() for key in before]
+        assert (min(moved) > 0) if name == "whole" else (max(moved) == 0)
+        _, _, ours = embedded(out / "retriever")
+        theirs = sentence_transformers.SentenceTransformer(str(out / "retriever"), device="cpu").encode(TEXTS)
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"linear.weight": np.zeros((96, 32), np.float32)}, r"linear.weight is \(32, 96\), not \(64, 96\)"),
+        ({"linear.weight": None}, "linear.weight is missing"),
+        ({"linear.bias": np.full(96, np.nan, np.float32)}, "linear.bias holds NaN or infinity"),
+    ],
+)
+def test_a_broken_module_behind_the_pooling_is_named(folder, damage, message):
+    projected(folder)
+    path = folder / "2_Dense" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path) | damage
+    safetensors.numpy.save_file({name: a for name, a in tensors.items() if a is not None}, path)
+    with pytest.raises(UserError, match=f"2_Dense: {message}"):
+        embedded(folder)
+
+
+def test_modules_that_do_not_fit_together_are_named(folder):
+    projected(folder)
+    settings = json.loads((folder / "5_Dense" / "config.json").read_text())
+    write(folder, "5_Dense/config.json", settings | {"in_features": 32})
+    with pytest.raises(UserError, match="retriever.path=.* has a module Dense of 32 channels behind 96"):
+        embedded(folder)
+
+
+def test_leading_widths_must_be_below_the_whole_width(folder):
+    with pytest.raises(UserError, match=r"retriever.matryoshka_dims=\(64, 16\): an embedding has 64 channels"):
+        embedded(folder, **{"retriever.matryoshka_dims": "(64, 16)"})
+    assert embedded(folder, **{"retriever.matryoshka_dims": "(32, 16)"})[0].model.matryoshka_dims == (32, 16)
 
 
 def test_the_config_has_the_last_word_on_embeddings(folder):

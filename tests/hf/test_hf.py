@@ -760,6 +760,8 @@ def flags(**on):
         (flags(mean_tokens=True), "mean"),
         (flags(lasttoken=True) | {"include_prompt": True}, "last"),
         ({"embedding_dimension": 8, "pooling_mode": "cls"}, "cls"),
+        ({"pooling_mode": ["mean", "cls"]}, "mean+cls"),
+        (flags(weightedmean_tokens=True, max_tokens=True, cls_token=True), "cls+max+weighted_mean"),
         ({"embedding_dimension": 8, "pooling_mode": "mean"}, "mean"),
         ({"embedding_dimension": 8, "pooling_mode": "lasttoken", "include_prompt": True}, "last"),
     ],
@@ -809,12 +811,21 @@ def test_prompts_and_length(tmp_path, prompts, query, passage):
     [
         (
             {"pooling_mode": "mean"},
-            [("2_Dense", "Dense")],
-            r"a module Dense, which is part of the model \(supported: Transformer, Pooling, Normali",
+            [("2_CNN", "CNN")],
+            r"a module CNN, which is part of the model \(supported: Transformer, Pooling, Dense, LayerN",
         ),
-        (flags(cls_token=True, mean_tokens=True), [], "pooling by cls and mean "),
-        (flags(max_tokens=True), [], r"pooling by pooling_mode_max_tokens \(supported: cls, mean, lasttoken\)"),
-        ({"pooling_mode": "weightedmean"}, [], "pooling by weightedmean"),
+        ({"pooling_mode": "mean"}, [("2_Dense", "Dense")], "a module Dense with in_features=None"),
+        (
+            flags(mean_tokens=True) | {"pooling_mode_min_tokens": True},
+            [],
+            "pooling by mean and pooling_mode_min_tokens ",
+        ),
+        (
+            {"pooling_mode": "min"},
+            [],
+            r"pooling by min \(supported: cls, max, mean, mean_sqrt_len_tokens, weightedmean",
+        ),
+        ({"pooling_mode": ["mean", 3]}, [], "pooling by mean and 3 "),
         (flags(), [], "pooling by nothing"),
         (flags(mean_tokens=True) | {"include_prompt": False}, [], r"leaves the prompt out \(include_prompt\)"),
         ({"pooling_mode": "mean"}, [("../other", "Pooling")], "points outside of the folder, to ../other/config.json"),
@@ -829,12 +840,12 @@ def test_pooling_that_is_refused(tmp_path, content, extra, message):
 
 
 def test_several_problems_of_pooling_in_one_message(tmp_path):
-    write_modules(tmp_path, flags(max_tokens=True), [("2_Dense", "Dense"), ("3_LayerNorm", "LayerNorm")])
-    with pytest.raises(UserError, match="max_tokens.*module Dense.*module LayerNorm.*; give another model"):
+    write_modules(tmp_path, {"pooling_mode": "min"}, [("2_Dense", "Dense"), ("3_LayerNorm", "LayerNorm")])
+    with pytest.raises(UserError, match="by min.*module Dense.*module LayerNorm.*; give another model"):
         hf.pooling.read_pooling(tmp_path, "mean", WHERE)
 
 
-@pytest.mark.parametrize("mode", ["cls", "mean", "last"])
+@pytest.mark.parametrize("mode", [*rag.POOLING, "cls+max+last"])
 def test_written_pooling_is_read_back(tmp_path, mode):
     dot = hf.Pooling(mode, similarity="dot", truncate_dim=8, lower_case=True)
     for pooling in (hf.Pooling(mode), hf.Pooling(mode, "query: ", "Grüße: ", 64), dot):

@@ -81,7 +81,7 @@ def test_greedy_decoding_is_that_of_transformers(family, tmp_path):
     ends = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": 0}
     config = transformers.AutoConfig.for_model(model_type, **values | positions | ends)
     theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             # The last norm turns states away from the embedding, to which the output matrix may be tied.
