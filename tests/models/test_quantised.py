@@ -17,20 +17,26 @@ from rag_jax.models import Computing, Lora, adapters, quantised
 LORA = Lora(3, 6.0, ("attention/", "mlp/"))
 
 
+def rounded(number):
+    """To bfloat16: 8 bits of a mantissa, of which the first is not kept."""
+    step = 2.0 ** (np.floor(np.log2(number)) - 7) if number else 1.0
+    return np.round(number / step) * step, np.ceil(number / step) * step
+
+
 def by_hand(kernel, kind):
-    """The nearest of all values that a block has, number by number."""
-    block = quantised.block_of(len(kernel))
+    """The nearest of all values that a block has, number by number; of four bits by the best of three scales."""
+    block = quantised.block_of(kind, len(kernel))
     levels = np.arange(-127, 128) / 127 if kind == "int8" else quantised.NF4.astype(np.float64)
     out = np.empty(kernel.shape)
     for column in range(kernel.shape[1]):
         for start in range(0, len(kernel), block):
             part = kernel[start : start + block, column].astype(np.float64)
-            # bfloat16 above the largest: 8 bits of a mantissa.
             largest = np.abs(part).max()
-            step = 2.0 ** (np.floor(np.log2(largest)) - 7) if largest else 1.0
-            scale = np.ceil(largest / step) * step
-            values = levels * scale
-            out[start : start + block, column] = values[np.abs(part[:, None] - values).argmin(axis=1)]
+            scales = [rounded(largest)[1]]
+            if kind == "int4":
+                scales += [rounded(np.float32(share) * np.float32(largest))[0] for share in (0.92, 0.84)]
+            found = [(levels * scale)[np.abs(part[:, None] - levels * scale).argmin(axis=1)] for scale in scales]
+            out[start : start + block, column] = min(found, key=lambda each: np.sum((each - part) ** 2))
     return out
 
 
@@ -47,11 +53,11 @@ def test_every_number_is_the_nearest_that_its_block_has(kind, inputs):
     got = np.asarray(quantised.dequantised(*(jnp.asarray(leaves[n]) for n in quantised.LEAVES), jnp.float32))
     np.testing.assert_allclose(got, by_hand(kernel, kind), rtol=1e-5, atol=1e-7)
     error = np.linalg.norm((got - kernel)[:, [0, 1, 4]]) / np.linalg.norm(kernel[:, [0, 1, 4]])
-    assert error < (0.007 if kind == "int8" else 0.11)
+    assert error < (0.007 if kind == "int8" else 0.09)
 
 
 def test_bits_of_a_weight():
-    for kind, bits in (("int8", 8.25), ("int4", 4.25)):
+    for kind, bits in (("int8", 8.25), ("int4", 4.5)):
         size = sum(
             np.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in quantised.shapes(kind, 4096, 8).values()
         )
@@ -146,4 +152,4 @@ def test_no_layer_is_kept_whole_for_the_backward_pass(folder, base_dtype):
 def test_computing_says_how_weights_are_held():
     assert Computing().base_dtype == "float32"
     with pytest.raises(ValueError, match="5 inputs are odd"):
-        quantised.block_of(5)
+        quantised.block_of("int4", 5)
