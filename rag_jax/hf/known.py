@@ -12,6 +12,7 @@ from typing import Any
 PREFIXES: dict[str, tuple[str, str]] = {
     r"e5-mistral|-instruct": ("", ""),  # an instruction of the user's own
     r"(^|[-_/])e5-": ("query: ", "passage: "),
+    r"arctic-embed-[ml]-v2": ("query: ", ""),
     r"bge-(small|base|large)-en|arctic-embed|mxbai-embed": (
         "Represent this sentence for searching relevant passages: ",
         "",
@@ -59,17 +60,73 @@ def _llama(
     mlp: int,
     positions: int,
     kind: str = "llama",
-    **more: int | bool,
+    **more: int | float | bool,
 ) -> tuple[str, dict[str, Any]]:
     sizes = {"vocab_size": vocab, "hidden_size": width, "num_hidden_layers": layers, "intermediate_size": mlp}
     shared = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "max_position_embeddings": positions}
     return kind, sizes | shared | {"tie_word_embeddings": False} | more
 
 
+def _roberta(vocab: int, width: int, layers: int, heads: int, rows: int, kind: str) -> tuple[str, dict[str, Any]]:
+    """`rows`: of the table of positions, of which the first two are not used."""
+    more = {"vocab_size": vocab, "max_position_embeddings": rows, "type_vocab_size": 1, "pad_token_id": 1}
+    return kind, _bert(width, layers, heads)[1] | more
+
+
+def _modernbert(width: int, layers: int, heads: int, mlp: int) -> tuple[str, dict[str, Any]]:
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": mlp}
+    return "modernbert", {"vocab_size": 50368, "max_position_embeddings": 8192, "local_attention": 128} | sizes
+
+
+def _gemma3(width: int, layers: int, heads: tuple[int, int], mlp: int, positions: int, **more: bool) -> Any:
+    local: dict[str, Any] = {"head_dim": 256, "sliding_window": 512, "query_pre_attn_scalar": 256}
+    tied = {"tie_word_embeddings": True}
+    return _llama(262144, width, layers, heads, mlp, positions, "gemma3_text", **local | tied | more)
+
+
 _SMALL, _BASE, _LARGE = _bert(384, 12, 12), _bert(768, 12, 12), _bert(1024, 24, 16)
+_MPNET = "mpnet", _BASE[1] | {"vocab_size": 30527, "max_position_embeddings": 514, "pad_token_id": 1}
+_DISTILBERT = "distilbert", {"vocab_size": 30522, "dim": 768, "n_layers": 6, "n_heads": 12, "hidden_dim": 3072}
+# With XLM-R's tokenizer.
+_MULTILINGUAL_SMALL = "bert", _SMALL[1] | {"vocab_size": 250037}
+_XLM_LARGE = _roberta(250002, 1024, 24, 16, 8194, "xlm-roberta")
+_MODERN_BASE = _modernbert(768, 22, 12, 1152)
+_GRANITE = {
+    "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "tie_word_embeddings": True,
+}  # fmt: skip
 
 KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
     "sentence-transformers/all-MiniLM-L6-v2": _bert(384, 6, 12),
+    "sentence-transformers/all-MiniLM-L12-v2": _SMALL,
+    "sentence-transformers/all-mpnet-base-v2": _MPNET,
+    "sentence-transformers/multi-qa-mpnet-base-dot-v1": _MPNET,
+    "sentence-transformers/multi-qa-distilbert-cos-v1": _DISTILBERT,
+    "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2": _MULTILINGUAL_SMALL,
+    "BAAI/bge-m3": _XLM_LARGE,
+    "Snowflake/snowflake-arctic-embed-l-v2.0": _XLM_LARGE,
+    "Snowflake/snowflake-arctic-embed-m": _BASE,
+    "mixedbread-ai/mxbai-embed-large-v1": _LARGE,
+    "thenlper/gte-small": _SMALL,
+    "thenlper/gte-base": _BASE,
+    "thenlper/gte-large": _LARGE,
+    "intfloat/multilingual-e5-small": _MULTILINGUAL_SMALL,
+    "intfloat/multilingual-e5-base": _roberta(250002, 768, 12, 12, 514, "xlm-roberta"),
+    "intfloat/multilingual-e5-large": _roberta(250002, 1024, 24, 16, 514, "xlm-roberta"),
+    "FacebookAI/roberta-base": _roberta(50265, 768, 12, 12, 514, "roberta"),
+    "FacebookAI/xlm-roberta-base": _roberta(250002, 768, 12, 12, 514, "xlm-roberta"),
+    "distilbert/distilbert-base-uncased": _DISTILBERT,
+    "answerdotai/ModernBERT-base": _MODERN_BASE,
+    "answerdotai/ModernBERT-large": _modernbert(1024, 28, 16, 2624),
+    "Alibaba-NLP/gte-modernbert-base": _MODERN_BASE,
+    "nomic-ai/modernbert-embed-base": _MODERN_BASE,
+    "ibm-granite/granite-embedding-english-r2": _MODERN_BASE,
+    "jhu-clsp/ettin-encoder-150m": _MODERN_BASE,
+    "google/embeddinggemma-300m": _gemma3(768, 24, (3, 1), 1152, 2048, use_bidirectional_attention=True),
+    "Qwen/Qwen3-Embedding-0.6B": _llama(
+        151669, 1024, 28, (16, 8), 3072, 32768, "qwen3", head_dim=128, tie_word_embeddings=True
+    ),
+    "Qwen/Qwen3-Embedding-4B": _llama(151665, 2560, 36, (32, 8), 9728, 40960, "qwen3", head_dim=128),
+    "Qwen/Qwen3-Embedding-8B": _llama(151665, 4096, 36, (32, 8), 12288, 40960, "qwen3", head_dim=128),
     "BAAI/bge-small-en": _SMALL,
     "BAAI/bge-base-en": _BASE,
     "BAAI/bge-large-en": _LARGE,
@@ -97,6 +154,38 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen/Qwen2.5-0.5B": _llama(151936, 896, 24, (14, 2), 4864, 32768, "qwen2", tie_word_embeddings=True),
     "Qwen/Qwen2.5-1.5B": _llama(151936, 1536, 28, (12, 2), 8960, 131072, "qwen2", tie_word_embeddings=True),
     "Qwen/Qwen2.5-7B": _llama(152064, 3584, 28, (28, 4), 18944, 131072, "qwen2"),
+    "google/gemma-3-270m": _gemma3(640, 18, (4, 1), 2048, 32768),
+    "google/gemma-3-1b-pt": _gemma3(1152, 26, (4, 1), 6912, 32768),
+    "google/gemma-3-1b-it": _gemma3(1152, 26, (4, 1), 6912, 32768),
+    "google/gemma-2-2b": _llama(256000, 2304, 26, (8, 4), 9216, 8192, "gemma2", head_dim=256, tie_word_embeddings=True),
+    "google/gemma-2-9b": _llama(
+        256000, 3584, 42, (16, 8), 14336, 8192, "gemma2", head_dim=256, tie_word_embeddings=True
+    ),
+    "HuggingFaceTB/SmolLM3-3B": _llama(128256, 2048, 36, (16, 4), 11008, 65536, "smollm3", tie_word_embeddings=True),
+    "ibm-granite/granite-3.3-2b-instruct": _llama(
+        49159, 2048, 40, (32, 8), 8192, 131072, "granite", attention_multiplier=0.015625, logits_scaling=8.0, **_GRANITE
+    ),
+    "ibm-granite/granite-3.3-8b-instruct": _llama(
+        49159,
+        4096,
+        40,
+        (32, 8),
+        12800,
+        131072,
+        "granite",
+        attention_multiplier=0.0078125,
+        logits_scaling=16.0,
+        **_GRANITE,
+    ),
+    "allenai/OLMo-2-0425-1B": _llama(100352, 2048, 16, (16, 16), 8192, 4096, "olmo2"),
+    "allenai/OLMo-2-1124-7B": _llama(100352, 4096, 32, (32, 32), 11008, 4096, "olmo2"),
+    "allenai/Olmo-3-1025-7B": _llama(100278, 4096, 32, (32, 32), 11008, 65536, "olmo3", sliding_window=4096),
+    "microsoft/Phi-3-mini-4k-instruct": _llama(32064, 3072, 32, (32, 32), 8192, 4096, "phi3", sliding_window=2047),
+    "microsoft/Phi-4-mini-instruct": _llama(
+        200064, 3072, 32, (24, 8), 8192, 4096, "phi3", tie_word_embeddings=True, partial_rotary_factor=0.75
+    ),
+    "Qwen/Qwen2.5-3B": _llama(151936, 2048, 36, (16, 2), 11008, 32768, "qwen2", tie_word_embeddings=True),
+    "Qwen/Qwen3-1.7B": _llama(151936, 2048, 28, (16, 8), 6144, 40960, "qwen3", head_dim=128, tie_word_embeddings=True),
     "Qwen/Qwen3-0.6B": _llama(151936, 1024, 28, (16, 8), 3072, 32768, "qwen3", head_dim=128, tie_word_embeddings=True),
     "Qwen/Qwen3-4B": _llama(151936, 2560, 36, (32, 8), 9728, 32768, "qwen3", head_dim=128, tie_word_embeddings=True),
     "Qwen/Qwen3-8B": _llama(151936, 4096, 36, (32, 8), 12288, 32768, "qwen3", head_dim=128),

@@ -74,6 +74,23 @@ MILLIONS = {
     "Qwen/Qwen2.5-7B": 7616,
     "Qwen/Qwen3-0.6B": 596,
     "Qwen/Qwen3-8B": 8191,
+    "sentence-transformers/all-mpnet-base-v2": 109,
+    "distilbert/distilbert-base-uncased": 66.4,
+    "BAAI/bge-m3": 567,
+    "intfloat/multilingual-e5-base": 278,
+    "answerdotai/ModernBERT-base": 149,
+    "answerdotai/ModernBERT-large": 395,
+    "google/embeddinggemma-300m": 303,  # and 4.7 behind the pooling
+    "google/gemma-3-270m": 268,
+    "google/gemma-3-1b-pt": 1000,
+    "google/gemma-2-2b": 2614,
+    "google/gemma-2-9b": 9242,
+    "HuggingFaceTB/SmolLM3-3B": 3075,
+    "ibm-granite/granite-3.3-2b-instruct": 2534,
+    "allenai/OLMo-2-0425-1B": 1485,
+    "allenai/OLMo-2-1124-7B": 7299,
+    "microsoft/Phi-3-mini-4k-instruct": 3821,
+    "microsoft/Phi-4-mini-instruct": 3836,
 }
 
 
