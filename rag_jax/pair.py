@@ -262,7 +262,7 @@ def attention_kernel(config: Any, role: str, source: hf.Source, device: fit.Devi
     kernel = fit.FUSED.get(device.platform) if config.attention == "auto" else config.attention
     if kernel is None or kernel == "plain":
         return "plain", ""
-    problem = fit.fused_problem(kernel, device, config.dtype, own.heads, config.mesh.model, rate)
+    problem = own.unfused or fit.fused_problem(kernel, device, config.dtype, own.heads, config.mesh.model, rate)
     if problem and config.attention != "auto":
         raise UserError(
             f"attention={kernel}: cannot compute {role}.path={source.path!r}, as {problem}; say auto or plain"

@@ -38,6 +38,10 @@ class BertConfig(ModelConfig):
     # Kinds of distances between tokens, of which each head adds one number to the score of such a pair; 0: none.
     distance_kinds: int = 0
 
+    @property
+    def unfused(self) -> str:
+        return "its attention adds to scores by distance, which no fused kernel here does" * bool(self.distance_kinds)
+
     def build(self, rngs: nnx.Rngs) -> "Bert":
         return Bert(self, rngs=rngs)
 

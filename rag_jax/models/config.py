@@ -100,6 +100,7 @@ class ModelConfig:
         int, ...
     ] = ()  # of each layer, which of the family's kinds of layers it is; (): all of the first
     logit_shape: LogitShape = LogitShape()
+    unfused: str = ""  # why no fused kernel computes its attention; empty: one may
     causal: bool  # a token sees what stands before it and no more, so the model can generate
 
     @property

@@ -68,6 +68,12 @@ class LlamaConfig(ModelConfig):
     def logit_shape(self) -> LogitShape:
         return LogitShape(self.logit_scale, self.logit_softcap)
 
+    @property
+    def unfused(self) -> str:
+        return "its attention's scores are kept below a number, which no fused kernel here does" * bool(
+            self.score_softcap
+        )
+
     def norm(self, width: int, rngs: nnx.Rngs) -> nnx.Module:
         make = layers.OffsetRmsNorm if self.offset_norms else layers.rms_norm
         return make(width, self.norm_eps, self.computing.dtype, rngs)

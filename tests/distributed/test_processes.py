@@ -135,6 +135,18 @@ def test_they_train_as_one_device_does_and_one_goes_on(count, devices, mesh, alo
     assert [line["step"] for line in records(workdir)] == list(range(1, STEPS + 2))
 
 
+@pytest.mark.slow
+def test_adapters_on_a_small_base_train_as_on_one_device(cache, tmp_path):
+    """Each process reads and quantises the whole base; what it trains is split."""
+    ranks = {f"{role}__lora__rank": 2 for role in ("retriever", "generator")}
+    values = VALUES | ranks | {"generator__base_dtype": "int8", "eval__answers": 0}
+    run_here(cache, "main", f"--config={TINY}", f"--workdir={tmp_path / 'alone'}", **values)
+    flags = (f"--config={TINY}", f"--workdir={tmp_path / 'run'}")
+    ended = run_together(2, 1, cache, *flags, **values | {"mesh__data": 2})
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert_same_record(tmp_path / "run", tmp_path / "alone")
+
+
 COMPILES_FOR_LONG = """
 import time
 from rag_jax import cli, main
