@@ -18,6 +18,11 @@ _NORMS = {
 _SHARED = {"mlp_bias": False, "norms": "both", "offset_norms": True}
 
 
+def _check_causal(theirs: Mapping[str, Any], problems: list[str]) -> None:
+    if theirs.get("use_bidirectional_attention"):
+        problems.append("use_bidirectional_attention=True (supported: False)")
+
+
 def _read_scales(theirs: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     width, scalar = theirs.get("hidden_size"), theirs.get("query_pre_attn_scalar")
     if not is_number(scalar) or scalar <= 0:
@@ -35,6 +40,7 @@ def _write_scales(config: LlamaConfig) -> dict[str, Any]:
 
 
 def _read_gemma2(theirs: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    _check_causal(theirs, problems)
     return positions.read_windows(theirs, problems) | _read_scales(theirs, problems)
 
 
@@ -68,7 +74,6 @@ FAMILIES = {
         "Gemma2ForCausalLM",
         ATTENTION_BIAS | {"attn_logit_softcapping": "score_softcap", "final_logit_softcapping": "logit_softcap"},
         {},
-        only={"use_bidirectional_attention": None},
         read=_read_gemma2,
         write=_write_gemma2,
     ),
