@@ -81,6 +81,7 @@ CONFIGS = {
     "phi3-longrope": ("phi3", change(LLAMA, head_dim=4, rope_scaling=LONG)),
     "olmo2": ("olmo2", OLMO),
     "olmo3": ("olmo3", change(OLMO, layer_kinds=(0, 1), further_kinds=(LayerKind(1e4, YARN),), sliding_window=7)),
+    "gemma": ("gemma", change(LLAMA, offset_norms=True, embed_scale=4.0, tied_head=True)),
     "gemma2": (
         "gemma2",
         change(GEMMA, layer_kinds=(0, 1), further_kinds=(LayerKind(1e4),), sliding_window=7, score_softcap=5.0),

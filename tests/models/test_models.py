@@ -103,6 +103,7 @@ FAMILIES = {
     ),
     "llama-yarn": ("llama", LLAMA | dict(rope_parameters=YARN | dict(rope_theta=10000.0))),
     "llama-dynamic": ("llama", LLAMA | dict(rope_parameters=dict(rope_type="dynamic", rope_theta=500.0, factor=4.0))),
+    "gemma": ("gemma", LLAMA | dict(head_dim=10, tie_word_embeddings=True)),
     "gemma2": ("gemma2", GEMMA | dict(sliding_window=3, attn_logit_softcapping=2.0, final_logit_softcapping=3.0)),
     "gemma3": ("gemma3_text", GEMMA | dict(sliding_window=3, num_hidden_layers=3, sliding_window_pattern=3)),
     "gemma3-scaled": (

@@ -1,4 +1,4 @@
-"""Gemma 2, Gemma 3 and what was made of its text model, EmbeddingGemma among them."""
+"""Gemma, Gemma 2, Gemma 3 and what was made of its text model, EmbeddingGemma among them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -63,6 +63,12 @@ def _write_gemma3(config: LlamaConfig) -> dict[str, Any]:
     return positions.write_two_ropes(kinds) | positions.write_types(config) | sizes | _write_scales(config)
 
 
+def _read_gemma(theirs: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    _check_causal(theirs, problems)
+    width = theirs.get("hidden_size")
+    return positions.read_one_rope(theirs, problems) | {"embed_scale": float(width) ** 0.5 if is_size(width) else 1.0}
+
+
 def _gemma(architecture: str, fields: dict[str, Any], constants: dict[str, Any], **more: Any) -> Family:
     family = llama(architecture, fields, _SHARED | constants, rules=rules(_NORMS), **more)
     theirs = {("hidden_activation" if key == "hidden_act" else key): ours for key, ours in FIELDS.items()}
@@ -70,6 +76,7 @@ def _gemma(architecture: str, fields: dict[str, Any], constants: dict[str, Any],
 
 
 FAMILIES = {
+    "gemma": llama("GemmaForCausalLM", ATTENTION_BIAS, {"mlp_bias": False, "offset_norms": True}, read=_read_gemma),
     "gemma2": _gemma(
         "Gemma2ForCausalLM",
         ATTENTION_BIAS | {"attn_logit_softcapping": "score_softcap", "final_logit_softcapping": "logit_softcap"},
