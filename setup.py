@@ -30,6 +30,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["rag_jax", "rag_jax.*"]),
+    package_data={"rag_jax.report": ["page.html", "page.css", "page.js"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10",

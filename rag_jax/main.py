@@ -8,7 +8,9 @@ from rag_jax.distributed import processes
 from rag_jax.errors import UserError
 
 # What a run writes into its workdir, beside config.json.
-RECORDS = ("checkpoints", "metrics.jsonl", "tensorboard", "eval", "models", "failed", "inputs.json", "autotuned")
+RECORDS = (
+    "checkpoints", "metrics.jsonl", "tensorboard", "eval", "models", "failed", "inputs.json", "autotuned", "report.html"
+)  # fmt: skip
 
 
 def main() -> int:
@@ -33,10 +35,25 @@ def main() -> int:
         print(dry_run.dry_run(run_config, workdir), flush=True)
         return 0
 
-    from rag_jax.training import loop  # here: it takes seconds to load, and everything above answers at once
+    import jax  # here: it takes seconds to load, and everything above answers at once
+
+    from rag_jax.training import loop
 
     ended_by = loop.train(run_config, workdir)
+    if not ended_by and jax.process_index() == 0:  # who stops a run is not to wait
+        print(f"report     {report(workdir)}", flush=True)
     return 128 + ended_by if ended_by else 0  # as a shell tells of a signal
+
+
+def report(workdir: pathlib.Path) -> str:
+    """Where the run's report is, or why there is none: what was trained is not lost for it."""
+    from rag_jax.report import collect, write
+
+    try:
+        write.write(workdir / write.NAME, [collect.read(workdir)])
+    except Exception as error:  # of files that others may have written
+        return f"could not be written ({untrusted.one_line(error)})"
+    return str(workdir / write.NAME)
 
 
 def check_workdir(workdir: pathlib.Path) -> None:

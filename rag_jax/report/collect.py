@@ -1,0 +1,354 @@
+"""What the page of a run shows, from the files that the run left: as plain JSON, cut to what a page can hold."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeGuard
+
+from rag_jax import untrusted
+from rag_jax.errors import UserError
+
+# Bytes of the page's data, and how many characters a text keeps: the longest of these with which all rows fit.
+MOST_BYTES = 4_000_000
+EXCERPTS = (240, 160, 100, 60)
+# Passages of a row that are shown.
+SHOWN = 5
+# Points of a curve; of more, means of neighbours.
+MOST_POINTS = 600
+# Metrics of the table, those that a run has, in this order.
+METRICS = (
+    "recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10", "answer_hit@1", "answer_hit@10", "document_hit@1",
+    "answer_nll", "answer_nll_gold", "answer_nll_none", "em", "f1",
+)  # fmt: skip
+# Of these less is better.
+FALLING = ("answer_nll", "answer_nll_gold", "answer_nll_top1", "answer_nll_none", "retrieval_utility")
+
+
+Points = list[list[int | float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run's files, read."""
+
+    name: str
+    config: dict[str, Any]  # flat
+    lines: list[dict[str, Any]]  # of metrics.jsonl
+    evaluations: list[dict[str, Any]]  # by step
+    folder: pathlib.Path
+
+    @property
+    def first(self) -> dict[str, Any] | None:
+        return self.evaluations[0] if self.evaluations else None
+
+    @property
+    def last(self) -> dict[str, Any] | None:
+        return self.evaluations[-1] if self.evaluations else None
+
+
+def read(workdir: pathlib.Path) -> Run:
+    """A run's files; UserError for a folder that is none, or for files that cannot be read."""
+    if not (workdir / "config.json").is_file():
+        raise UserError(f"--workdir={workdir}: holds no config.json of a run; give the folder of one")
+    config = flat(untrusted.read_json(workdir / "config.json", str(workdir / "config.json")))
+    lines = []
+    if (workdir / "metrics.jsonl").is_file():
+        text = (workdir / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+        lines = [line for line in map(_parsed, text.splitlines()) if line is not None]
+    records = []
+    for path in (workdir / "eval").glob("step_*.json"):
+        if re.fullmatch(r"step_\d+\.json", path.name):
+            records.append(untrusted.read_json(path, str(path)))
+    records = [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
+    return Run(workdir.resolve().name, config, lines, sorted(records, key=lambda record: record["step"]), workdir)
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """A line of metrics; None for one that is not whole, as the last of a run that is writing may be."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None
+
+
+def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """`{"data.train": ...}` of nested sections."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{above}{name}.")
+        else:
+            found[f"{above}{name}"] = value
+    return found
+
+
+def page(runs: Sequence[Run]) -> dict[str, Any]:
+    """Everything that the page shows of the first run and of those beside it."""
+    run = runs[0]
+    rows = rows_of(run)
+    return {
+        "title": run.name,
+        "runs": [summary(each) for each in runs],
+        "differences": differences(runs),
+        "config": run.config,
+        "curves": curves(run.lines),
+        "time": times(run.lines),
+        "warnings": warnings(run),
+        "definitions": (run.last or {}).get("definitions", {}),
+        "calibration": calibration(run, rows.pop("scored")),
+        **rows,
+    }
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """A run's name, what it trained, and its evaluations."""
+    steps = [line["step"] for line in run.lines if "loss/total" in line]
+    kept = [
+        {
+            "step": record["step"],
+            "counts": record.get("counts", {}),
+            "metrics": {
+                name.removeprefix("eval/"): value
+                for name, value in record.items()
+                if name.startswith("eval/") and _is_number(value)
+            },
+            "intervals": {name.removeprefix("eval/"): value for name, value in (record.get("intervals") or {}).items()},
+        }
+        for record in run.evaluations
+    ]
+    names = (
+        "retriever.path",
+        "generator.path",
+        "objective.name",
+        "data.train",
+        "data.eval",
+        "batch_size",
+        "total_steps",
+    )
+    return {
+        "name": run.name,
+        "steps": max(steps, default=0),
+        "facts": {name: run.config.get(name) for name in names},
+        "evaluations": kept,
+    }
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """The keys in which runs differ, and their values."""
+    keys = dict.fromkeys(key for run in runs for key in run.config)
+    values = {key: [run.config.get(key) for run in runs] for key in keys}
+    return {key: of for key, of in values.items() if any(value != of[0] for value in of)}
+
+
+def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, Points]:
+    """`{name: [[step, value], ...]}` of every number of the metrics that changes over a run."""
+    found: dict[str, Points] = {}
+    for line in lines:
+        for name, value in line.items():
+            if name != "step" and not name.startswith("eval/") and _is_number(value):
+                found.setdefault(name, []).append([line["step"], value])
+    return {name: thinned(points) for name, points in found.items()}
+
+
+def thinned(points: Points) -> Points:
+    """No more than MOST_POINTS: means of neighbours."""
+    size = -(-len(points) // MOST_POINTS)
+    if size <= 1:
+        return [[step, _short(value)] for step, value in points]
+    parts = [points[start : start + size] for start in range(0, len(points), size)]
+    return [[part[-1][0], _short(sum(value for _, value in part) / len(part))] for part in parts]
+
+
+def times(lines: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds by what they were spent on; those of waiting for data are part of the steps'."""
+    names = {
+        "steps": "time/step_s",
+        "compiling": "time/compile_s",
+        "evaluation": "time/eval_s",
+        "checkpoints": "time/checkpoint_s",
+        "mining": "time/mining_s",
+    }
+    totals = dict.fromkeys(names, 0.0)
+    last = 0
+    for line in lines:
+        for what, name in names.items():
+            value = line.get(name)
+            if _is_number(value):
+                totals[what] += value * (line["step"] - last if what == "steps" else 1)
+        if _is_number(line.get("time/step_s")):
+            last = line["step"]
+    return {what: round(seconds, 3) for what, seconds in totals.items() if seconds > 0}
+
+
+def warnings(run: Run) -> list[str]:
+    """What someone should look at, in sentences."""
+    found = []
+    spikes = [line for line in run.lines if _is_number(line.get("loss/spike"))]
+    if spikes:
+        worst = max(spikes, key=lambda line: line["loss/spike"])
+        found.append(
+            f"The loss rose far above its usual value {len(spikes)} times, most at step {worst['step']} "
+            f"({worst['loss/spike']:.1f} times the median of the steps before)."
+        )
+    broken = [line["step"] for line in run.lines if "loss/total" in line and line["loss/total"] is None]
+    if broken:
+        found.append(
+            f"The loss was not finite at {len(broken)} steps, first at step {broken[0]}; its update was skipped."
+        )
+    if not run.evaluations:
+        found.append("The run was never evaluated: set data.eval and eval.every_steps, or run rag_jax.evaluate.")
+    elif len(run.evaluations) == 1:
+        found.append("There is one evaluation alone, so nothing says what training has changed.")
+    last = run.last or {}
+    queries = (last.get("counts") or {}).get("queries")
+    if isinstance(queries, int) and queries < 100:
+        found.append(f"Metrics are over {queries} queries: small differences between them are chance.")
+    return found
+
+
+def rows_of(run: Run) -> dict[str, Any]:
+    """Rows before and after, their passages in a table of their own, as long as the page can hold them."""
+    found = [(record, _rows_beside(run, record)) for record in (run.first, run.last) if record is not None]
+    found = [(record, rows) for record, rows in found if rows]
+    if not found:
+        return {"rows": [], "passages": [], "left_out": 0, "kept_neighbours": None, "scored": []}
+    (_, before), (_, after) = found[0], found[-1]
+    by_row = {line.get("row"): line for line in before}
+    pairs = [(by_row.get(line.get("row"), {}), line) for line in after]
+    content: dict[str, Any] = {}
+    for excerpt in EXCERPTS:
+        content = _shortened(pairs, excerpt)
+        if _size(content) <= MOST_BYTES:
+            break
+    left_out = 0
+    while _size(content) > MOST_BYTES:  # those that changed least are left out
+        keep = sorted(pairs, key=_change, reverse=True)[: len(pairs) * 3 // 4]
+        left_out += len(pairs) - len(keep)
+        pairs = keep
+        content = _shortened(pairs, EXCERPTS[-1])
+    return content | {
+        "left_out": left_out,
+        "kept_neighbours": kept_neighbours(pairs) if len(found) > 1 and before is not after else None,
+        "scored": [before, after],
+    }
+
+
+def _rows_beside(run: Run, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    path = run.folder / "eval" / f"step_{record['step']}.rows.jsonl"
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        rows += [row] if isinstance(row, dict) else []
+    return rows
+
+
+def _shortened(pairs: Sequence[tuple[dict, dict]], excerpt: int) -> dict[str, Any]:
+    """The rows with texts of so many characters, and the distinct passages that they name by number."""
+    numbers: dict[str, int] = {}
+
+    def passage(text: Any) -> int:
+        return numbers.setdefault(_cut(text, excerpt), len(numbers))
+
+    def side(line: Mapping[str, Any]) -> dict[str, Any]:
+        found = line.get("retrieved") or []
+        kept: dict[str, Any] = {
+            "found": [
+                [passage(one.get("passage")), _short(one.get("score", 0.0)), int(bool(one.get("relevant")))]
+                for one in found[:SHOWN]
+            ],
+            "rank": next((i for i, one in enumerate(found, start=1) if one.get("relevant")), 0),
+        }
+        for name in ("answer_nll", "em", "f1", "mrr@10"):
+            if _is_number(line.get(name)):
+                kept[name] = _short(line[name])
+        if "generated" in line:
+            kept["answer"] = _cut(line["generated"], excerpt)
+        return kept
+
+    rows = []
+    for before, after in pairs:
+        row: dict[str, Any] = {"row": after.get("row"), "query": _cut(after.get("query"), excerpt)}
+        if "answer" in after:
+            row["answer"] = _cut(after["answer"], excerpt)
+        if "gold" in after:
+            row["gold"] = passage(after["gold"])
+        rows.append(row | {"before": side(before), "after": side(after)})
+    return {"rows": rows, "passages": list(numbers)}
+
+
+def _change(pair: tuple[dict, dict]) -> float:
+    """How much a row's retrieval and its answer's likelihood have changed."""
+    before, after = pair
+    names = {"mrr@10": 1.0, "answer_nll": 0.1}
+    return sum(
+        weight * abs(after[name] - before[name])
+        for name, weight in names.items()
+        if _is_number(after.get(name)) and _is_number(before.get(name))
+    )
+
+
+def kept_neighbours(pairs: Sequence[tuple[dict, dict]]) -> dict[str, Any]:
+    """Of the nearest passages of a query before training, the share that is among them after it."""
+    shares = []
+    for before, after in pairs:
+        near, now = ({one.get("passage") for one in line.get("retrieved") or []} for line in (before, after))
+        if near:
+            shares.append(len(near & now) / len(near))
+    histogram = [0] * 11
+    for share in shares:
+        histogram[round(10 * share)] += 1
+    return {"mean": sum(shares) / len(shares) if shares else None, "histogram": histogram}
+
+
+def calibration(run: Run, sides: Sequence[Sequence[dict]]) -> dict[str, Points]:
+    """How often the passage that is weighed most is right, by how much it is weighed: p(k | query) of the first K.
+
+    `{"before": [[mean weight, share that is right, rows], ...], "after": ...}`, in ten bins.
+    """
+    temperature, count = run.config.get("objective.marginal_temperature"), run.config.get("objective.candidates")
+    if not _is_number(temperature) or temperature <= 0 or not isinstance(count, int) or count < 2:
+        return {}
+    found = {}
+    for name, rows in zip(("before", "after"), sides, strict=False):
+        bins: Points = [[0.0, 0.0, 0] for _ in range(10)]
+        for line in rows:
+            scored = [one for one in (line.get("retrieved") or [])[:count] if _is_number(one.get("score"))]
+            if len(scored) < 2 or "gold" not in line:
+                continue
+            best = max(one["score"] for one in scored)
+            weights = [math.exp((one["score"] - best) / temperature) for one in scored]
+            weight = max(weights) / sum(weights)
+            own = bins[min(int(10 * weight), 9)]
+            own[0] += weight
+            own[1] += bool(scored[weights.index(max(weights))].get("relevant"))
+            own[2] += 1
+        found[name] = [[_short(a / n), _short(b / n), n] for a, b, n in bins if n]
+    return found
+
+
+def _cut(text: Any, most: int) -> str:
+    """A text of at most so many characters, without those that no page can hold."""
+    text = "" if text is None else str(text)
+    text = text if len(text) <= most else text[: most - 1] + "…"
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode("utf-8")
+
+
+def _size(content: Any) -> int:
+    return len(json.dumps(content, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def _short(value: Any) -> float:
+    return float(f"{value:.5g}") if _is_number(value) else 0.0
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

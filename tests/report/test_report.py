@@ -1,0 +1,178 @@
+"""The report: its numbers are those of the run's files, and no text of the rows is anything but text."""
+
+import json
+import re
+
+import command
+import pytest
+
+from rag_jax.errors import UserError
+from rag_jax.report import collect, tables, write
+
+HOSTILE = [
+    "</script><script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "<!-- a comment that never ends",
+    "نص من اليمين إلى اليسار \u202e abc",
+    "emoji 👩‍🔬 and a lone \ud800 surrogate",
+    "a\0NUL and \u2028 a line separator",
+    "x" * 1_000_000,
+]
+
+
+def data_of(path):
+    """What the page's script reads."""
+    text = path.read_text(encoding="utf-8")
+    found = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert len(found) == 1
+    return json.loads(found[0])
+
+
+def retrieved(*passages, right=0, score=0.9):
+    return [{"score": score - i / 10, "relevant": i + 1 == right, "passage": text} for i, text in enumerate(passages)]
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """`workdir(name, rows)`: a run's files by hand; rows are (query, before, after)."""
+
+    def make(name, rows, recalls=(0.25, 0.5), **config):
+        folder = tmp_path / name
+        (folder / "eval").mkdir(parents=True)
+        values = {"objective": {"name": "token", "candidates": 2, "marginal_temperature": 0.1}, "seed": 0} | config
+        (folder / "config.json").write_text(json.dumps(values))
+        lines = [{"step": n, "loss/total": 5.0 - n / 10, "time/step_s": 0.5, "time/compile_s": 1.0} for n in (1, 2, 3)]
+        lines[1]["loss/spike"] = 12.5
+        lines.append({"step": 4, "loss/total": None})
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "lo')
+        for step, recall in zip((0, 4), recalls, strict=True):
+            record = {
+                "step": step, "eval/recall@1": recall, "eval/answer_nll": 3.0 - recall, "counts": {"queries": 8},
+                "intervals": {"eval/recall@1": [recall - 0.1, recall + 0.1]}, "definitions": {"eval/recall@1": "share"},
+            }  # fmt: skip
+            (folder / "eval" / f"step_{step}.json").write_text(json.dumps(record))
+            of_step = [
+                {"row": i, "query": query} | (after if step else before)
+                for i, (query, before, after) in enumerate(rows)
+            ]
+            text = "".join(json.dumps(line) + "\n" for line in of_step)
+            (folder / "eval" / f"step_{step}.rows.jsonl").write_text(text)
+        return folder
+
+    return make
+
+
+def row(query="who?", right=(2, 1), nll=(3.0, 2.0), passages=("one", "two", "three")):
+    sides = [
+        {"answer": "me", "gold": "one", "answer_nll": n, "mrr@10": 1 / r, "retrieved": retrieved(*passages, right=r)}
+        for r, n in zip(right, nll, strict=True)
+    ]
+    return query, *sides
+
+
+def test_a_real_run_ends_with_a_report_of_its_numbers(tiny_run):
+    workdir, printed, _ = tiny_run
+    found = data_of(workdir / "report.html")
+    assert printed.splitlines()[-1].startswith("report ") and printed.splitlines()[-1].endswith("/report.html")
+    (run,) = found["runs"]
+    for evaluation in run["evaluations"]:
+        record = json.loads((workdir / "eval" / f"step_{evaluation['step']}.json").read_text())
+        numbers = {name: value for name, value in record.items() if name.startswith("eval/") and value is not None}
+        assert {f"eval/{name}": value for name, value in evaluation["metrics"].items()} == numbers
+        assert {f"eval/{name}": value for name, value in evaluation["intervals"].items()} == record["intervals"]
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    losses = [[line["step"], line["loss/total"]] for line in lines if "loss/total" in line]
+    assert [step for step, _ in found["curves"]["loss/total"]] == [step for step, _ in losses]
+    assert [v for _, v in found["curves"]["loss/total"]] == pytest.approx([v for _, v in losses], rel=1e-4)
+    rows = (workdir / "eval" / f"step_{run['evaluations'][-1]['step']}.rows.jsonl").read_text().splitlines()
+    assert len(found["rows"]) == len(rows)
+    assert {one["query"] for one in found["rows"]} == {json.loads(line)["query"] for line in rows}
+
+
+def test_what_is_told_of_rows(workdir):
+    found = collect.page([collect.read(workdir("run", [row(), row("what?", (1, 3), (2.0, 2.5))]))])
+    assert [(one["before"]["rank"], one["after"]["rank"]) for one in found["rows"]] == [(2, 1), (1, 3)]
+    assert found["rows"][0]["after"]["found"][0] == [found["passages"].index("one"), 0.9, 1]
+    assert len(found["passages"]) == 3, "a passage stands once, whatever names it"
+    assert found["kept_neighbours"] == {"mean": 1.0, "histogram": [0] * 10 + [2]}
+    # The nearest of two candidates at scores 0.9 and 0.8, temperature 0.1: weight e / (e + 1).
+    assert found["calibration"]["after"] == [[pytest.approx(0.73106), 0.5, 2]]
+    assert any("3 times" not in text and "1 times" in text and "step 2" in text for text in found["warnings"])
+    assert any("not finite at 1 steps, first at step 4" in text for text in found["warnings"])
+    assert found["time"] == {"steps": 1.5, "compiling": 3.0}
+
+
+def test_texts_stay_texts(workdir, tmp_path):
+    rows = [row(text, passages=(text + "1", text + "2", "three")) for text in HOSTILE]
+    path = tmp_path / "page.html"
+    write.write(path, [collect.read(workdir("</title><script>alert(2)</script>", rows))])
+    text = path.read_text(encoding="utf-8")
+    assert text.count("<script") == 2 and text.count("</script>") == 2
+    assert "alert(1)</" not in text and "\0" not in text and "<img" not in text
+    found = data_of(path)
+    assert found["rows"][0]["query"] == HOSTILE[0]
+    assert found["rows"][3]["query"] == HOSTILE[3]
+    assert len(found["rows"][6]["query"]) == collect.EXCERPTS[0]
+
+
+def test_ten_thousand_rows_fit(workdir, tmp_path):
+    rows = [
+        row(
+            f"question {i} " + "q" * 300,
+            (1 + i % 3, 1),
+            passages=tuple(f"passage {3 * i + j} " + "p" * 300 for j in range(3)),
+        )
+        for i in range(10_000)
+    ]
+    path = tmp_path / "page.html"
+    write.write(path, [collect.read(workdir("run", rows))])
+    found = data_of(path)
+    assert path.stat().st_size < 5_000_000
+    assert len(found["rows"]) + found["left_out"] == 10_000
+    assert all(one["before"]["rank"] != one["after"]["rank"] for one in found["rows"]), "what changed least is left out"
+
+
+def test_tables_to_paste(workdir):
+    first, second = workdir("a|b_c", [], (0.25, 0.5)), workdir("100%", [], (0.25, 0.75))
+    runs = [collect.read(first), collect.read(second)]
+    assert tables.markdown(runs).splitlines() == [
+        "| | R@1 | NLL |",
+        "|---|---:|---:|",
+        "| untrained | 0.250 | 2.750 |",
+        "| a\\|b_c | 0.500 | 2.500 |",
+        "| 100% | **0.750** | **2.250** |",
+    ]
+    assert r"a|b\_c & 0.500 & 2.500 \\" in tables.latex(runs)
+    assert r"100\% & \textbf{0.750} & \textbf{2.250} \\" in tables.latex(runs)
+    assert collect.differences(runs) == {}
+    third = collect.read(workdir("third", [], seed=1))
+    assert collect.differences([runs[0], third]) == {"seed": [0, 1]}
+
+
+def test_the_command(workdir, tmp_path):
+    cache, first, second = tmp_path / "cache", workdir("first", [row()]), workdir("second", [row()], (0.25, 0.75))
+    assert "report.html (0." in command.call(cache, "report.__main__", f"--workdir={first}")[1]
+    assert [run["name"] for run in data_of(first / "report.html")["runs"]] == ["first"]
+    flags = (f"--workdir={first}", "--compare", str(second))
+    assert "| second | **0.750** |" in command.call(cache, "report.__main__", *flags, "--table=markdown")[1]
+    assert command.call(cache, "report.__main__", *flags, f"--out={tmp_path / 'both.html'}")[0] == 0
+    assert [run["name"] for run in data_of(tmp_path / "both.html")["runs"]] == ["first", "second"]
+    assert command.call(cache, "report.__main__", *flags, f"--out={tmp_path / 'both.html'}")[0] == 0, "again"
+    (tmp_path / "mine.html").write_text("mine")
+    for bad, message in {
+        f"--out={tmp_path / 'mine.html'}": "is there already and is no report",
+        f"--workdir={tmp_path}": "holds no config.json of a run",
+    }.items():
+        code, _, err = command.call(cache, "report.__main__", *flags, bad)
+        assert code == 2 and message in err and "Traceback" not in err
+    assert (tmp_path / "mine.html").read_text() == "mine"
+
+
+def test_a_run_without_evaluations_has_a_report(workdir):
+    folder = workdir("run", [])
+    for path in (folder / "eval").iterdir():
+        path.unlink()
+    found = collect.page([collect.read(folder)])
+    assert found["rows"] == [] and any("never evaluated" in text for text in found["warnings"])
+    with pytest.raises(UserError, match="holds no config.json"):
+        collect.read(folder / "eval")
