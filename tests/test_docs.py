@@ -48,6 +48,7 @@ ONLY_PARSED = {
     "ask": "decoding takes long to compile; tests/commands/test_ask.py and tests/test_api.py run it",
     "replay": "compiles the step twice more; tests/training/test_watch.py runs it",
     "prepare": "tests/documents/test_documents.py runs it",
+    "report": "tests/report/test_report.py runs it",
     "plan": "compilers that are not installed everywhere; tests/planning/test_plan.py runs it",
 }
 # So that a run takes a second: no generator, and few steps.
@@ -109,7 +110,8 @@ def parsed(module, words, monkeypatch):
 
     monkeypatch.setattr(cli, "parse", read_only)
     monkeypatch.setattr(sys, "argv", [module, *words])
-    command = __import__(f"rag_jax.{module}", fromlist=["main"])
+    is_folder = (ROOT / "rag_jax" / module).is_dir()
+    command = __import__(f"rag_jax.{module}{'.__main__' if is_folder else ''}", fromlist=["main"])
     with pytest.raises(Parsed) as end:
         command.main()
     return end.value.args
