@@ -122,8 +122,8 @@ def to_hf(config: ModelConfig, model_type: str) -> dict[str, Any]:
 def _check_values(family: Family, ours: Mapping[str, Any], problems: list[str]) -> None:
     """Every value that is read must be of its field's kind, and heads must divide what they share."""
     for field in dataclasses.fields(family.config):
-        is_read = field.name in ours and field.name not in family.constants
-        if is_read and (must := _must(field, ours[field.name])):
+        is_constant = field.name in family.constants and ours[field.name] == family.constants[field.name]
+        if field.name in ours and not is_constant and (must := _must(field, ours[field.name])):
             problems.append(f"{field.name}={untrusted.short(ours[field.name])} (must be {must})")
     heads = [ours[name] for name in ("width", "num_heads", "num_kv_heads", "head_dim") if name in ours]
     if not all(map(is_size, heads)):

@@ -245,11 +245,11 @@ MODELS = {
     ),
     "unsupported architecture": (
         changed_config(model_type="t5"),
-        ["model_type='t5' is not supported; supported are bert, gpt2, llama, mistral, qwen2, qwen3"],
+        ["model_type='t5' is not supported; supported are bert, roberta, xlm-roberta, mpnet,"],
     ),
     "unheard-of architecture": (
         changed_config(model_type="gpt99"),
-        ["`gpt99`", "supported model types are bert, gpt2"],
+        ["`gpt99`", "supported model types are bert, roberta"],
     ),
     "cut in the header": (cut_weights(lambda header, _: header // 2), NOT_WHOLE),
     "cut in the tensors": (cut_weights(lambda header, whole: (header + whole) // 2), NOT_WHOLE),
