@@ -180,8 +180,9 @@ if (data.rows.length) {
   };
   const body = el("tbody", {}), shown = el("span", { class: "faint" }), more = el("button", { class: "plain", onclick: () => { state.most += 200; draw(); } }, "show more");
   const heads = [["query", "question"], ["before", "rank before"], ["after", "rank after"], ["nll", "NLL after"], ["f1", "F1 after"], ["change", "change"]];
+  const titles = { change: "of the reciprocal rank of the right passage, less a tenth of that of the NLL" };
   const side = (title, s) => el("div", {}, el("h3", {}, title), s.answer !== undefined ? el("p", { class: "wrap" }, `answer: ${s.answer || "(nothing)"}`) : null,
-    el("ol", {}, (s.found || []).map(([p, score, right]) => el("li", { class: right ? "right wrap" : "wrap" }, `${short(score)}  ${data.passages[p]}`))));
+    el("ol", {}, (s.found || []).map(([p, score, right]) => el("li", { class: right ? "right wrap" : "wrap" }, `${score.toFixed(3)}  ${data.passages[p]}`))));
   function draw() {
     const text = state.text.toLowerCase(), of = values[state.key];
     const rows = data.rows.filter((r) => kinds[state.only][1](r) && (!text || r.query.toLowerCase().includes(text) || (r.answer || "").toLowerCase().includes(text)));
@@ -205,7 +206,7 @@ if (data.rows.length) {
   section("Row by row", el("p", { class: "faint" }, "Where the right passage stands among those found; a click shows the passages and the answers."),
     el("div", { class: "tools" }, el("input", { type: "search", placeholder: "search questions and answers", "aria-label": "search", oninput: (e) => { state.text = e.target.value; draw(); } }),
       el("select", { "aria-label": "which rows", onchange: (e) => { state.only = e.target.value; draw(); } }, Object.entries(kinds).map(([k, [label]]) => el("option", { value: k }, label))), shown),
-    el("div", { class: "scroll" }, el("table", { id: "rows" }, el("thead", {}, el("tr", {}, heads.map(([k, label], i) => el("th", { class: i ? "n" : null }, el("button", { onclick: sorted(k) }, label))))), body)), more);
+    el("div", { class: "scroll" }, el("table", { id: "rows" }, el("thead", {}, el("tr", {}, heads.map(([k, label], i) => el("th", { class: i ? "n" : null, title: titles[k] }, el("button", { onclick: sorted(k) }, label))))), body)), more);
   draw();
 }
 
