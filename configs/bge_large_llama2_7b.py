@@ -101,7 +101,7 @@ def get_config() -> ConfigDict:
     config.mesh = ConfigDict({"replica": 1, "data": -1, "model": 1})
     config.checkpoint = ConfigDict({"every_steps": 250, "every_minutes": 30.0, "keep": 2, "keep_every": 0})
     config.guard = ConfigDict({"skip_nonfinite": 0, "spike_factor": 10.0})
-    config.log = ConfigDict({"every_steps": 10})
+    config.log = ConfigDict({"every_steps": 10, "trackers": ()})
     config.eval = ConfigDict(
         {"every_steps": 500, "rows": 2000, "answers": 256, "metric": "auto", "patience": 0, "batch_size": 256}
     )

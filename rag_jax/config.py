@@ -9,7 +9,7 @@ import math
 import pathlib
 import re
 import runpy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import NoneType
 from typing import Any, get_args
 
@@ -32,6 +32,7 @@ LAYOUTS = (
     "question and answer", "question and passage", "sentence-transformers", "squad", "tevatron", "text",
     "title and text",
 )  # fmt: skip
+TRACKERS = ("wandb", "mlflow", "trackio")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 Rules = tuple[tuple[str, float], ...]
@@ -43,6 +44,9 @@ Config = Any
 Check = Callable[[Any], str | None]
 
 
+REQUIRED = object()
+
+
 @dataclasses.dataclass(frozen=True)
 class Key:
     """One row of the table: the type, what else must hold, and one line of meaning."""
@@ -50,6 +54,8 @@ class Key:
     kind: Any
     check: Check
     meaning: str
+    # Of a key that came after others: what files and runs mean that were written before. REQUIRED: they name it.
+    before: Any = REQUIRED
 
 
 def at_least(low: int) -> Check:
@@ -106,6 +112,10 @@ def rules(v: Rules) -> str | None:
 
 def patterns(v: Texts) -> str | None:
     return rules(tuple((pattern, 1.0) for pattern in v)) if v else "must name a layer at least"
+
+
+def among(known: Sequence[str]) -> Check:
+    return lambda v: None if set(v) <= set(known) else f"must be among {', '.join(known)}"
 
 
 def widths(v: Widths) -> str | None:
@@ -230,6 +240,7 @@ KEYS: dict[str, Key] = {
         widths,
         "numbers of leading channels that are embeddings too: the contrastive loss is summed over them, retrieval is "
         "measured at each",
+        before=(),
     ),
     "retriever.query_prefix": Key(str | None, anything, "put before queries; None: what the model's folder says"),
     "retriever.passage_prefix": Key(str | None, anything, "put before passages; None: what the model's folder says"),
@@ -324,6 +335,12 @@ KEYS: dict[str, Key] = {
         float, zero_or_above_one, "report a loss this many times the median of recent ones; 0: never"
     ),
     "log.every_steps": Key(int, at_least(0), "write metrics every N steps; 0: never"),
+    "log.trackers": Key(
+        Texts,
+        among(TRACKERS),
+        "services that get them too: wandb, mlflow, trackio; by their own environment variables",
+        before=(),
+    ),
     "eval.every_steps": Key(int, at_least(0), "evaluate every N steps; 0: never"),
     "eval.rows": Key(int, at_least(0), "rows of data.eval that are evaluated, the same in every run; 0: all"),
     "eval.answers": Key(int, at_least(0), "greedy answers generated for EM and F1; 0: none"),
@@ -364,6 +381,7 @@ def build(values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None)
             values[name] = parse(KEYS[name].kind, value) if isinstance(value, str) and name in KEYS else value
         except ValueError as error:
             unreadable.append(f"{name}={untrusted.short(value)[1:-1]}: {error}")
+    values = {name: key.before for name, key in KEYS.items() if key.before is not REQUIRED} | values
     values = {str(name): _convert(value, name) for name, value in values.items()}
     if problems := unreadable + _problems(values):
         raise UserError("config: " + "; ".join(problems))

@@ -196,6 +196,13 @@ def test_a_file_that_cannot_be_used_is_one_line(tmp_path, source, message):
     assert text.startswith(f"--config={file}: ") and message in text
 
 
+def test_a_file_from_before_a_key_was_there_means_what_it_meant(tmp_path):
+    later = {name: key.before for name, key in config.KEYS.items() if key.before is not config.REQUIRED}
+    assert later["retriever.matryoshka_dims"] == () and later["log.trackers"] == ()
+    values = config.flat(config.load(TINY))
+    assert config.build({name: value for name, value in values.items() if name not in later}) == config.load(TINY)
+
+
 def test_a_file_with_keys_missing_wrong_or_unknown_lists_them(tmp_path):
     source = TINY.read_text()
     source = source.replace("    config.seed = 0\n", "").replace("config.total_steps = 20", "config.total_steps = '20'")

@@ -13,7 +13,7 @@ from rag_jax.config import Config
 from rag_jax.distributed import compile_cache, processes, sharding
 from rag_jax.evaluation import evaluation
 from rag_jax.evaluation.metrics import HIGHER_IS_BETTER
-from rag_jax.training import announce, feed, optim, setup, watch
+from rag_jax.training import announce, feed, optim, setup, trackers, watch
 from rag_jax.training.record import Facts, Record, due
 from rag_jax.training.setup import Training, say
 from rag_jax.training.signals import Request, Requests, stop_signals
@@ -28,6 +28,7 @@ def train(config: Config, workdir: pathlib.Path) -> int:
 
     UserError for what the config, its files or the machine make impossible, before anything is compiled.
     """
+    trackers.check(config.log.trackers)
     compile_cache.keep_compiled()
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     sharding.check_batch(mesh, config.batch_size, config.group_size)
@@ -138,7 +139,8 @@ def opened_record(training: Training, state: TrainState, start_step: int) -> Ite
         lambda step: feed.rows_of(training, step),
         write=is_main,
     )
-    with open_writer(training.workdir, start_step, active=is_main) as writer:
+    services, values = config.log.trackers, configs.flat(config)
+    with open_writer(training.workdir, start_step, active=is_main, services=services, config=values) as writer:
         progress = Progress(config.total_steps, start_step, active=is_main)
         try:
             yield Record(config, models, writer, progress, nonfinite, setup.generator_learns(config, state.params))

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from rag_jax import files
 from rag_jax.errors import UserError
+from rag_jax.training import trackers
 
 # Between lines of progress where there is no terminal, seconds.
 LINE_EVERY_S = 20.0
@@ -75,7 +76,7 @@ class TensorBoard:
         _write_whole(self._file, size + sums[0] + content + sums[1])
 
 
-# All places that a run is recorded in.
+# The files that every run is recorded in.
 SINKS = (JsonLines, TensorBoard)
 
 
@@ -107,8 +108,17 @@ class Writer:
             sink.close()
 
 
-def open_writer(workdir: pathlib.Path, start_step: int = 0, *, active: bool = True) -> Writer:
+def open_writer(
+    workdir: pathlib.Path,
+    start_step: int = 0,
+    *,
+    active: bool = True,
+    services: Sequence[str] = (),
+    config: Mapping[str, Any] | None = None,
+) -> Writer:
     """The writer of a run that goes on after `start_step` (0: begins); not `active`: one that writes nothing.
+
+    `services`: keys of `trackers.TRACKERS`, which get the config too.
 
     What an earlier process wrote about later steps, and a line it did not finish, is taken out, so that every step
     stands there once.
@@ -116,7 +126,8 @@ def open_writer(workdir: pathlib.Path, start_step: int = 0, *, active: bool = Tr
     if not active:
         return Writer([])
     workdir.mkdir(parents=True, exist_ok=True)
-    return Writer([sink(workdir, start_step) for sink in SINKS])
+    further = [trackers.Background(name, workdir, config or {}, start_step) for name in services]
+    return Writer([*(sink(workdir, start_step) for sink in SINKS), *further])
 
 
 def _write_whole(file: BinaryIO, content: bytes) -> None:
