@@ -92,6 +92,9 @@ class LlamaEmbed(nnx.Module):
 
 class LlamaLayer(Layer):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        before, after = config.norms in ("before", "both"), config.norms in ("after", "both")
+        if before:
+            self.attention_norm = config.norm(config.width, rngs)
         self.attention = Attention(
             config.width,
             config.heads,
@@ -104,10 +107,10 @@ class LlamaLayer(Layer):
             dropout_rate=config.attention_dropout,
             rngs=rngs,
         )
+        if before:
+            self.mlp_norm = config.norm(config.width, rngs)
         self.mlp = layers.GatedMlp(config.width, config.mlp_width, config.activation, bias=config.mlp_bias, rngs=rngs)
-        if config.norms in ("before", "both"):
-            self.attention_norm, self.mlp_norm = (config.norm(config.width, rngs) for _ in range(2))
-        if config.norms in ("after", "both"):
+        if after:
             self.attention_post_norm, self.mlp_post_norm = (config.norm(config.width, rngs) for _ in range(2))
         self.attention_out_dropout = self.mlp_out_dropout = config.dropout
         self.residual_scale = config.residual_scale
