@@ -443,7 +443,7 @@ def test_rematerialisation_changes_nothing(family, policy):
     assert graphdef != remat
     (loss, _), gradients = ours(graphdef, params, batch)
     (again, _), gradients_again = ours(remat, params, batch)
-    np.testing.assert_allclose(again, loss, rtol=1e-5)
+    np.testing.assert_allclose(again, loss, rtol=1e-5, atol=2e-6)  # a mean of many numbers of either sign, near zero
     assert_trees_close(gradients_again, jax.tree.map(np.asarray, gradients), 1e-5)
 
 
