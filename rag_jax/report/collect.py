@@ -92,6 +92,7 @@ def page(runs: Sequence[Run]) -> dict[str, Any]:
     rows = rows_of(run)
     return {
         "title": run.name,
+        "falling": FALLING,
         "runs": [summary(each) for each in runs],
         "differences": differences(runs),
         "config": run.config,
@@ -191,14 +192,12 @@ def warnings(run: Run) -> list[str]:
     if spikes:
         worst = max(spikes, key=lambda line: line["loss/spike"])
         found.append(
-            f"The loss rose far above its usual value {len(spikes)} times, most at step {worst['step']} "
+            f"Steps whose loss rose far above its usual value: {len(spikes)}, most at step {worst['step']} "
             f"({worst['loss/spike']:.1f} times the median of the steps before)."
         )
     broken = [line["step"] for line in run.lines if "loss/total" in line and line["loss/total"] is None]
     if broken:
-        found.append(
-            f"The loss was not finite at {len(broken)} steps, first at step {broken[0]}; its update was skipped."
-        )
+        found.append(f"Steps whose loss was not finite: {len(broken)}, first step {broken[0]}.")
     if not run.evaluations:
         found.append("The run was never evaluated: set data.eval and eval.every_steps, or run rag_jax.evaluate.")
     elif len(run.evaluations) == 1:

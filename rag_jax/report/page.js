@@ -1,7 +1,7 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const page = document.getElementById("page");
-const FALLING = new Set(["answer_nll", "answer_nll_gold", "answer_nll_top1", "answer_nll_none", "retrieval_utility"]);
+const FALLING = new Set(data.falling);
 const NAMES = {
   "recall@1": "Recall@1", "recall@5": "Recall@5", "recall@10": "Recall@10", "mrr@10": "MRR@10", "ndcg@10": "nDCG@10",
   "answer_hit@1": "Answer in the first passage", "answer_hit@10": "Answer in the first ten passages",

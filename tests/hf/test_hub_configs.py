@@ -66,6 +66,10 @@ PHI3 = {
     "hidden_act": "silu",
 }
 LONG = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0 + i / 4 for i in range(48)]}
+OTHERWISE = {
+    "rope_type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 SMOLLM3 = {
     "rope_theta": 5000000.0, "rms_norm_eps": 1e-6, "no_rope_layer_interval": 4, "use_sliding_window": False,
@@ -156,6 +160,15 @@ REFUSED = {
         "use_bidirectional_attention=True",
     ),
     "a Granite without logits": (LOADED["granite-3.3-2b-instruct"] | {"logits_scaling": 0.0}, "logits_scaling=0.0"),
+    "a Gemma 3 that turns in part in some layers": (
+        LOADED["gemma-3-270m"]
+        | {"rope_parameters": {"sliding_attention": {"rope_type": "default", "partial_rotary_factor": 0.5}}},
+        "partial_rotary_factor=0.5",
+    ),
+    "an Olmo 3 that turns its long texts otherwise in some layers": (
+        LOADED["Olmo-3-1025-7B"] | {"rope_scaling": OTHERWISE},
+        "rope_type='longrope' of some layers",
+    ),
     "a Llama that turns in part": (
         LOADED["Llama-2-7b"]
         | {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}},

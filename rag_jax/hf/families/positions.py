@@ -30,6 +30,8 @@ def read_rope(theirs: Mapping[str, Any], rope: Mapping[str, Any], channels: Any,
             return 1.0
         return float(value)
 
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        problems.append(f"partial_rotary_factor={untrusted.short(rope['partial_rotary_factor'])} (supported: 1.0)")
     theta, kind = number("rope_theta", 10000.0), rope.get("rope_type", "default")
     if kind in GROWING:
         return Rope(theta)
@@ -127,10 +129,7 @@ def channels_of(theirs: Mapping[str, Any]) -> Any:
 
 def read_one_rope(theirs: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     """Of layers that all turn alike and see as far as one another."""
-    rope = theirs.get("rope_parameters") or {}
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        problems.append(f"partial_rotary_factor={untrusted.short(rope['partial_rotary_factor'])} (supported: 1.0)")
-    read = read_rope(theirs, rope, channels_of(theirs), problems)
+    read = read_rope(theirs, theirs.get("rope_parameters") or {}, channels_of(theirs), problems)
     limit = {} if read.max_positions is None else {"max_positions": read.max_positions}
     return {"rope_theta": read.theta, "rope_scaling": read.scaling} | limit
 
@@ -199,16 +198,15 @@ def write_windows(config: LlamaConfig) -> dict[str, Any]:
     return write_one_rope(config) | sizes
 
 
-def read_two_ropes(
-    theirs: Mapping[str, Any], problems: list[str], window: int, channels: Any = None
-) -> list[LayerKind]:
+def read_two_ropes(theirs: Mapping[str, Any], problems: list[str], window: int) -> list[LayerKind]:
     """The kind of every layer, of two types that turn by parameters of their own; nearby tokens are `window` away."""
     by_type, types = theirs.get("rope_parameters") or {}, types_of(theirs, problems)
-    channels = channels or channels_of(theirs)
+    channels = channels_of(theirs)
     ropes = {one: read_rope(theirs, by_type.get(one) or {}, channels, problems) for one in dict.fromkeys(types)}
-    return [LayerKind(ropes[one].theta, ropes[one].scaling, window if one == SLIDING else None) for one in types] or [
-        LayerKind(10000.0)
-    ]
+    if any(rope.max_positions is not None for rope in ropes.values()):
+        problems.append("rope_type='longrope' of some layers (supported: of all layers alike)")
+    kinds = [LayerKind(ropes[one].theta, ropes[one].scaling, window if one == SLIDING else None) for one in types]
+    return kinds or [LayerKind(10000.0)]
 
 
 def write_two_ropes(kinds: Sequence[LayerKind]) -> dict[str, Any]:
