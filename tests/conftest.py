@@ -120,3 +120,34 @@ def few_memory_maps():
 
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium without a window, driven by playwright; skipped where one of the two is missing."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no Chromium on the PATH")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A page of it, on which nothing may go wrong: no error on its console, no dialog, no request to another host."""
+    page = browser.new_page()
+    page.expected_errors, wrong = False, []
+    page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("dialog", lambda dialog: wrong.append(dialog.message))
+    page.on("request", lambda request: None if is_near(request.url) else wrong.append(request.url))
+    yield page
+    page.close()
+    assert page.expected_errors or not wrong, wrong
+
+
+def is_near(url):
+    return url.startswith(("http://127.0.0.1:", "file:", "data:", "blob:"))

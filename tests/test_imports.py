@@ -19,7 +19,7 @@ LAYERS = (
     ("hf", "rag", "workdir"),
     ("pair",),
     ("inference",),
-    ("evaluation",),
+    ("evaluation", "serving"),
     ("config",),
     ("cli", "training"),
     ("main", "evaluate", "export", "ask", "plan", "prepare", "quickstart", "replay", "report.__main__"),
@@ -37,6 +37,7 @@ MAY_NOT = {
     "objectives": {"jax", "jaxlib", "flax", "optax", "rag_jax"},
     "rag": {"transformers", "tokenizers", "datasets", "ml_collections", "rag_jax.distributed"},
     "inference": {"rag_jax.hf", "rag_jax.workdir"},
+    "serving": {"jax", "jaxlib", "flax", "transformers", "numpy", "rag_jax.inference"},
     "evaluation": {"rag_jax.hf", "rag_jax.workdir"},
 }
 

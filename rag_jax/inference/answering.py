@@ -6,7 +6,7 @@ Letters as in `decoding`.
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +33,11 @@ class Decoding:
     length_penalty: float = 0.0  # of beams
     temperature: float = 0.0  # 0: the likeliest
     top_p: float = 1.0
+
+    @property
+    def is_one_by_one(self) -> bool:
+        """Whether every token is final once it is there."""
+        return self.likelihood == "token" and self.num_beams == 1
 
 
 class Answers(NamedTuple):
@@ -72,19 +77,74 @@ def answers(
     Programs depend on shapes alone. With one `num_slots` (Lp + Lq + T if None) batches of different lengths share those
     that decode.
     """
-    num_slots = num_slots or prefix[0].shape[1] + query[0].shape[1] + strategy.num_tokens
-    reading = _read(model, params, prefix, query, candidates, num_slots=num_slots)
-    noise = None
-    if strategy.temperature > 0:
-        if keys is None or strategy.num_beams > 1:
-            raise ValueError("sampling takes a key for each row and one beam")
-        noise = Noise(keys, np.float32(strategy.temperature), np.float32(strategy.top_p))
-    if strategy.likelihood == "token" and strategy.num_beams == 1:
+    reading, noise = _begin(model, params, prefix, query, candidates, strategy, keys, num_slots)
+    if strategy.is_one_by_one:
         sizes = {"num_tokens": strategy.num_tokens, "eos_id": strategy.eos_id}
         ids, token_log_probs = map(sharding.to_host, _one_by_one(model, params, reading, doc_log_probs, noise, **sizes))
     else:
         hypotheses = sharding.to_host(_hypotheses(model, params, reading, doc_log_probs, noise, strategy))
         ids, token_log_probs = _best(model, params, reading, hypotheses, doc_log_probs, strategy)
+    return _weighed(strategy, doc_log_probs, ids, token_log_probs)
+
+
+def stream(
+    model: rag.Rag,
+    params: dict,
+    prefix: Tokens,
+    query: Tokens,
+    candidates: Int[np.ndarray, "B K"],
+    doc_log_probs: Float[np.ndarray, "B K"],
+    strategy: Decoding,
+    *,
+    at_a_time: int,
+    keys: Key[Array, " B"] | None = None,
+    num_slots: int | None = None,
+) -> Iterator[Int[np.ndarray, "B t"] | Answers]:
+    """`answers`, told while they are decoded: the tokens so far, after every `at_a_time` of them; at last the answers.
+
+    Where answers are compared as wholes (beams, RAG-Sequence) there is nothing to tell before the end.
+    """
+    if not strategy.is_one_by_one:
+        yield answers(model, params, prefix, query, candidates, doc_log_probs, strategy, keys=keys, num_slots=num_slots)
+        return
+    reading, noise = _begin(model, params, prefix, query, candidates, strategy, keys, num_slots)
+    sizes = {"num_tokens": strategy.num_tokens, "eos_id": strategy.eos_id}
+    progress = _first(model, params, reading, doc_log_probs, noise, **sizes)
+    del reading  # its cache is the progress'
+    t = 1
+    while t < strategy.num_tokens and not sharding.to_host(progress.ended).all():
+        yield sharding.to_host(progress.decoded.ids)[:, :t]
+        t = min(t + at_a_time, strategy.num_tokens)
+        progress = _go_on(model, params, progress, doc_log_probs, noise, np.int32(t), eos_id=strategy.eos_id)
+    yield _weighed(strategy, doc_log_probs, *map(sharding.to_host, progress.decoded))
+
+
+def _begin(
+    model: rag.Rag,
+    params: dict,
+    prefix: Tokens,
+    query: Tokens,
+    candidates: Int[np.ndarray, "B K"],
+    strategy: Decoding,
+    keys: Key[Array, " B"] | None,
+    num_slots: int | None,
+) -> tuple[Reading, Noise | None]:
+    """Everything before the first token."""
+    num_slots = num_slots or prefix[0].shape[1] + query[0].shape[1] + strategy.num_tokens
+    reading = _read(model, params, prefix, query, candidates, num_slots=num_slots)
+    if strategy.temperature == 0:
+        return reading, None
+    if keys is None or strategy.num_beams > 1:
+        raise ValueError("sampling takes a key for each row and one beam")
+    return reading, Noise(keys, np.float32(strategy.temperature), np.float32(strategy.top_p))
+
+
+def _weighed(
+    strategy: Decoding,
+    doc_log_probs: Float[np.ndarray, "B K"],
+    ids: Int[np.ndarray, "B T"],
+    token_log_probs: Float[np.ndarray, "B K T"],
+) -> Answers:
     mask = decoding.up_to_end(ids, strategy.eos_id)
     weighed = _weigh(strategy.likelihood, doc_log_probs, token_log_probs, mask)
     return Answers(ids, mask, token_log_probs, *map(np.asarray, weighed))
@@ -173,11 +233,12 @@ def drawn(
     return decoding.one_by_one(generator, alone, jnp.zeros((B, 1)), noise, **sizes).ids[:, None]
 
 
-def _program(fn: Callable[..., Any]) -> Callable[..., Any]:
+def _program(fn: Callable[..., Any], *, overwritten: bool = False) -> Callable[..., Any]:
     """`fn` of the generator in `params`, compiled once for each shape and each value of `sizes`."""
 
     def run(model: rag.Rag, params: dict, *arrays: Any, **sizes: Any) -> Any:
-        program = programs.compiled(fn, model, programs.placement(params, "generator"), **sizes)
+        where = programs.placement(params, "generator")
+        program = programs.compiled(fn, model, where, overwritten=overwritten, **sizes)
         return program(params["generator"], *arrays)
 
     return run
@@ -185,4 +246,5 @@ def _program(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 _read, _score = _program(decoding.read), _program(decoding.score)
 _one_by_one, _beam = _program(decoding.one_by_one), _program(decoding.beam)
+_first, _go_on = _program(decoding.begin), _program(decoding.go_on, overwritten=True)
 _of_each_passage, _drawn = _program(of_each_passage), _program(drawn)

@@ -131,6 +131,78 @@ def choose(scores: Float[Array, "B V"], noise: Noise | None, number: Any) -> Int
     return jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
 
+class Progress(NamedTuple):
+    """Answers of which t tokens are there; those that have ended wait for the others."""
+
+    t: Int[Array, ""]
+    ended: Bool[Array, " B"]
+    decoded: Decoded
+    cache: Cache
+
+
+def begin(
+    generator: Decoder,
+    reading: Reading,
+    doc_log_probs: Float[Array, "B K"],
+    noise: Noise | None,
+    *,
+    num_tokens: int,
+    eos_id: int,
+) -> Progress:
+    """The first token of each answer."""
+    B, K = doc_log_probs.shape
+    empty = Decoded(jnp.full((B, num_tokens), eos_id, jnp.int32), jnp.zeros((B, K, num_tokens)))
+    start = _write(generator, 0, reading.hidden, jnp.zeros(B, bool), empty, doc_log_probs, noise, eos_id)
+    return Progress(jnp.ones((), jnp.int32), *start, reading.cache)
+
+
+def go_on(
+    generator: Decoder,
+    progress: Progress,
+    doc_log_probs: Float[Array, "B K"],
+    noise: Noise | None,
+    until: Any,
+    *,
+    eos_id: int,
+    axes: tuple[str, ...] = (),
+) -> Progress:
+    """Further tokens, up to `until` of them, or until every answer has ended.
+
+    Also those on the other devices along `axes`: they compute together.
+    """
+    B, K = doc_log_probs.shape
+
+    def unfinished(progress: Progress) -> Array:
+        going_on = jnp.any(~progress.ended)
+        return (progress.t < until) & (jax.lax.psum(going_on, axes) > 0 if axes else going_on)
+
+    def step(progress: Progress) -> Progress:
+        t, ended, decoded, cache = progress
+        hidden, cache = generator.decode_step(jnp.repeat(decoded.ids[:, t - 1], K), cache)
+        hidden = hidden.reshape(B, K, -1)
+        return Progress(t + 1, *_write(generator, t, hidden, ended, decoded, doc_log_probs, noise, eos_id), cache)
+
+    return jax.lax.while_loop(unfinished, step, progress)
+
+
+def _write(
+    generator: Decoder,
+    t: Any,
+    hidden: Float[Array, "B K D"],
+    ended: Bool[Array, " B"],
+    decoded: Decoded,
+    doc_log_probs: Float[Array, "B K"],
+    noise: Noise | None,
+    eos_id: int,
+) -> tuple[Bool[Array, " B"], Decoded]:
+    """Token t of each answer, and which have ended with it."""
+    logits, log_norms = next_logits(generator, hidden)
+    token = jnp.where(ended, eos_id, choose(mixture(doc_log_probs, logits, log_norms), noise, t))
+    each = jnp.take_along_axis(logits, token[:, None, None], axis=-1)[..., 0] - log_norms
+    decoded = Decoded(decoded.ids.at[:, t].set(token), decoded.token_log_probs.at[:, :, t].set(each))
+    return ended | (token == eos_id), decoded
+
+
 def one_by_one(
     generator: Decoder,
     reading: Reading,
@@ -143,31 +215,10 @@ def one_by_one(
 ) -> Decoded:
     """RAG-Token: every token the likeliest of the mixture, or drawn from it, up to end-of-sequence; then `eos_id`.
 
-    One token goes on in all K streams of a query; with K = 1 this is plain decoding. Stops when every answer has ended,
-    also those on the other devices along `axes`: they compute together.
+    One token goes on in all K streams of a query; with K = 1 this is plain decoding.
     """
-    B, K = doc_log_probs.shape
-
-    def write(t: Any, hidden: Float[Array, "B K D"], ended: Bool[Array, " B"], decoded: Decoded) -> Any:
-        logits, log_norms = next_logits(generator, hidden)
-        token = jnp.where(ended, eos_id, choose(mixture(doc_log_probs, logits, log_norms), noise, t))
-        each = jnp.take_along_axis(logits, token[:, None, None], axis=-1)[..., 0] - log_norms
-        decoded = Decoded(decoded.ids.at[:, t].set(token), decoded.token_log_probs.at[:, :, t].set(each))
-        return ended | (token == eos_id), decoded
-
-    def unfinished(carry: Any) -> Array:
-        t, ended, _, _ = carry
-        going_on = jnp.any(~ended)
-        return (t < num_tokens) & (jax.lax.psum(going_on, axes) > 0 if axes else going_on)
-
-    def step(carry: Any) -> Any:
-        t, ended, decoded, cache = carry
-        hidden, cache = generator.decode_step(jnp.repeat(decoded.ids[:, t - 1], K), cache)
-        return t + 1, *write(t, hidden.reshape(B, K, -1), ended, decoded), cache
-
-    empty = Decoded(jnp.full((B, num_tokens), eos_id, jnp.int32), jnp.zeros((B, K, num_tokens)))
-    start = write(0, reading.hidden, jnp.zeros(B, bool), empty)
-    return jax.lax.while_loop(unfinished, step, (jnp.ones((), jnp.int32), *start, reading.cache))[2]
+    start = begin(generator, reading, doc_log_probs, noise, num_tokens=num_tokens, eos_id=eos_id)
+    return go_on(generator, start, doc_log_probs, noise, num_tokens, eos_id=eos_id, axes=axes).decoded
 
 
 class _Beams(NamedTuple):

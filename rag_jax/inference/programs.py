@@ -56,18 +56,30 @@ def placement(params: dict, role: str) -> Placement:
 
 
 def compiled(
-    fn: Callable[..., Any], model: rag.Rag, where: Placement, split: tuple[Specs, Specs] | None = None, **statics: Any
+    fn: Callable[..., Any],
+    model: rag.Rag,
+    where: Placement,
+    split: tuple[Specs, Specs] | None = None,
+    *,
+    overwritten: bool = False,
+    **statics: Any,
 ) -> Callable[..., Any]:
     """`fn(model, *arrays, **statics)` as a program of (parameters, *arrays); the same one for the same arguments.
 
     `split`: how arrays and results lie, each device computing for its own rows. None: as the compiler chooses.
+    `overwritten`: the results take the place of the first of the arrays, which is no more.
     """
-    return _compiled(fn, model, where, split, tuple(sorted(statics.items())))
+    return _compiled(fn, model, where, split, overwritten, tuple(sorted(statics.items())))
 
 
 @functools.lru_cache(maxsize=PROGRAMS)
 def _compiled(
-    fn: Callable[..., Any], model: rag.Rag, where: Placement, split: tuple[Specs, Specs] | None, statics: tuple
+    fn: Callable[..., Any],
+    model: rag.Rag,
+    where: Placement,
+    split: tuple[Specs, Specs] | None,
+    overwritten: bool,
+    statics: tuple,
 ) -> Callable[..., Any]:
     role, mesh = where.role, where.mesh
 
@@ -75,7 +87,7 @@ def _compiled(
         return fn(model.model(role, model.cast({role: params})), *arrays, **dict(statics))
 
     if split is None or mesh is None:
-        return jax.jit(program)
+        return jax.jit(program, donate_argnums=(1,) if overwritten else ())
     shardings = jax.tree.unflatten(where.structure, where.leaves)
     if where.axes:
         gather = functools.partial(sharding.gather_params, {role: shardings})

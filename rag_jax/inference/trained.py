@@ -16,8 +16,9 @@ from rag_jax.errors import UserError
 from rag_jax.inference import answering, decoding, disk_index, evidence, likelihood, search
 from rag_jax.pair import Pair
 
-# Questions that are answered at a time.
+# Questions that are answered at a time, and tokens after which it is told how far they have come.
 BATCH_SIZE = 8
+TOKENS_AT_A_TIME = 4
 
 
 class Retrieved(NamedTuple):
@@ -39,6 +40,15 @@ class Answer(NamedTuple):
     num_tokens: int
 
 
+class Part(NamedTuple):
+    """What is known of an answer while it is decoded: the passages that are read, and its beginning."""
+
+    answer: str
+    passages: tuple[str, ...]
+    cosine: Float[np.ndarray, " K"]
+    doc_probs: Float[np.ndarray, " K"]
+
+
 class Score(NamedTuple):
     """How likely a given answer is: log p(answer | q) in nats, end-of-sequence included, over so many tokens."""
 
@@ -54,6 +64,16 @@ class _Found(NamedTuple):
     place: Int[np.ndarray, "n K"]  # of each among `prefixes`
     prefixes: data.Ragged
     queries: data.Ragged
+
+
+class _Batch(NamedTuple):
+    """Questions that are answered together, of a size that few programs know; the first `real` of them are asked."""
+
+    real: int
+    passages: Int[np.ndarray, "n K"]  # of the corpus
+    cosine: Float[np.ndarray, "n K"]
+    doc_probs: Float[np.ndarray, "n K"]
+    reading: dict[str, Any]  # the arguments of `answering.answers`
 
 
 class Trained:
@@ -135,17 +155,38 @@ class Trained:
 
         All shapes are of the config or even shares of those: few programs, whatever is asked.
         """
-        self._check_in_use()
-        config, tokenizer = self.opened.config, self._prompt().tokenizer
-        own = self.opened.model.objective.formula.likelihood
-        how = how or answering.Decoding(own, config.data.answer_len, segments.eos_id(tokenizer))
-        asked = _checked(questions, "questions")
-        size = min(BATCH_SIZE, len(asked))
-        for start in range(0, len(asked), size):
-            part = asked[start : start + size]
-            filled = [*part, *part[:1] * (size - len(part))]
-            found = self._find(filled, candidates or config.objective.candidates, rerank)
-            yield from self._answers(filled, found, how, seed)[: len(part)]
+        for batch in self._batches(questions, how, candidates, seed, rerank):
+            decoded = answering.answers(self.opened.model, self.params, **batch.reading)
+            yield from (self._answer(batch, decoded, i) for i in range(batch.real))
+
+    def stream(
+        self,
+        questions: Sequence[str],
+        how: answering.Decoding | None = None,
+        *,
+        candidates: int | None = None,
+        seed: int = 0,
+        rerank: int = 0,
+    ) -> Iterator[tuple[int, Part | Answer]]:
+        """`answers` while they are found: the number of a question and what is known so far, at last its `Answer`.
+
+        Beams and RAG-Sequence compare whole answers: of those the passages are told at once, the text at the end.
+        """
+        tokenizer, start = self._prompt().tokenizer, 0
+        for batch in self._batches(questions, how, candidates, seed, rerank):
+            said: list[str | None] = [None] * batch.real
+            told: Any = np.zeros((batch.real, 0), np.int32)
+            parts = answering.stream(self.opened.model, self.params, at_a_time=TOKENS_AT_A_TIME, **batch.reading)
+            while not isinstance(told, answering.Answers):
+                for i, before in enumerate(said):
+                    text = decoding.text(tokenizer, told[i])
+                    # A character of several tokens is shown when it is whole.
+                    if text != before and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                        said[i] = text
+                        yield start + i, Part(text, self._read_by(batch, i), batch.cosine[i], batch.doc_probs[i])
+                told = next(parts)
+            yield from ((start + i, self._answer(batch, told, i)) for i in range(batch.real))
+            start += batch.real
 
     def score(self, questions: Sequence[str], answers: Sequence[str]) -> list[Score]:
         """How likely each answer is to the question beside it, from the question's own K nearest passages."""
@@ -170,36 +211,48 @@ class Trained:
         log_probs = losses.log_marginal(model.objective.formula.likelihood, doc_log_probs, token_log_probs, mask)
         return [Score(float(value), int(num)) for value, num in zip(log_probs, tokens.lengths, strict=True)]
 
-    def _answers(self, asked: list[str], found: _Found, how: answering.Decoding, seed: int) -> list[Answer]:
-        """Of one batch."""
-        prompt = self._prompt()
-        most = search.size_for(len(found.prefixes), found.place.size)
-        prefix_len = search.size_for(int(found.prefixes.lengths.max()), prompt.passage_len)
-        query_len = search.size_for(int(found.queries.lengths.max()), prompt.query_len)
-        doc_log_probs = np.asarray(self.opened.model.objective.doc_log_probs(found.cosine))
-        decoded = answering.answers(
-            self.opened.model,
-            self.params,
-            segments.pad(found.prefixes, np.arange(most) % len(found.prefixes), prefix_len),
-            segments.pad(found.queries, np.arange(len(asked)), query_len),
-            found.place,
-            doc_log_probs,
-            how,
-            keys=answering.question_keys(seed, asked),
-            num_slots=prompt.passage_len + prompt.query_len + how.num_tokens,
+    def _batches(
+        self, questions: Sequence[str], how: answering.Decoding | None, candidates: int | None, seed: int, rerank: int
+    ) -> Iterator[_Batch]:
+        self._check_in_use()
+        config, prompt, model = self.opened.config, self._prompt(), self.opened.model
+        own = model.objective.formula.likelihood
+        how = how or answering.Decoding(own, config.data.answer_len, segments.eos_id(prompt.tokenizer))
+        asked = _checked(questions, "questions")
+        size = min(BATCH_SIZE, 1 << (len(asked) - 1).bit_length())
+        for start in range(0, len(asked), size):
+            part = asked[start : start + size]
+            filled = [*part, *part[:1] * (size - len(part))]
+            found = self._find(filled, candidates or config.objective.candidates, rerank)
+            most = search.size_for(len(found.prefixes), found.place.size)
+            prefix_len = search.size_for(int(found.prefixes.lengths.max()), prompt.passage_len)
+            query_len = search.size_for(int(found.queries.lengths.max()), prompt.query_len)
+            doc_log_probs = np.asarray(model.objective.doc_log_probs(found.cosine))
+            reading = {
+                "prefix": segments.pad(found.prefixes, np.arange(most) % len(found.prefixes), prefix_len),
+                "query": segments.pad(found.queries, np.arange(size), query_len),
+                "candidates": found.place,
+                "doc_log_probs": doc_log_probs,
+                "strategy": how,
+                "keys": answering.question_keys(seed, filled),
+                "num_slots": prompt.passage_len + prompt.query_len + how.num_tokens,
+            }
+            yield _Batch(len(part), found.passages, found.cosine, np.exp(doc_log_probs), reading)
+
+    def _read_by(self, batch: _Batch, i: int) -> tuple[str, ...]:
+        """The passages that question i of a batch reads."""
+        return tuple(self.passages[passage] for passage in batch.passages[i])
+
+    def _answer(self, batch: _Batch, decoded: answering.Answers, i: int) -> Answer:
+        return Answer(
+            decoding.text(self._prompt().tokenizer, decoded.ids[i]),
+            self._read_by(batch, i),
+            batch.cosine[i],
+            batch.doc_probs[i],
+            decoded.evidence[i],
+            float(decoded.log_probs[i]),
+            int(decoded.mask[i].sum()),
         )
-        return [
-            Answer(
-                decoding.text(prompt.tokenizer, decoded.ids[i]),
-                tuple(self.passages[passage] for passage in found.passages[i]),
-                found.cosine[i],
-                np.exp(doc_log_probs[i]),
-                decoded.evidence[i],
-                float(decoded.log_probs[i]),
-                int(decoded.mask[i].sum()),
-            )
-            for i in range(len(asked))
-        ]
 
     def _nearest(
         self, asked: list[str], k: int, rerank: int

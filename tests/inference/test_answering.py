@@ -338,3 +338,21 @@ def test_other_lengths_share_the_programs_that_decode(case):
 def test_sampled_beams_are_refused(case):
     with pytest.raises(ValueError, match="a key for each row and one beam"):
         case.answers(strategy("token", temperature=1.0, num_beams=2), keys=jax.random.split(jax.random.key(0), 2))
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.0}, {"num_beams": 2}], ids=["the likeliest", "sampled", "beams"])
+def test_what_is_told_while_it_is_decoded_begins_the_answers(case, how):
+    keys = answering.question_keys(3, ["first", "second"])
+    options = {"keys": keys} if "temperature" in how else {}
+    expected = case.answers(strategy("token", **how), **options)
+    prefix, query = padded(case.passages, LP), padded(case.queries, LQ)
+    *told, found = answering.stream(
+        case.model, case.params, prefix, query, case.candidates, case.doc, strategy("token", **how), at_a_time=1,
+        **options,
+    )  # fmt: skip
+    assert isinstance(found, answering.Answers)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    longest = max(len(upto_eos(ids)) for ids in found.ids)
+    assert [part.shape for part in told] == ([] if "num_beams" in how else [(2, t + 1) for t in range(longest - 1)])
+    assert all((part == found.ids[:, : part.shape[1]]).all() for part in told)
