@@ -2,21 +2,24 @@
 
     python -m rag_jax.export --workdir=DIR --out=OUT [--step=N|best|latest] [--dtype=float32]
     python -m rag_jax.export --workdir=DIR --out=OUT --adapters
+    python -m rag_jax.export --workdir=DIR --out=OUT --push=OWNER/NAME       # to the hub, private
 
 OUT/retriever is read by `transformers.AutoModel` and `SentenceTransformer`, OUT/generator by
 `transformers.AutoModelForCausalLM`, and OUT with its config.json by `rag_jax.load`. With --adapters a model that has
-adapters (LoRA) is written as those alone, as `peft` reads them; else they are merged into its weights.
+adapters (LoRA) is written as those alone, as `peft` reads them; else they are merged into its weights. --push uploads
+each model with its card, no config and no rows.
 """
 
 import contextlib
+import dataclasses
 import errno
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rag_jax import cli, config, files, untrusted
+from rag_jax import cards, cli, config, files, hub
 from rag_jax.errors import UserError
-from rag_jax.objectives import OBJECTIVES
+from rag_jax.objectives import ROLES
 
 # In place of the run's paths, which are those of this machine: an export is handed on.
 NO_ROWS = {"data.train": None, "data.eval": None, "data.passages": None}
@@ -34,11 +37,26 @@ def main() -> None:
     flags.add_argument("--step", metavar="N|best|latest", help="which of its checkpoints; the latest if not given")
     flags.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights; source: as they came in")
     flags.add_argument("--adapters", action="store_true", help="adapters by themselves (PEFT), not merged")
+    flags.add_argument("--push", metavar="OWNER/NAME", help="to the hub too, as OWNER/NAME-retriever and -generator")
+    flags.add_argument("--public", action="store_true", help="with --push: for all to see; private if not given")
     args, overrides = cli.parse(flags)
-    loaded = config.load_workdir(args.workdir, overrides)
+    loaded: Any = config.load_workdir(args.workdir, overrides)
     check_out(args.out)
-    step = export(loaded, args.workdir, args.out, args.step, args.dtype, adapters=args.adapters)
-    print(f"step {step} of {args.workdir}: {', '.join(str(path) for path in sorted(args.out.iterdir()))}")
+    if args.public and args.push is None:
+        raise UserError("--public: goes with --push=OWNER/NAME")
+    names = {role: role for role in ROLES if loaded[role].path is not None}
+    push = args.push
+    if push is not None:
+        names = hub.repositories(push, list(names))
+        hub.check(push, names)
+    step = export(loaded, args.workdir, args.out, args.step, args.dtype, adapters=args.adapters, names=names)
+    print(f"step {step} of {args.workdir}: {', '.join(str(path) for path in sorted(args.out.iterdir()))}", flush=True)
+    if push is not None:
+        try:
+            for role, repository in names.items():
+                print(hub.push(push, args.out / role, repository, step, public=args.public), flush=True)
+        except UserError as error:
+            raise UserError(f"{error}; the export in {args.out} is complete, give another --out to try again") from None
 
 
 def check_out(out: pathlib.Path) -> None:
@@ -50,16 +68,24 @@ def check_out(out: pathlib.Path) -> None:
 
 
 def export(
-    loaded: Any, workdir: pathlib.Path, out: pathlib.Path, step: str | int | None, dtype: str, *, adapters: bool = False
+    loaded: Any,
+    workdir: pathlib.Path,
+    out: pathlib.Path,
+    step: str | int | None,
+    dtype: str,
+    *,
+    adapters: bool = False,
+    names: Mapping[str, str] | None = None,
 ) -> int:
     """Write all models of the config at a step; `out` appears when it is complete. Returns the step.
 
-    `adapters`: of models that have some those alone.
+    `adapters`: of models that have some those alone. `names`: under which their cards name them; their folders'.
     """
     from rag_jax import hf, pair
     from rag_jax.training import setup
 
     opened = pair.open_pair(loaded, workdir)
+    names = names or {role: role for role in opened.sources}
     adapted = {role for role, source in opened.sources.items() if source.model_config.computing.lora is not None}
     if adapters and not adapted:
         raise UserError(
@@ -82,7 +108,9 @@ def export(
                 hf.save_adapter(source, params[role], folder, base, trained, pooling)
             else:
                 hf.save_model(source, params[role], folder, dtype, pooling)
-            (folder / "README.md").write_text(card(loaded, role, found, alone), encoding="utf-8")
+            facts = card_facts(opened, role, workdir, found, folder)
+            card = cards.card(loaded, role, facts, names, adapter=alone)
+            (folder / "README.md").write_text(card, encoding="utf-8")
         changes = NO_ROWS | {f"{role}.path": role for role in opened.sources}
         for role in opened.sources:  # a folder of adapters brings its own, and merged weights are whole
             changes |= {f"{role}.lora.rank": 0, f"{role}.lora.path": None}
@@ -90,6 +118,31 @@ def export(
                 changes[f"{role}.base_dtype"] = "float32"
         files.write_whole(made / "config.json", config.to_json(config.build(config.flat(loaded), changes)))
     return found
+
+
+def card_facts(opened: Any, role: str, workdir: pathlib.Path, step: int, folder: pathlib.Path) -> cards.Facts:
+    """What the card of an exported model tells; a second tokenizer is put beside the first where it takes one."""
+    from rag_jax import hf, pair
+    from rag_jax.data import segments
+    from rag_jax.models import flops, projection
+
+    source = opened.sources[role]
+    facts = cards.of_run(workdir, step, flops.parameters(source.model_config))
+    if role == "retriever":
+        how = pair.pooling(opened.config, source)
+        return dataclasses.replace(
+            facts,
+            width=how.truncate_dim
+            or projection.width_of(how.projection, hf.pooled_width(how.mode, source.model_config.width)),
+            max_len=how.max_len or 0,
+            pooling=how.mode,
+            similarity=how.similarity,
+            prefixes=(how.query_prefix, how.passage_prefix),
+        )
+    reading_on = segments.reading_on(source.tokenizer)
+    if apart := reading_on is not source.tokenizer:
+        reading_on.save_pretrained(folder / cards.SUBFOLDER)
+    return dataclasses.replace(facts, bos=bool(segments.bos_ids(source.tokenizer)), reading_on=apart)
 
 
 def moved(opened: Any, params: Any, step: int) -> str:
@@ -131,83 +184,6 @@ def _told(out: pathlib.Path) -> Iterator[None]:
             raise UserError(f"--out={out}: {error.strerror}, while the export was made; give a new folder") from None
         reason = " ".join(str(error).split())
         raise UserError(f"--out={out}: cannot be written ({reason}); nothing of it is left there") from error
-
-
-CARD = """---
-library_name: {library}
-tags:
-- retrieval-augmented-generation
-- rag_jax
----
-
-# {role} trained with rag_jax
-
-Trained for {step} steps together with its {other}, from `{path}`.
-
-| | |
-|---|---|
-| objective | {objective}, K = {candidates}, {weights} |
-| batch | {batch} queries in groups of {group} |
-| learning rate | {rate:g}, {schedule} |
-{reads}
-## Use
-
-```python
-{use}
-```
-"""
-USE = {
-    "retriever": """from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("retriever")
-query_emb = model.encode(["a question"], prompt_name="query")
-passage_emb = model.encode(["a passage"], prompt_name="document")
-scores = query_emb @ passage_emb.T""",
-    "generator": """from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("generator")
-model = AutoModelForCausalLM.from_pretrained("generator")
-prompt = {passage!r}.format(passage="a passage") + {query!r}.format(query="a question")
-ids = tokenizer(prompt, return_tensors="pt")
-print(tokenizer.decode(model.generate(**ids, max_new_tokens=48)[0]))""",
-}
-
-
-ADAPTER_USE = {
-    "retriever": USE["retriever"],  # which loads adapters by peft, where it is installed
-    "generator": USE["generator"]
-    .replace(
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n",
-        "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n",
-    )
-    .replace("AutoModelForCausalLM.from", "AutoPeftModelForCausalLM.from"),
-}
-
-
-def card(loaded: Any, role: str, step: int, alone: bool = False) -> str:
-    """The model card: what it is, what it was trained with, how to load it. `alone`: an adapter by itself."""
-    texts, objective = loaded.prompt, loaded.objective
-    reads, use = "", (ADAPTER_USE if alone else USE)[role]
-    if role == "generator":
-        shown = (untrusted.code(text) for text in (texts.passage, texts.query, texts.answer))
-        reads = f"| prompt | {' '.join(f'`{text}`' for text in shown)} |\n"
-        use = use.format(passage=texts.passage, query=texts.query)
-    return CARD.format(
-        library="peft" if alone else "sentence-transformers" if role == "retriever" else "transformers",
-        role=role.capitalize(),
-        other="generator" if role == "retriever" else "retriever",
-        step=step,
-        path=untrusted.code(pathlib.PurePath(loaded[role].path).name),
-        objective=objective.name,
-        candidates=objective.candidates,
-        weights=", ".join(OBJECTIVES[objective.name].weights(objective)),
-        batch=loaded.batch_size,
-        group=loaded.group_size,
-        rate=loaded.optimizer.learning_rate,
-        schedule=loaded.optimizer.schedule,
-        reads=reads,
-        use=use,
-    )
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ class Formula:
 
     meaning: str  # one line, for --help and the docs
     likelihood: str  # "token" | "sequence": the p(y | q) by which answers are scored and decoded
+    formula: str = ""  # what is minimised beside the contrastive loss, a mean over rows, or over tokens (T of a row)
     terms: str = ""  # the function of `losses` that gives its terms; "": no generator is trained
     # What it reads: "pairs" of query and candidate | "evidence" of them, which is not differentiated | "scores" of them
     # that rows bring, with no generator | "strings".
@@ -56,25 +57,50 @@ class Formula:
 
 
 OBJECTIVES = {
-    "token": Formula("RAG-Token: every token may come from another passage", "token", "marginal_terms"),
-    "sequence": Formula("RAG-Sequence: one passage explains the whole answer", "sequence", "marginal_terms"),
-    "pdist": Formula("KL(q || p), q the softmax of the evidence", "token", reads="evidence", divergence="pdist"),
-    "replug": Formula("KL(p || q), q the softmax of the evidence", "token", reads="evidence", divergence="replug"),
+    "token": Formula(
+        "RAG-Token: every token may come from another passage",
+        "token",
+        "-1/T sum_t log sum_k p(k | q) p(y_t | k, q, y_<t)",
+        "marginal_terms",
+    ),
+    "sequence": Formula(
+        "RAG-Sequence: one passage explains the whole answer",
+        "sequence",
+        "-1/T log sum_k p(k | q) prod_t p(y_t | k, q, y_<t)",
+        "marginal_terms",
+    ),
+    "pdist": Formula(
+        "KL(q || p), q the softmax of the evidence",
+        "token",
+        "KL(e || p), e(k) = softmax_k(evidence of passage k), p(k | q)",
+        reads="evidence",
+        divergence="pdist",
+    ),
+    "replug": Formula(
+        "KL(p || q), q the softmax of the evidence",
+        "token",
+        "KL(p || e), e(k) = softmax_k(evidence of passage k), p(k | q)",
+        reads="evidence",
+        divergence="replug",
+    ),
     "emdr2": Formula(
         "the marginal of the evidence, which teaches the retriever alone",
         "sequence",
+        "-log sum_k p(k | q) exp(evidence of passage k)",
         reads="evidence",
         divergence="emdr2",
     ),
     "distill": Formula(
         "KL(q || p), q the softmax of scores that rows bring, a cross-encoder's for example",
         "token",
+        "KL(e || p), e(k) = softmax_k(given score of passage k), p(k | q)",
         reads="scores",
         divergence="pdist",
     ),
     "dalm": Formula(
         "DALM's loss for comparison: not a marginal, and nothing flows from generator to retriever",
         "token",
+        "-log p(string) of question, right passage and answer, less A log p(right passage | q), A tokens of the answer",
         "dalm_terms",
         reads="strings",
         needs_scores=True,

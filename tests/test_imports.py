@@ -20,7 +20,7 @@ LAYERS = (
     ("pair",),
     ("inference",),
     ("evaluation", "serving"),
-    ("config",),
+    ("config", "cards", "hub"),
     ("cli", "training"),
     ("main", "evaluate", "export", "ask", "plan", "prepare", "quickstart", "replay", "report.__main__"),
 )

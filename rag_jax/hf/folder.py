@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
@@ -12,7 +13,16 @@ from rag_jax.hf import tiny, weights
 
 RANDOM = "random:"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors", "*_Dense/*.bin", "*_LayerNorm/*.bin"]
+HUB_FILES = [
+    "README.md",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.safetensors",
+    "*_Dense/*.bin",
+    "*_LayerNorm/*.bin",
+]
 TORCH_FILES = ["pytorch_model*.bin"]  # fetched where there is no safetensors
 # Relative names.
 SMALL_FILES = (
@@ -21,6 +31,7 @@ SMALL_FILES = (
     r"|vocab\.txt|merges\.txt|chat_template\.jinja|[\w.-]+\.model|[\w.-]*(Pooling|Dense|LayerNorm)/config\.json"
 )
 OTHERS = ["onnx/*", "openvino/*", "original/*"]  # the same weights again, for other programs
+MOST_CARD = 2**20  # bytes
 # Raise it when the random models change.
 RANDOM_FORMAT = 1
 
@@ -40,6 +51,11 @@ def resolve(path: str, key: str) -> pathlib.Path:
     if not HUB_NAME.fullmatch(path):
         raise UserError(f"{key}={path!r}: no such folder; give one, or a hub name such as BAAI/bge-small-en")
     return _cached(path) or _downloaded(path, key)
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a model's path names one of the hub, and no folder here."""
+    return HUB_NAME.fullmatch(path) is not None and not pathlib.Path(path).expanduser().exists()
 
 
 def small_files(folder: pathlib.Path, where: str) -> dict[str, pathlib.Path]:
@@ -74,6 +90,19 @@ def model_folder(folder: pathlib.Path) -> pathlib.Path:
             if str(module.get("type")).endswith(".Transformer"):
                 return folder / path
     return folder
+
+
+def card_facts(path: str) -> dict[str, Any]:
+    """What a model's card says in its head: license, language and more; {} where there is none that can be read."""
+    local = pathlib.Path(path).expanduser()
+    folder = local if local.is_dir() else _cached(path) if HUB_NAME.fullmatch(path) else None
+    card = None if folder is None else folder / "README.md"
+    try:
+        if card is None or not card.is_file() or card.stat().st_size > MOST_CARD:
+            return {}
+        return huggingface_hub.metadata_load(card) or {}
+    except Exception:  # a card is for people: whatever its YAML holds, the model can be used
+        return {}
 
 
 def _random(path: str, key: str) -> pathlib.Path:
