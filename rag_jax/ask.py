@@ -26,13 +26,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rag_jax import cli, data, untrusted
+from rag_jax import cli, untrusted
 from rag_jax.data import rows, segments, tables
 from rag_jax.errors import UserError
 from rag_jax.objectives import OBJECTIVES, ROLES
 
 if TYPE_CHECKING:
     from rag_jax.inference.answering import Decoding
+    from rag_jax.inference.disk_index import Index
     from rag_jax.inference.trained import Answer, Part, Trained
 
 PORT = 8000
@@ -49,6 +50,7 @@ def main() -> None:
     flags.add_argument("question", nargs="*", help="none: they are asked for")
     cli.add_choice_of_models(flags)
     flags.add_argument("--passages", metavar="FILE", help="what to answer from, by the config's column of passages")
+    flags.add_argument("--index", type=cli.path, metavar="DIR", help="what rag_jax.index made, in their place")
     flags.add_argument("--questions", metavar="FILE", help="one a line, or rows by the config's column of queries")
     flags.add_argument("--candidates", type=int, metavar="K", help="passages read; objective.candidates if not given")
     flags.add_argument(
@@ -71,14 +73,15 @@ def main() -> None:
     loaded = cli.chosen_config(args, overrides)
     check_flags(args, loaded)
     questions = given_questions(args, loaded)
-    passages, sources = corpus(args, loaded)
+    index = None if args.index is None else opened_index(args)
+    passages, sources = (index.passages, index.sources) if index else cli.corpus(args.passages, loaded)
     say: Callable[[str], None] = functools.partial(print, file=sys.stderr if args.json else sys.stdout, flush=True)
     decoding = args.decoding or OBJECTIVES[loaded.objective.name].likelihood
     K = 1 if decoding == "top1" else args.candidates or loaded.objective.candidates
     if K > len(passages):
         say(f"K = {K} is cut to the {len(passages)} passages there are")
 
-    pairs = open_pairs(args, loaded, passages, say)
+    pairs = open_pairs(args, loaded, index or passages, say)
     how = how_to_decode(args, loaded, decoding, pairs)
     if args.serve is not None:
         serve(args, how, min(K, len(passages)), pairs, sources, say)
@@ -193,28 +196,6 @@ def typed(say: Callable[[str], None]) -> Iterator[str]:
                 say(str(error))
 
 
-def corpus(args: argparse.Namespace, loaded: Any) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The distinct passages of --passages, or else of all the files that the config names; and where they come from."""
-    sources = {"--passages": args.passages}
-    if args.passages is None:
-        sources = {f"data.{name}": loaded.data[name] for name in ("train", "eval", "passages")}
-    column = loaded.data.columns.passage
-    texts, come_from = [], {}
-    for key, source in sources.items():
-        if source is not None:  # rows that name no passage may have no column of them either
-            may_miss = key != "data.passages" and sources.get("data.passages") is not None
-            columns = data.columns_of(loaded.data, "data.passages" if key == "--passages" else key)
-            texts.append(data.read_passages(source, columns, key, may_miss=may_miss))
-            come_from |= data.read_sources(source, columns, key)
-    passages = tuple(dict.fromkeys(itertools.chain(*texts)))
-    if not passages:
-        given = (
-            f"--passages={args.passages!r} has none in column {column!r}" if texts else "--passages=FILE is not given"
-        )
-        raise UserError(f"no passages to answer from: {given}")
-    return passages, come_from
-
-
 def how_to_decode(args: argparse.Namespace, loaded: Any, decoding: str, pairs: "dict[str, Trained]") -> "Decoding":
     from rag_jax.inference.answering import Decoding
 
@@ -237,8 +218,18 @@ def how_to_decode(args: argparse.Namespace, loaded: Any, decoding: str, pairs: "
     )
 
 
+def opened_index(args: argparse.Namespace) -> "Index":
+    """That of --index; UserError where it cannot be asked from."""
+    from rag_jax.inference import disk_index
+
+    for name, reason in {"passages": "an index has its own", "compare": "it is of one retriever"}.items():
+        if getattr(args, name):
+            raise UserError(f"--index={args.index}: leave out --{name}, {reason}")
+    return disk_index.opened(args.index)
+
+
 def open_pairs(
-    args: argparse.Namespace, loaded: Any, passages: tuple[str, ...], say: Callable[[str], None]
+    args: argparse.Namespace, loaded: Any, passages: "tuple[str, ...] | Index", say: Callable[[str], None]
 ) -> "dict[str, Trained]":
     """The models that are asked, by what they are called; with --compare two of them."""
     from rag_jax import pair  # here: it takes seconds to load, and everything above answers at once
@@ -257,7 +248,9 @@ def open_pairs(
         pairs["trained"] = Trained(opened, params, step)
     for trained in pairs.values():
         began = time.monotonic()
-        if not trained.use(passages):
+        if not isinstance(passages, tuple):
+            trained.use_index(passages)
+        elif not trained.use(passages):
             say(f"{len(passages):,} passages embedded in {time.monotonic() - began:.1f} s")
     return pairs
 

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import io
+import itertools
 import logging
 import os
 import pathlib
@@ -118,6 +119,36 @@ def chosen_config(args: argparse.Namespace, overrides: dict[str, str]) -> Any:
     if args.models is not None:
         overrides = _exported_paths(args.models) | overrides
     return config.load(args.config, overrides)
+
+
+def corpus(passages: str | None, loaded: Any) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The distinct passages of --passages, or else of all files that the config names; and where they come from."""
+    from rag_jax import data
+
+    sources = {"--passages": passages}
+    if passages is None:
+        sources = {f"data.{name}": loaded.data[name] for name in ("train", "eval", "passages")}
+    column = loaded.data.columns.passage
+    texts, come_from = [], {}
+    for key, source in sources.items():
+        if source is not None:  # rows that name no passage may have no column of them either
+            may_miss = key != "data.passages" and sources.get("data.passages") is not None
+            columns = data.columns_of(loaded.data, "data.passages" if key == "--passages" else key)
+            texts.append(data.read_passages(source, columns, key, may_miss=may_miss))
+            come_from |= data.read_sources(source, columns, key)
+    found = tuple(dict.fromkeys(itertools.chain(*texts)))
+    if not found:
+        given = f"--passages={passages!r} has none in column {column!r}" if texts else "--passages=FILE is not given"
+        raise UserError(f"there are no passages: {given}")
+    return found, come_from
+
+
+def check_out(out: pathlib.Path) -> None:
+    """UserError unless `out` is a new or an empty folder."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out={out}: is a file; give a new folder")
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"--out={out}: is not empty; give a new folder")
 
 
 def check_rerank(number: int, loaded: Any) -> None:

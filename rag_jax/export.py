@@ -41,7 +41,7 @@ def main() -> None:
     flags.add_argument("--public", action="store_true", help="with --push: for all to see; private if not given")
     args, overrides = cli.parse(flags)
     loaded: Any = config.load_workdir(args.workdir, overrides)
-    check_out(args.out)
+    cli.check_out(args.out)
     if args.public and args.push is None:
         raise UserError("--public: goes with --push=OWNER/NAME")
     names = {role: role for role in ROLES if loaded[role].path is not None}
@@ -57,14 +57,6 @@ def main() -> None:
                 print(hub.push(push, args.out / role, repository, step, public=args.public), flush=True)
         except UserError as error:
             raise UserError(f"{error}; the export in {args.out} is complete, give another --out to try again") from None
-
-
-def check_out(out: pathlib.Path) -> None:
-    """UserError unless `out` is a new or an empty folder."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out}: is a file; give a new folder")
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"--out={out}: is not empty; give a new folder")
 
 
 def export(

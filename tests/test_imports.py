@@ -22,10 +22,10 @@ LAYERS = (
     ("evaluation", "serving"),
     ("config", "cards", "hub"),
     ("cli", "training"),
-    ("main", "evaluate", "export", "ask", "plan", "prepare", "quickstart", "replay", "report.__main__"),
+    ("main", "evaluate", "export", "ask", "index", "plan", "prepare", "quickstart", "replay", "report.__main__"),
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
-COMMANDS = {"main", "evaluate", "export", "ask", "plan", "prepare", "quickstart", "replay", "report.__main__"}
+COMMANDS = {"main", "evaluate", "export", "ask", "index", "plan", "prepare", "quickstart", "replay", "report.__main__"}
 # Beyond the order above: what these may not import although it lies below, or is not ours.
 MAY_NOT = {
     "data": {"jax", "jaxlib", "flax", "optax", "orbax"},

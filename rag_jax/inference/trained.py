@@ -3,7 +3,9 @@
 **n** texts, **M** passages of the corpus, **K** candidates, **E** embedding width.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -118,6 +120,30 @@ class Trained:
         arrays, were_kept = files.cached(key, make, "embeddings of passages")
         self.passages, self._passage_emb = distinct, search.placed(arrays["emb"])
         return were_kept
+
+    def index(
+        self, passages: Sequence[str], folder: str | os.PathLike[str], dtype: str = "float32",
+        sources: Mapping[str, str] | None = None,
+    ) -> disk_index.Index:  # fmt: skip
+        """An index of these passages in a folder; one that was begun there goes on. `sources`: where they come from.
+
+        UserError for a folder that holds something else.
+        """
+        text, path = self._retriever_text(), pathlib.Path(folder)
+        distinct = list(dict.fromkeys(_checked(passages, "passages")))
+        tokens, _ = data.retriever_tokens(text.tokenizer, distinct, text.passage_prefix, text.passage_len)
+        batch_size = min(self.opened.config.eval.batch_size, len(distinct))
+        made = disk_index.build(path, self.opened.model, self.params, tokens, batch_size=batch_size, dtype=dtype)
+        disk_index.write_passages(path, distinct, sources or {})
+        return made
+
+    def use_index(self, index: disk_index.Index | str | os.PathLike[str]) -> None:
+        """Answer from the passages of an index from now on. UserError unless this retriever made it."""
+        if not isinstance(index, disk_index.Index):
+            index = disk_index.opened(pathlib.Path(index))
+        if index.facts.get("retriever") != disk_index.retriever_key(self.opened.model, self.params):
+            raise UserError(f"{index.folder}: was made by another retriever, or at another step; make it again")
+        self.passages, self._passage_emb = index.passages, index
 
     def retrieve(self, questions: Sequence[str], k: int = 5, *, rerank: int = 0) -> list[list[Retrieved]]:
         """The k passages of highest cosine to each question, best first.
@@ -258,7 +284,7 @@ class Trained:
         self, asked: list[str], k: int, rerank: int
     ) -> tuple[Float[np.ndarray, "n K"], Int[np.ndarray, "n K"]]:
         """Cosines and indices of the passages to read, the best first; see `retrieve`."""
-        cosine, nearest = search.top_k(self.embed_queries(asked), self._passage_emb, max(k, rerank))
+        cosine, nearest = disk_index.top_k(self.embed_queries(asked), self._passage_emb, max(k, rerank))
         if rerank:
             used, place = np.unique(nearest, return_inverse=True)
             (prefixes, _), (queries, _) = data.prompt_segments(self._prompt(), [self.passages[i] for i in used], asked)

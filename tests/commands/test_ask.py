@@ -272,7 +272,7 @@ def test_what_takes_a_run_or_both_models(said, tmp_path):
     assert code == 2 and "generator.path=None: asking takes a retriever and a generator" in err
     nothing = {"data__train": None, "data__eval": None}
     code, _, err = said(f"--config={TINY}", "q", **nothing)
-    assert code == 2 and "no passages to answer from: --passages=FILE is not given" in err
+    assert code == 2 and "there are no passages: --passages=FILE is not given" in err
     (tmp_path / "empty.txt").write_text("\n \n")
     code, _, err = said(f"--config={TINY}", f"--questions={tmp_path / 'empty.txt'}")
     assert code == 2 and "holds no question" in err
