@@ -9,7 +9,8 @@ from rag_jax.errors import UserError
 
 # What a run writes into its workdir, beside config.json.
 RECORDS = (
-    "checkpoints", "metrics.jsonl", "tensorboard", "eval", "models", "failed", "inputs.json", "autotuned", "report.html"
+    "checkpoints", "metrics.jsonl", "tensorboard", "eval", "models", "failed", "inputs.json", "rows.json", "autotuned",
+    "report.html",
 )  # fmt: skip
 
 

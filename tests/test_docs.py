@@ -46,6 +46,7 @@ ORDER = ("main", "export", "evaluate")
 # Parsed by the real parsers, keys and values checked, but not run here, and why.
 ONLY_PARSED = {
     "ask": "decoding takes long to compile; tests/commands/test_ask.py and tests/test_api.py run it",
+    "index": "tests/commands/test_index.py runs it",
     "replay": "compiles the step twice more; tests/training/test_watch.py runs it",
     "prepare": "tests/documents/test_documents.py runs it",
     "report": "tests/report/test_report.py runs it",
@@ -214,8 +215,8 @@ def executable():
     """What trains, exports and measures, in this order; of the trainings the one with most flags."""
     found = [c for c in COMMANDS if module_of(c.text) in ORDER and len(words_of(c.text)) > 3]
     found = [c for c in found if "--help" not in c.text and not c.page.startswith("benchmarks")]
-    # Of a run that has adapters: tests/training/test_adapters.py.
-    found = [c for c in found if "--adapters" not in c.text]
+    # Of a run that has adapters: tests/training/test_adapters.py; to the hub: tests/commands/test_push.py.
+    found = [c for c in found if "--adapters" not in c.text and "--push" not in c.text]
     trains = max((c for c in found if module_of(c.text) == "main"), key=lambda c: len(words_of(c.text)))
     others = {c.text: c for c in found if module_of(c.text) != "main"}.values()
     return [trains, *sorted(others, key=lambda c: ORDER.index(module_of(c.text)))]

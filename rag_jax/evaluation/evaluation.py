@@ -37,6 +37,8 @@ DEFINITIONS = {
 AT_WIDTHS = ("recall@1", "recall@10", "mrr@10", "ndcg@10")
 # Of the retrieved passages in the file of rows, and characters of each.
 SHOWN, EXCERPT = 10, 160
+# Rows whose query and passage are shown on a plane.
+ON_PLANE = 400
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +137,7 @@ def evaluate(
     retrieved are put in the order of log p(question | passage) first.
     """
     columns: dict[str, metrics.Column] = {}
-    cosine = retrieved = hits = answers = None
+    cosine = retrieved = hits = answers = shares = plane = None
     if "retriever" in params:
         query_emb, corpus = embedded(model, params, rows, index_folder)
         cosine, retrieved = search.top_k(query_emb, corpus, most(model, rerank))
@@ -149,16 +151,18 @@ def evaluate(
             for width in model.matryoshka_dims:
                 columns |= at_width(model, rows, query_emb, corpus, width, is_known)
         columns |= found_in(rows, retrieved)
+        plane = projected(query_emb, corpus, rows.gold)
     if "generator" in params:
         K = model.objective.candidates
         candidates = rows.gold[:, None] if retrieved is None else retrieved[:, :K]
         weights = np.zeros(candidates.shape, np.float32) if cosine is None else cosine[:, :K]
-        columns |= answer_nll(model, params, rows, candidates, weights, retrieves=retrieved is not None)
+        nlls, shares = answer_nll(model, params, rows, candidates, weights, retrieves=retrieved is not None)
+        columns |= nlls
         if rows.num_answers:
             answers = greedy_answers(model, params, rows, candidates, weights)
             columns |= answer_metrics(rows, answers)
     values, intervals = metrics.summarise({f"eval/{name}": column for name, column in columns.items()})
-    return Result(values, intervals, by_row(rows, columns, cosine, retrieved, hits, answers))
+    return Result(values, intervals, by_row(rows, columns, cosine, retrieved, hits, answers, shares, plane))
 
 
 def most(model: rag.Rag, at_least: int = 0) -> int:
@@ -178,6 +182,22 @@ def embedded(
     if index_folder is None:
         return query_emb, embed(passages, label="passages")
     return query_emb, disk_index.build(index_folder, model, params, passages, batch_size=rows.batch_size)
+
+
+def projected(
+    query_emb: Float[np.ndarray, "Q E"], corpus: Any, gold: Int[np.ndarray, " Q"]
+) -> Float[np.ndarray, "n 4"] | None:
+    """Queries and the passages of their rows on the plane on which they spread most: x and y of both.
+
+    Of the first rows only, and of a corpus in memory. Each evaluation has a plane of its own, turned as it comes.
+    """
+    if not isinstance(corpus, np.ndarray) or not (gold >= 0).any():
+        return None
+    both = np.stack([query_emb[:ON_PLANE], corpus[gold[:ON_PLANE]]], axis=1)  # (n, 2, E)
+    known = both[gold[:ON_PLANE] >= 0].reshape(-1, both.shape[2]).astype(np.float64)
+    centre = known.mean(axis=0)
+    _, axes = np.linalg.eigh((known - centre).T @ (known - centre))
+    return ((both - centre) @ axes[:, :-3:-1]).reshape(len(both), 4).astype(np.float32)
 
 
 def at_width(
@@ -299,6 +319,7 @@ def prompt_batches(
 
 
 _log_marginal = jax.jit(losses.log_marginal, static_argnums=0)
+_evidence = jax.jit(losses.evidence, static_argnums=0)
 
 
 def answer_nll(
@@ -309,11 +330,12 @@ def answer_nll(
     cosine: Float[np.ndarray, "Q K"],
     *,
     retrieves: bool,
-) -> dict[str, metrics.Column]:
+) -> tuple[dict[str, metrics.Column], Float[np.ndarray, "Q K"]]:
     """NLL of the sampled rows' answers, nats and answer tokens of each: marginal and with single passages.
 
-    The marginal is over the candidates. Besides them are read no passage and, where the candidates are what a retriever
-    found (`retrieves`), the own one of each row whose passage is known.
+    Beside them, each candidate's share of the evidence for the row's answer. The marginal is over the candidates.
+    Besides them are read no passage and, where the candidates are what a retriever found (`retrieves`), the own one of
+    each row whose passage is known.
     """
     examples, sample = rows.examples, rows.sample
     queries, answers = examples.prompt_queries, examples.answers
@@ -343,7 +365,8 @@ def answer_nll(
     columns = {name: (nll, lengths.astype(np.float64)) for name, nll in nlls.items()}
     if with_gold:
         columns["answer_nll_gold"] = (each[:, K + 1] * is_known, lengths * is_known)
-    return columns
+    shares = _evidence(model.objective.formula.likelihood, doc_log_probs, token_log_probs[:, :K], mask)
+    return columns, np.asarray(shares)
 
 
 def greedy_answers(
@@ -393,6 +416,8 @@ def by_row(
     retrieved: np.ndarray | None,
     hits: np.ndarray | None,
     answers: list[str] | None,
+    shares: np.ndarray | None = None,
+    plane: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
     """One flat record a sampled row, to read and to sort: its texts, its metrics, what was retrieved and answered."""
     texts, found = rows.examples.rows, []
@@ -412,11 +437,16 @@ def by_row(
         line |= {name: round(float(value), 6) for name, value in own.items()}
         if (gold := rows.examples.passage_key[row]) >= 0:
             line["gold"] = rows.passages[gold][:EXCERPT]
+        if plane is not None and i < len(plane) and gold >= 0:
+            line["plane"] = [round(float(value), 4) for value in plane[i]]
         if cosine is not None and retrieved is not None and hits is not None:
             line["retrieved"] = [
                 {"score": round(float(c), 6), "relevant": bool(hit), "passage": rows.passages[p][:EXCERPT]}
                 for c, hit, p in zip(cosine[i, :SHOWN], hits[i, :SHOWN], retrieved[i, :SHOWN], strict=True)
             ]
+            for entry, share in zip(line["retrieved"], () if shares is None else shares[i], strict=False):
+                if np.isfinite(share):  # not of an answer without tokens
+                    entry["evidence"] = round(float(share), 4)
         found.append(line)
     return found
 

@@ -39,6 +39,7 @@ class Run:
     lines: list[dict[str, Any]]  # of metrics.jsonl
     evaluations: list[dict[str, Any]]  # by step
     folder: pathlib.Path
+    rows: dict[str, Any] = dataclasses.field(default_factory=dict)  # of rows.json
 
     @property
     def first(self) -> dict[str, Any] | None:
@@ -63,7 +64,10 @@ def read(workdir: pathlib.Path) -> Run:
         if re.fullmatch(r"step_\d+\.json", path.name):
             records.append(untrusted.read_json(path, str(path)))
     records = [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
-    return Run(workdir.resolve().name, config, lines, sorted(records, key=lambda record: record["step"]), workdir)
+    path = workdir / "rows.json"
+    rows = untrusted.read_json(path, str(path)) if path.is_file() else {}
+    evaluations = sorted(records, key=lambda record: record["step"])
+    return Run(workdir.resolve().name, config, lines, evaluations, workdir, rows if isinstance(rows, dict) else {})
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
@@ -99,8 +103,10 @@ def page(runs: Sequence[Run]) -> dict[str, Any]:
         "curves": curves(run.lines),
         "time": times(run.lines),
         "warnings": warnings(run),
+        "read": {key: run.rows[key].get("summary") for key in ("data.train", "data.eval") if key in run.rows},
         "definitions": (run.last or {}).get("definitions", {}),
-        "calibration": calibration(run, rows.pop("scored")),
+        "calibration": calibration(run, rows["scored"]),
+        "plane": plane(rows.pop("scored")),
         **rows,
     }
 
@@ -198,6 +204,21 @@ def warnings(run: Run) -> list[str]:
     broken = [line["step"] for line in run.lines if "loss/total" in line and line["loss/total"] is None]
     if broken:
         found.append(f"Steps whose loss was not finite: {len(broken)}, first step {broken[0]}.")
+    for key, what in (("data.train", "Rows"), ("data.eval", "Held-out rows")):
+        dropped = run.rows.get(key, {}).get("dropped") or {}
+        if number := sum(dropped.values()):
+            why = ", ".join(f"{count:,} with {reason}" for reason, count in dropped.items() if count)
+            found.append(f"{what} that were dropped: {number:,} of {run.rows[key].get('read', 0):,} ({why}).")
+    train, held_out = (run.config.get(f"data.{name}") for name in ("train", "eval"))
+    if train is not None and train == held_out:
+        found.append("The rows that are evaluated are those that were trained on: what is measured is memory.")
+    for what in ("queries", "passages"):
+        shared = run.rows.get(f"shared {what}", {})
+        if number := shared.get("same", 0) + shared.get("alike", 0):
+            found.append(
+                f"Held-out {what} that training rows have too, or have but for case and punctuation: {number:,} of "
+                f"{shared['of']:,}. What is measured on them is partly memory."
+            )
     if not run.evaluations:
         found.append("The run was never evaluated: set data.eval and eval.every_steps, or run rag_jax.evaluate.")
     elif len(run.evaluations) == 1:
@@ -261,7 +282,12 @@ def _shortened(pairs: Sequence[tuple[dict, dict]], excerpt: int) -> dict[str, An
         found = line.get("retrieved") or []
         kept: dict[str, Any] = {
             "found": [
-                [passage(one.get("passage")), _short(one.get("score", 0.0)), int(bool(one.get("relevant")))]
+                [
+                    passage(one.get("passage")),
+                    _short(one.get("score", 0.0)),
+                    int(bool(one.get("relevant"))),
+                    *([_short(one["evidence"])] if _is_number(one.get("evidence")) else []),
+                ]
                 for one in found[:SHOWN]
             ],
             "rank": next((i for i, one in enumerate(found, start=1) if one.get("relevant")), 0),
@@ -332,6 +358,47 @@ def calibration(run: Run, sides: Sequence[Sequence[dict]]) -> dict[str, Points]:
             own[2] += 1
         found[name] = [[_short(a / n), _short(b / n), n] for a, b, n in bins if n]
     return found
+
+
+def plane(sides: Sequence[Sequence[dict]]) -> dict[str, Any]:
+    """`{"before": [[x, y of a query, x, y of its passage], ...], "after": ..., "row": [...]}`, of rows that both have.
+
+    Each evaluation has axes of its own: those of the first are turned, and mirrored if that fits better, onto the
+    second's (orthogonal Procrustes in two dimensions), so that what moves has moved.
+    """
+    if len(sides) < 2:
+        return {}
+    (before, after), own = sides, {}
+    by_row = {line.get("row"): line["plane"] for line in before if _is_plane(line.get("plane"))}
+    for line in after:
+        if line.get("row") in by_row and _is_plane(line.get("plane")):
+            own[line["row"]] = (by_row[line["row"]], line["plane"])
+    if before is after or len(own) < 2:
+        return {}
+    pairs = [(a[i : i + 2], b[i : i + 2]) for a, b in own.values() for i in (0, 2)]
+
+    def turned(mirror: float) -> tuple[float, float]:
+        """How well the first fit the second when turned by the best angle, and the angle."""
+        dot = sum(a[0] * b[0] + mirror * a[1] * b[1] for a, b in pairs)
+        cross = sum(a[0] * b[1] - mirror * a[1] * b[0] for a, b in pairs)
+        return math.hypot(dot, cross), math.atan2(cross, dot)
+
+    mirror = max((1.0, -1.0), key=lambda sign: turned(sign)[0])
+    cos, sin = (fn(turned(mirror)[1]) for fn in (math.cos, math.sin))
+
+    def fitted(point: Sequence[Any]) -> list[float]:
+        x, y = point[0], mirror * point[1]
+        return [_short(cos * x - sin * y), _short(sin * x + cos * y)]
+
+    return {
+        "row": list(own),
+        "before": [[*fitted(a[:2]), *fitted(a[2:])] for a, _ in own.values()],
+        "after": [[_short(value) for value in b] for _, b in own.values()],
+    }
+
+
+def _is_plane(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
 
 
 def _cut(text: Any, most: int) -> str:

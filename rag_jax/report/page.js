@@ -103,6 +103,7 @@ document.title = `${data.title}: report`;
 page.append(el("h1", {}, data.title));
 const facts = run.facts, between = facts["generator.path"] ? `${facts["retriever.path"]} and ${facts["generator.path"]}` : String(facts["retriever.path"]);
 page.append(el("p", { class: "faint wrap" }, `${between}, objective ${facts["objective.name"]}, ${run.steps} of ${facts["total_steps"]} steps of ${facts["batch_size"]} queries; rows ${facts["data.train"]}, held out ${facts["data.eval"]}`));
+for (const [key, text] of Object.entries(data.read)) page.append(el("p", { class: "faint wrap" }, `${key}: ${text}`));
 if (data.warnings.length) page.append(el("ul", { class: "notes" }, data.warnings.map((w) => el("li", {}, w))));
 
 if (last) {
@@ -163,6 +164,31 @@ if ((moved && moved.mean !== null) || (weighed && weighed.after && weighed.after
     "On the diagonal, a passage is right as often as its weight p(k | query) says."), el("div", { class: "plots" }, figures));
 }
 
+// Queries and the passages of their rows, each pair joined by a line, before and after on the same axes.
+function map(title, points) {
+  const figure = el("figure", {}, el("h3", {}, title)), tip = el("div", { class: "tip", role: "status" }), S = 420;
+  const all = [...data.plane.before, ...data.plane.after].flatMap((p) => [[p[0], p[1]], [p[2], p[3]]]);
+  const most = Math.max(...all.flat().map(Math.abs)) * 1.05 || 1, at = (v) => S / 2 + v / most * S / 2;
+  const svg = el("svg", { viewBox: `0 0 ${S} ${S}`, role: "img", "aria-label": title });
+  points.forEach(([a, b, c, d], i) => {
+    const row = data.rows.find((r) => r.row === data.plane.row[i]);
+    const show = (event) => {
+      const box = svg.getBoundingClientRect();
+      tip.textContent = row ? row.query.slice(0, 80) : `row ${data.plane.row[i]}`;
+      tip.style.display = "block"; tip.style.left = `${Math.min(event.clientX - box.left + 8, Math.max(0, box.width - tip.offsetWidth))}px`; tip.style.top = `${event.clientY - box.top + 34}px`;
+    };
+    svg.append(el("g", { onpointerenter: show, onpointerleave: () => { tip.style.display = "none"; } },
+      el("line", { class: "axis", x1: at(a), y1: at(b), x2: at(c), y2: at(d) }),
+      el("circle", { cx: at(c), cy: at(d), r: 2.6, fill: color(1) }), el("circle", { cx: at(a), cy: at(b), r: 2.6, fill: color(0) })));
+  });
+  figure.append(svg, tip);
+  return figure;
+}
+if (data.plane.row) section("Queries and their passages on a plane",
+  el("p", { class: "faint" }, "The plane on which they spread most, of each evaluation; the first is turned to fit the second. A line joins a query to the passage of its row: the shorter it is beside the whole, the nearer they are."),
+  el("div", { class: "plots" }, map("before", data.plane.before), map("after", data.plane.after)),
+  el("div", { class: "legend" }, [["queries", 0], ["passages of their rows", 1]].map(([n, i]) => el("span", {}, el("i", { style: `background:${color(i)}` }), n))));
+
 if (data.rows.length) {
   const state = { text: "", only: "all", key: "change", down: true, most: 50, open: null };
   const rank = (s) => s.rank ? s.rank : Infinity;
@@ -182,7 +208,8 @@ if (data.rows.length) {
   const heads = [["query", "question"], ["before", "rank before"], ["after", "rank after"], ["nll", "NLL after"], ["f1", "F1 after"], ["change", "change"]];
   const titles = { change: "of the reciprocal rank of the right passage, less a tenth of that of the NLL" };
   const side = (title, s) => el("div", {}, el("h3", {}, title), s.answer !== undefined ? el("p", { class: "wrap" }, `answer: ${s.answer || "(nothing)"}`) : null,
-    el("ol", {}, (s.found || []).map(([p, score, right]) => el("li", { class: right ? "right wrap" : "wrap" }, `${score.toFixed(3)}  ${data.passages[p]}`))));
+    el("ol", {}, (s.found || []).map(([p, score, right, share]) => el("li", { class: right ? "right wrap" : "wrap" },
+      `${score.toFixed(3)}${share === undefined ? "" : `, evidence ${percent(share)}`}  ${data.passages[p]}`))));
   function draw() {
     const text = state.text.toLowerCase(), of = values[state.key];
     const rows = data.rows.filter((r) => kinds[state.only][1](r) && (!text || r.query.toLowerCase().includes(text) || (r.answer || "").toLowerCase().includes(text)));

@@ -12,9 +12,8 @@ from rag_jax import data, pair, untrusted
 from rag_jax.config import Config
 from rag_jax.distributed import sharding
 from rag_jax.documents import copies
-from rag_jax.evaluation import metrics
 from rag_jax.models import flops
-from rag_jax.training import announce, setup
+from rag_jax.training import announce, overlap, setup
 from rag_jax.training.setup import Training
 
 SHOWN_ROWS = 5
@@ -117,23 +116,19 @@ def shared(training: Training) -> Iterator[str]:
     if held_out is None:
         yield "  no held-out rows to compare with (data.eval, eval.every_steps)"
         return
-    other = held_out.examples
-    own = {examples.passages[key] for key in examples.own_key.ravel().tolist() if key >= 0}
-    theirs = {other.passages[key] for key in other.own_key.ravel().tolist() if key >= 0}
-    for what, ours, held in (
-        ("queries of held-out rows are those", examples.queries, [other.queries[k] for k in other.query_key.tolist()]),
-        ("passages of held-out rows are those", own, sorted(theirs)),
+    for what, ours, found in (
+        ("queries of held-out rows are those", examples.queries, overlap.queries(examples, held_out.examples)),
+        (
+            "passages of held-out rows are those",
+            overlap.own_passages(examples),
+            overlap.passages(examples, held_out.examples),
+        ),
     ):
-        alike = set(map(metrics.normalise, ours))
-        distinct = set(ours)
-        same = sum(each in distinct for each in held)
-        near = sum(metrics.normalise(each) in alike for each in held) - same
-        others = [each for each in held if metrics.normalise(each) not in alike]
-        nearly = int(copies.like_any(others, sorted(distinct)).sum())
-        warning = "; what is measured on them is partly memory" if same + near + nearly else ""
+        nearly = int(copies.like_any(found.others, sorted(set(ours))).sum())
+        warning = "; what is measured on them is partly memory" if found.same + found.alike + nearly else ""
         yield (
-            f"  {same:,} of {len(held):,} {what} of training rows too, {near:,} more but for case, punctuation and "
-            f"articles, {nearly:,} more nearly{warning}"
+            f"  {found.same:,} of {found.of:,} {what} of training rows too, {found.alike:,} more but for case, "
+            f"punctuation and articles, {nearly:,} more nearly{warning}"
         )
 
 

@@ -166,7 +166,7 @@ def evaluate(training: Training, state: TrainState, step: int, record: Record, s
             evaluation.write_record(training.workdir, content, result.by_row)
         score = checkpoint.score(content, content.get("best_by"), HIGHER_IS_BETTER)
         scores |= {} if score is None else {step: score}
-        record.evaluation(step, result.metrics)
+        record.evaluation(step, result.metrics, result.by_row)
 
 
 def earlier_scores(training: Training, start_step: int) -> dict[int, float]:

@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -97,8 +98,9 @@ class Record:
             self.unwritten = dict.fromkeys(PAUSES, 0.0)
             self.writer.write(step, numbers)
 
-    def evaluation(self, step: int, values: dict[str, float]) -> None:
+    def evaluation(self, step: int, values: dict[str, float], by_row: Sequence[Mapping[str, Any]] = ()) -> None:
         self.writer.write(step, values)
+        self.writer.write_rows(step, by_row)
         shown = "  ".join(
             f"{name} {values[f'eval/{name}']:.3f}"
             for name, metric in METRICS.items()

@@ -20,7 +20,7 @@ from rag_jax.evaluation.metrics import HIGHER_IS_BETTER
 from rag_jax.models import adapters
 from rag_jax.objectives import OBJECTIVES, ROLES
 from rag_jax.planning import fit
-from rag_jax.training import optim
+from rag_jax.training import optim, overlap
 from rag_jax.training.step import Step, TrainState, Tree, abstract_state, init_state, make_train_step
 from rag_jax.workdir import provenance, untrained
 from rag_jax.workdir.checkpoint import Checkpoints
@@ -271,6 +271,30 @@ def write_workdir(training: Training, start_step: int, inputs: provenance.Inputs
         for role, source in training.opened.sources.items():
             hf.copy_small_files(source, folder / role)
         provenance.write(training.workdir, inputs)
+        files.write_json(training.workdir / "rows.json", rows_facts(training))
+
+
+# Training texts that held-out ones are compared with beyond being equal, before a run starts.
+MOST_ALIKE = 20_000
+
+
+def rows_facts(training: Training) -> dict[str, Any]:
+    """What became of the rows, and what held-out rows have in common with them, for the report."""
+    facts: dict[str, Any] = {"data.train": told(training.report)}
+    if training.eval_rows is not None and training.eval_report is not None:
+        facts["data.eval"] = told(training.eval_report)
+        held_out = training.eval_rows.examples
+        if training.config.data.eval != training.config.data.train:
+            for what, found in {
+                "queries": overlap.queries(training.examples, held_out, MOST_ALIKE),
+                "passages": overlap.passages(training.examples, held_out, MOST_ALIKE),
+            }.items():
+                facts[f"shared {what}"] = {"of": found.of, "same": found.same, "alike": found.alike}
+    return facts
+
+
+def told(report: data.Report) -> dict[str, Any]:
+    return {"summary": str(report), "read": report.rows_read, "rows": report.rows, "dropped": report.dropped}
 
 
 def pretrained(training: Training, params: Tree) -> TrainState:

@@ -10,9 +10,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
+import numpy as np
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.record_writer import masked_crc32c
+from tensorboardX.summary import histogram, text
 from tqdm import tqdm
 
 from rag_jax import files
@@ -21,6 +23,8 @@ from rag_jax.training import trackers
 
 # Between lines of progress where there is no terminal, seconds.
 LINE_EVERY_S = 20.0
+# Of evaluated rows on TensorBoard's pages: how many are shown as text, and bins of a histogram of scores.
+TEXTS, BINS = 8, 30
 
 
 @runtime_checkable
@@ -30,6 +34,13 @@ class Sink(Protocol):
     def write(self, step: int, scalars: Mapping[str, float]) -> None: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class RowSink(Sink, Protocol):
+    """One that evaluated rows go to as well."""
+
+    def write_rows(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None: ...
 
 
 class JsonLines:
@@ -64,6 +75,19 @@ class TensorBoard:
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
         self._event(Event(summary=summary, step=step))
 
+    def write_rows(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Some rows as text, and histograms of the scores of right and of other passages."""
+        texts = [text(f"rows/{i + 1}", in_markdown(row)) for i, row in enumerate(rows[:TEXTS])]
+        scores: dict[str, list[float]] = {"right": [], "others": []}
+        for row in rows:
+            for found in row.get("retrieved", ()):
+                scores["right" if found["relevant"] else "others"].append(found["score"])
+        histograms = [
+            histogram(f"scores/{name}", np.asarray(values), BINS) for name, values in scores.items() if values
+        ]
+        for summary in (*texts, *histograms):
+            self._event(Event(summary=summary, step=step))
+
     def close(self) -> None:
         self._file.close()
 
@@ -74,6 +98,14 @@ class TensorBoard:
         size = struct.pack("<Q", len(content))
         sums = [struct.pack("<I", masked_crc32c(part)) for part in (size, content)]
         _write_whole(self._file, size + sums[0] + content + sums[1])
+
+
+def in_markdown(row: Mapping[str, Any]) -> str:
+    """A row for TensorBoard's page of texts, as code: nothing of it is read as Markdown."""
+    lines = {"question": row.get("query"), "right answer": row.get("answer"), "answer": row.get("generated")}
+    lines |= {f"passage {i}": found["passage"] for i, found in enumerate(row.get("retrieved", ())[:3], start=1)}
+    shown = (f"    {name}: {' '.join(str(value).split())}" for name, value in lines.items() if value is not None)
+    return "\n".join(shown)
 
 
 # The files that every run is recorded in.
@@ -97,6 +129,12 @@ class Writer:
         scalars = {name: float(value) for name, value in values.items() if value is not None}
         for sink in self.sinks:
             sink.write(int(step), scalars)
+
+    def write_rows(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows of an evaluation, to the sinks that show them."""
+        for sink in self.sinks:
+            if isinstance(sink, RowSink):
+                sink.write_rows(int(step), rows)
 
     def written(self, name: str) -> list[float | None]:
         """A metric's values in the lines that earlier processes left in `metrics.jsonl`; None for a non-finite one."""

@@ -193,6 +193,8 @@ def test_all_passages_of_a_query_are_relevant_and_rows_tell_their_own(folder, tm
             [ROWS[1][1], "the king sang"]
         )
         assert [hit["score"] for hit in line["retrieved"]] == pytest.approx(sorted(cosine, reverse=True), abs=1e-5)
+        shares = [hit["evidence"] for hit in line["retrieved"] if "evidence" in hit]
+        assert len(shares) == 3 and sum(shares) == pytest.approx(1, abs=1e-3) and "plane" in line
     tokens = np.array([len(line["answer"]) + 1 for line in result.by_row])
     by_hand = np.array([line["answer_nll"] for line in result.by_row]) @ tokens / tokens.sum()
     assert result.metrics["eval/answer_nll"] == pytest.approx(by_hand, abs=1e-5)
@@ -395,3 +397,17 @@ def test_the_record_is_flat_and_says_what_it_means(folder, tmp_path):
     assert "eval/mrr@10" in shown and "0.2500   0.1000 to 0.4000" in shown
     other = evaluation.record(result, dataclasses.replace(rows, metric="map@100"), build()[0], 12)
     assert other["best_by"] == "eval/map@100"
+
+
+def test_the_plane_is_that_of_the_two_largest_singular_values():
+    rng = np.random.default_rng(4)
+    queries, corpus = rng.normal(size=(9, 6)).astype(np.float32), rng.normal(size=(5, 6)).astype(np.float32)
+    gold = np.array([0, 1, -1, 2, 3, 4, 0, -1, 2])
+    plane = evaluation.projected(queries, corpus, gold)
+    assert plane is not None and plane.shape == (9, 4)
+    known = gold >= 0
+    both = np.stack([queries, corpus[gold]], axis=1)[known].reshape(-1, 6).astype(np.float64)
+    values = np.linalg.svd(both - both.mean(axis=0), compute_uv=False)
+    spread = np.linalg.svd(plane[known].reshape(-1, 2).astype(np.float64), compute_uv=False)
+    np.testing.assert_allclose(spread, values[:2], rtol=1e-5)
+    assert evaluation.projected(queries, corpus, np.full(9, -1)) is None

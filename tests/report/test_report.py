@@ -4,6 +4,7 @@ import json
 import re
 
 import command
+import numpy as np
 import pytest
 
 from rag_jax.errors import UserError
@@ -87,6 +88,11 @@ def test_a_real_run_ends_with_a_report_of_its_numbers(tiny_run):
     rows = (workdir / "eval" / f"step_{run['evaluations'][-1]['step']}.rows.jsonl").read_text().splitlines()
     assert len(found["rows"]) == len(rows)
     assert {one["query"] for one in found["rows"]} == {json.loads(line)["query"] for line in rows}
+    assert found["read"]["data.train"].startswith("29 rows") and len(found["plane"]["row"]) == len(rows)
+    assert any("what is measured is memory" in text for text in found["warnings"])
+    for line in map(json.loads, rows):
+        shares = [one["evidence"] for one in line["retrieved"] if "evidence" in one]
+        assert len(shares) == 3 and sum(shares) == pytest.approx(1, abs=1e-3)
 
 
 def test_what_is_told_of_rows(workdir):
@@ -103,6 +109,89 @@ def test_what_is_told_of_rows(workdir):
         "Steps whose loss was not finite: 1, first step 4.",
     ]
     assert found["time"] == {"steps": 1.5, "compiling": 3.0}
+
+
+def test_what_became_of_the_rows_is_told(workdir):
+    folder = workdir("run", [row()])
+    (folder / "rows.json").write_text(json.dumps({
+        "data.train": {"summary": "90 rows", "read": 100, "rows": 90, "dropped": {"an empty query": 7, "no answer": 3}},
+        "data.eval": {"summary": "8 rows", "read": 8, "rows": 8, "dropped": {}},
+        "shared queries": {"of": 8, "same": 1, "alike": 2}, "shared passages": {"of": 8, "same": 0, "alike": 0},
+    }))  # fmt: skip
+    found = collect.page([collect.read(folder)])
+    assert found["read"] == {"data.train": "90 rows", "data.eval": "8 rows"}
+    said = [text for text in found["warnings"] if "dropped" in text or "partly memory" in text]
+    assert said == [
+        "Rows that were dropped: 10 of 100 (7 with an empty query, 3 with no answer).",
+        "Held-out queries that training rows have too, or have but for case and punctuation: 3 of 8. "
+        "What is measured on them is partly memory.",
+    ]
+
+
+def test_the_first_plane_is_turned_onto_the_second(workdir):
+    """Points that are only turned and mirrored have not moved; a real move stays."""
+    points = np.random.default_rng(0).normal(size=(20, 4)).round(4)
+    after = points.copy()
+    after[0, :2] += 3
+    for mirror in (1, -1):
+        turn = np.array([[np.cos(2), -np.sin(2)], [np.sin(2), np.cos(2)]]) @ np.diag([1, mirror])
+        before = (points.reshape(-1, 2) @ turn).reshape(-1, 4)
+        sides = [[{"row": i, "plane": plane.tolist()} for i, plane in enumerate(side)] for side in (before, points)]
+        found = collect.plane(sides)
+        np.testing.assert_allclose(found["before"], points, atol=1e-3)
+        sides[1] = [{"row": i, "plane": plane.tolist()} for i, plane in enumerate(after)]
+        moved = np.abs(np.subtract(collect.plane(sides)["before"], after)).reshape(20, 2, 2).max(axis=2)
+        assert moved[0, 0] > 2 and moved.max() == moved[0, 0]
+    assert collect.plane([sides[0], []]) == collect.plane([sides[0]]) == {}
+
+
+def test_the_page_in_a_browser(workdir, page):
+    """Nothing of hostile rows runs, and searching, filtering, sorting and opening rows do what they say."""
+    texts = [row(text, passages=(text + "1", text + "2", "three")) for text in HOSTILE]
+    texts += [row(f"question {i}", (1 + i % 3, 1 + (i + 1) % 3), (3.0, 2.0 + i)) for i in range(60)]
+    folder, other = workdir("run", texts), workdir("other", [row()], (0.25, 0.75), seed=1)
+    for step in (0, 4):
+        path = folder / "eval" / f"step_{step}.rows.jsonl"
+        lines = [json.loads(line) | {"plane": [step, 1.0, 0.5, i / 9]} for i, line in enumerate(open(path))]
+        lines[2]["retrieved"][0]["evidence"] = 0.625
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write.write(folder / "page.html", [collect.read(folder), collect.read(other)])
+    page.goto((folder / "page.html").as_uri())
+    titles = page.locator("h2").all_inner_texts()
+    for title in ("What training changed", "Runs side by side", "Queries and their passages on a plane", "Row by row"):
+        assert title in titles
+    rows = page.locator("#rows tr.row")
+    assert rows.count() == 50 and page.locator("text=67 of 67 rows").count() == 1
+    page.get_by_role("button", name="show more").click()
+    assert rows.count() == 67
+    page.get_by_role("button", name="question", exact=True).click()
+    shown = [cells.split("\t")[0] for cells in rows.all_inner_texts()]
+    lowered = [text.lower() for text in shown]
+    assert lowered[:5] == sorted(lowered)[:5] or lowered == sorted(lowered)
+    page.get_by_role("button", name="NLL after").click()
+    nlls = [float(cells.split("\t")[3]) for cells in rows.all_inner_texts()]
+    assert nlls == sorted(nlls, reverse=True)
+    page.get_by_label("which rows").select_option("lost")
+    ranks = [cells.split("\t")[1:3] for cells in rows.all_inner_texts()]
+    assert ranks and all(before < after for before, after in ranks)
+    page.get_by_label("which rows").select_option("all")
+    page.get_by_label("search").fill("<!-- a comment")
+    assert rows.count() == 1 and "<!-- a comment that never ends" in rows.inner_text()
+    rows.click()
+    detail = page.locator("td.detail").inner_text()
+    assert "right answer: me" in detail and "evidence 63 %" in detail and "<!-- a comment that never ends1" in detail
+    page.locator("figure svg").first.hover()
+    assert page.locator("figure .tip").first.is_visible()
+
+
+def test_ten_thousand_rows_open_in_a_browser(workdir, page):
+    rows = [row(f"question {i} " + "q" * 200, (1 + i % 3, 1)) for i in range(10_000)]
+    folder = workdir("run", rows)
+    write.write(folder / "page.html", [collect.read(folder)])
+    page.goto((folder / "page.html").as_uri())
+    assert page.locator("#rows tr.row").count() == 50
+    page.get_by_label("search").fill("question 9999 ")
+    assert page.locator("#rows tr.row").count() == 1
 
 
 def test_texts_stay_texts(workdir, tmp_path):

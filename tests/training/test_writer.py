@@ -170,3 +170,32 @@ def test_progress_on_a_terminal_is_a_bar_with_loss_and_time_left(monkeypatch):
 
 def test_durations_read_as_clocks():
     assert [writers.clock(s) for s in (0.0, 59.6, 125.0, 3723.0)] == ["0:00", "1:00", "2:05", "1:02:03"]
+
+
+def test_evaluated_rows_on_the_board(tmp_path):
+    """As text, of which nothing is markup, and the scores of right and other passages as histograms."""
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    rows = [
+        {
+            "row": i, "query": f"**who** {i}?", "answer": "me", "generated": "you\nand I",
+            "retrieved": [
+                {"score": 0.9 - i / 100, "relevant": i % 2 == 0, "passage": "# one"},
+                {"score": 0.5, "relevant": i % 2 == 1, "passage": "two"},
+            ],
+        }
+        for i in range(12)
+    ]  # fmt: skip
+    with open_writer(tmp_path) as writer:
+        writer.write_rows(3, rows)
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"), {"tensors": 0, "histograms": 0})
+    events.Reload()
+    tags = [f"rows/{i + 1}" for i in range(writers.TEXTS)]
+    assert sorted(tag.removesuffix("/text_summary") for tag in events.Tags()["tensors"]) == tags
+    (shown,) = events.Tensors(events.Tags()["tensors"][0])
+    said = shown.tensor_proto.string_val[0].decode().splitlines()
+    assert said[:3] == ["    question: **who** 0?", "    right answer: me", "    answer: you and I"]
+    assert all(line.startswith("    ") for line in said), "code, in which nothing is read as Markdown"
+    found = {tag: events.Histograms(tag)[0].histogram_value for tag in events.Tags()["histograms"]}
+    assert {tag: value.num for tag, value in found.items()} == {"scores/right": 12, "scores/others": 12}
+    assert found["scores/right"].sum == pytest.approx(sum(0.9 - i / 100 for i in range(0, 12, 2)) + 6 * 0.5)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
