@@ -99,6 +99,14 @@ def get_config() -> ConfigDict:
     config.guard = ConfigDict({"skip_nonfinite": 0, "spike_factor": 10.0})
     config.log = ConfigDict({"every_steps": 1, "trackers": ()})
     config.eval = ConfigDict(
-        {"every_steps": 250, "rows": 1000, "answers": 64, "metric": "auto", "patience": 0, "batch_size": 32}
+        {
+            "every_steps": 250,
+            "rows": 1000,
+            "likelihoods": 0,
+            "answers": 64,
+            "metric": "auto",
+            "patience": 0,
+            "batch_size": 32,
+        }
     )
     return config

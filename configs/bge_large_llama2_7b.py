@@ -103,6 +103,14 @@ def get_config() -> ConfigDict:
     config.guard = ConfigDict({"skip_nonfinite": 0, "spike_factor": 10.0})
     config.log = ConfigDict({"every_steps": 10, "trackers": ()})
     config.eval = ConfigDict(
-        {"every_steps": 500, "rows": 2000, "answers": 256, "metric": "auto", "patience": 0, "batch_size": 256}
+        {
+            "every_steps": 500,
+            "rows": 2000,
+            "likelihoods": 0,
+            "answers": 256,
+            "metric": "auto",
+            "patience": 0,
+            "batch_size": 256,
+        }
     )
     return config

@@ -107,6 +107,14 @@ def get_config() -> ConfigDict:
     config.guard = ConfigDict({"skip_nonfinite": 0, "spike_factor": 10.0})
     config.log = ConfigDict({"every_steps": 1, "trackers": ()})
     config.eval = ConfigDict(
-        {"every_steps": 50, "rows": 200, "answers": 16, "metric": "auto", "patience": 0, "batch_size": 16}
+        {
+            "every_steps": 50,
+            "rows": 200,
+            "likelihoods": 0,
+            "answers": 16,
+            "metric": "auto",
+            "patience": 0,
+            "batch_size": 16,
+        }
     )
     return config

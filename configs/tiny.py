@@ -95,6 +95,6 @@ def get_config() -> ConfigDict:
     config.guard = ConfigDict({"skip_nonfinite": 0, "spike_factor": 0.0})
     config.log = ConfigDict({"every_steps": 1, "trackers": ()})
     config.eval = ConfigDict(
-        {"every_steps": 10, "rows": 0, "answers": 4, "metric": "auto", "patience": 0, "batch_size": 8}
+        {"every_steps": 10, "rows": 0, "likelihoods": 0, "answers": 4, "metric": "auto", "patience": 0, "batch_size": 8}
     )
     return config

@@ -343,6 +343,9 @@ KEYS: dict[str, Key] = {
     ),
     "eval.every_steps": Key(int, at_least(0), "evaluate every N steps; 0: never"),
     "eval.rows": Key(int, at_least(0), "rows of data.eval that are evaluated, the same in every run; 0: all"),
+    "eval.likelihoods": Key(
+        int, at_least(0), "of these rows those of which the answers' likelihood is measured; 0: all", before=0
+    ),
     "eval.answers": Key(int, at_least(0), "greedy answers generated for EM and F1; 0: none"),
     "eval.metric": Key(
         str,

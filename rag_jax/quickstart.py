@@ -114,6 +114,7 @@ def next_steps(out: pathlib.Path, seconds: float) -> str:
     return f"""Done in {seconds / 60:.1f} minutes. Written to {out}:
   models/    the pretrained pair               rows/      train.csv, eval.csv, passages.csv
   run/       config, metrics, checkpoints      export/    the trained pair, as Hugging Face folders
+  run/report.html    every question before and after: open it in a browser
 
 Next:
 {activate()}  tensorboard --logdir {out / "run"}

@@ -28,7 +28,7 @@ MOST_LINES = 200  # of the README
 
 # Run by no test of this file, and why. The first words of a command.
 NOT_RUN = {
-    "make quickstart": "8 minutes; tests/commands/test_quickstart.py runs its parts",
+    "make quickstart": "5 minutes; tests/commands/test_quickstart.py runs its parts",
     "make test": "this suite",
     "make lint": "a check of its own in .ci/run",
     "make soak": "hours",

@@ -48,7 +48,8 @@ class EvalRows:
     examples: data.Examples
     empty_prefix: data.Ragged | None  # of the prompt without a passage: one
     sample: np.ndarray  # (Q,) rows of the examples that are evaluated
-    num_answers: int  # how many of the sample, from its start, are answered for EM and F1
+    num_scored: int  # how many of the sample, from its start, have the likelihood of their answers measured
+    num_answers: int  # how many are answered for EM and F1
     answer_len: int  # tokens of such an answer at most, end-of-sequence included: as many as training reads
     batch_size: int
     tokenizer: Any  # the generator's
@@ -66,7 +67,8 @@ class EvalRows:
 
     def counts(self) -> dict[str, int]:
         answers = self.examples.answers
-        tokens = {} if answers is None else {"answer_tokens": int(answers.lengths[self.sample].sum())}
+        scored = self.sample[: self.num_scored]
+        tokens = {} if answers is None else {"answer_tokens": int(answers.lengths[scored].sum())}
         return {
             "rows": len(self.examples),
             "queries": len(self.sample),
@@ -108,6 +110,7 @@ def load_rows(
         examples=examples,
         empty_prefix=empty_prefix,
         sample=sample,
+        num_scored=min(section.likelihoods or len(sample), len(sample)),
         num_answers=min(section.answers, len(sample)) if prompt is not None else 0,
         answer_len=prompt.answer_len if prompt is not None else 0,
         batch_size=min(section.batch_size, len(sample)),
@@ -337,14 +340,15 @@ def answer_nll(
     Besides them are read no passage and, where the candidates are what a retriever found (`retrieves`), the own one of
     each row whose passage is known.
     """
-    examples, sample = rows.examples, rows.sample
+    examples, sample, gold = rows.examples, rows.sample[: rows.num_scored], rows.gold[: rows.num_scored]
+    candidates, cosine = candidates[: rows.num_scored], cosine[: rows.num_scored]
     queries, answers = examples.prompt_queries, examples.answers
     assert queries is not None and answers is not None and examples.prefixes is not None
     assert rows.empty_prefix is not None
     prefixes, K = data.joined(examples.prefixes, rows.empty_prefix), candidates.shape[1]
-    none, is_known = np.full(len(candidates), len(examples.prefixes)), rows.gold >= 0
+    none, is_known = np.full(len(candidates), len(examples.prefixes)), gold >= 0
     with_gold = retrieves and bool(is_known.any())
-    read = np.stack([*candidates.T, none, *([np.where(is_known, rows.gold, none)] if with_gold else [])], axis=1)
+    read = np.stack([*candidates.T, none, *([np.where(is_known, gold, none)] if with_gold else [])], axis=1)
     row = np.arange(len(read))[:, None]
     distinct, pair = np.unique(row * len(prefixes) + read, return_inverse=True)
     reader, prefix = np.divmod(distinct, len(prefixes))
@@ -444,7 +448,9 @@ def by_row(
                 {"score": round(float(c), 6), "relevant": bool(hit), "passage": rows.passages[p][:EXCERPT]}
                 for c, hit, p in zip(cosine[i, :SHOWN], hits[i, :SHOWN], retrieved[i, :SHOWN], strict=True)
             ]
-            for entry, share in zip(line["retrieved"], () if shares is None else shares[i], strict=False):
+            for entry, share in zip(
+                line["retrieved"], () if shares is None or i >= len(shares) else shares[i], strict=False
+            ):
                 if np.isfinite(share):  # not of an answer without tokens
                     entry["evidence"] = round(float(share), 4)
         found.append(line)

@@ -204,6 +204,24 @@ def test_all_passages_of_a_query_are_relevant_and_rows_tell_their_own(folder, tm
                for name, (low, high) in result.intervals.items())  # fmt: skip
 
 
+def test_the_likelihood_of_some_rows_is_that_of_those_rows(folder):
+    """Retrieval is measured on all rows, whatever the generator reads."""
+    model, params = build()
+    changed = config(folder, answers=0)
+    every, _ = evaluation.load_rows(changed, RETRIEVER, PROMPT)
+    changed.eval.likelihoods = 2
+    some, _ = evaluation.load_rows(changed, RETRIEVER, PROMPT)
+    whole, part = (evaluation.evaluate(model, params, rows) for rows in (every, some))
+    assert [("answer_nll" in line, "recall@1" in line) for line in part.by_row] == [(True, True)] * 2 + [
+        (False, True)
+    ] * (len(every.sample) - 2)
+    assert part.metrics["eval/mrr@10"] == whole.metrics["eval/mrr@10"]
+    tokens = [len(line["answer"]) + 1 for line in whole.by_row[:2]]
+    expected = np.average([line["answer_nll"] for line in whole.by_row[:2]], weights=tokens)
+    assert part.metrics["eval/answer_nll"] == pytest.approx(expected, abs=1e-5)
+    assert some.counts()["answer_tokens"] == sum(tokens)
+
+
 def test_k_beyond_the_corpus_reads_all_of_it(folder):
     model, params = build(candidates=50)
     rows, _ = evaluation.load_rows(config(folder, passages=False), RETRIEVER, PROMPT)
