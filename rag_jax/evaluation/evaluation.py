@@ -159,7 +159,10 @@ def evaluate(
         K = model.objective.candidates
         candidates = rows.gold[:, None] if retrieved is None else retrieved[:, :K]
         weights = np.zeros(candidates.shape, np.float32) if cosine is None else cosine[:, :K]
-        nlls, shares = answer_nll(model, params, rows, candidates, weights, retrieves=retrieved is not None)
+        n = rows.num_scored
+        scored = dataclasses.replace(rows, sample=rows.sample[:n])
+        retrieves = retrieved is not None
+        nlls, shares = answer_nll(model, params, scored, candidates[:n], weights[:n], retrieves=retrieves)
         columns |= nlls
         if rows.num_answers:
             answers = greedy_answers(model, params, rows, candidates, weights)
@@ -340,15 +343,14 @@ def answer_nll(
     Besides them are read no passage and, where the candidates are what a retriever found (`retrieves`), the own one of
     each row whose passage is known.
     """
-    examples, sample, gold = rows.examples, rows.sample[: rows.num_scored], rows.gold[: rows.num_scored]
-    candidates, cosine = candidates[: rows.num_scored], cosine[: rows.num_scored]
+    examples, sample = rows.examples, rows.sample
     queries, answers = examples.prompt_queries, examples.answers
     assert queries is not None and answers is not None and examples.prefixes is not None
     assert rows.empty_prefix is not None
     prefixes, K = data.joined(examples.prefixes, rows.empty_prefix), candidates.shape[1]
-    none, is_known = np.full(len(candidates), len(examples.prefixes)), gold >= 0
+    none, is_known = np.full(len(candidates), len(examples.prefixes)), rows.gold >= 0
     with_gold = retrieves and bool(is_known.any())
-    read = np.stack([*candidates.T, none, *([np.where(is_known, gold, none)] if with_gold else [])], axis=1)
+    read = np.stack([*candidates.T, none, *([np.where(is_known, rows.gold, none)] if with_gold else [])], axis=1)
     row = np.arange(len(read))[:, None]
     distinct, pair = np.unique(row * len(prefixes) + read, return_inverse=True)
     reader, prefix = np.divmod(distinct, len(prefixes))

@@ -19,7 +19,7 @@ const bar = (label, value, kind) => [el("span", {}, label),
 
 function passage(one) {
   const text = el("p", { class: "passage short", title: "show all of it", onclick: () => text.classList.toggle("short") }, one.passage);
-  return el("li", {}, el("div", { class: "bars" }, bar("likely before", one.probability, "before"), bar("evidence", one.evidence, "after")),
+  return el("li", {}, el("div", { class: "bars" }, bar("probability", one.probability, "before"), bar("evidence", one.evidence, "after")),
     text, one.source === undefined ? null : el("div", { class: "source" }, one.source));
 }
 

@@ -63,7 +63,7 @@ def config(folder, *, passages=True, num_rows=0, answers=0):
                 "format": "auto",
                 "bad_rows": "drop",
             },
-            "eval": {"rows": num_rows, "answers": answers, "batch_size": 3, "metric": "auto"},
+            "eval": {"rows": num_rows, "likelihoods": 0, "answers": answers, "batch_size": 3, "metric": "auto"},
         }
     )
 
