@@ -195,11 +195,13 @@ def projected(
 ) -> Float[np.ndarray, "n 4"] | None:
     """Queries and the passages of their rows on the plane on which they spread most: x and y of both.
 
-    Of the first rows only, and of a corpus in memory. Each evaluation has a plane of its own, turned as it comes.
+    Of the first rows only. Each evaluation has a plane of its own, turned as it comes.
     """
-    if not isinstance(corpus, np.ndarray) or not (gold >= 0).any():
+    if not (gold >= 0).any():
         return None
-    both = np.stack([query_emb[:ON_PLANE], corpus[gold[:ON_PLANE]]], axis=1)  # (n, 2, E)
+    used, place = np.unique(np.maximum(gold[:ON_PLANE], 0), return_inverse=True)
+    passages = corpus.rows(used) if isinstance(corpus, disk_index.Index) else corpus[used]
+    both = np.stack([query_emb[:ON_PLANE], passages[place]], axis=1)  # (n, 2, E)
     known = both[gold[:ON_PLANE] >= 0].reshape(-1, both.shape[2]).astype(np.float64)
     centre = known.mean(axis=0)
     _, axes = np.linalg.eigh((known - centre).T @ (known - centre))
