@@ -365,6 +365,12 @@ def load(file: str | pathlib.Path, overrides: Mapping[str, Any] | None = None) -
     return build(_flatten(_read_file(pathlib.Path(file))), overrides)
 
 
+def changes(file: str | pathlib.Path, config: ConfigDict) -> dict[str, list[Any]]:
+    """The keys in which a config differs from its file's, `{key: [the file's value, its own]}`."""
+    before, now = _flatten(_read_file(pathlib.Path(file))), _flatten(config)
+    return {key: [before.get(key), value] for key, value in now.items() if before.get(key) != value}
+
+
 def load_workdir(workdir: str | pathlib.Path, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     """The config that a run saved in its workdir, with overrides on top."""
     file = pathlib.Path(workdir) / "config.json"

@@ -3,14 +3,15 @@
 import pathlib
 import re
 
-from rag_jax import cli, config, untrusted
+from rag_jax import cli, config, files, untrusted
 from rag_jax.distributed import processes
 from rag_jax.errors import UserError
+from rag_jax.report import collect, write
 
 # What a run writes into its workdir, beside config.json.
 RECORDS = (
-    "checkpoints", "metrics.jsonl", "tensorboard", "eval", "models", "failed", "inputs.json", "rows.json", "autotuned",
-    "report.html",
+    "checkpoints", "metrics.jsonl", "tensorboard", "eval", "models", "failed", "inputs.json", "rows.json",
+    "changed.json", "autotuned", "report.html",
 )  # fmt: skip
 
 
@@ -26,6 +27,7 @@ def main() -> int:
         raise UserError("the following arguments are required: --workdir; see python -m rag_jax.main --help")
     workdir: pathlib.Path = args.workdir or pathlib.Path("DIR")  # of a dry run, which writes nothing
     run_config = config.load(args.config, overrides)
+    changed = config.changes(args.config, run_config)
     config.require(run_config, "data.train")
     check_workdir(workdir)
     processes.start()
@@ -42,14 +44,13 @@ def main() -> int:
 
     ended_by = loop.train(run_config, workdir)
     if not ended_by and jax.process_index() == 0:  # who stops a run is not to wait
+        files.write_json(workdir / "changed.json", {"file": pathlib.Path(args.config).name, "changed": changed})
         print(f"report     {report(workdir)}", flush=True)
     return 128 + ended_by if ended_by else 0  # as a shell tells of a signal
 
 
 def report(workdir: pathlib.Path) -> str:
     """Where the run's report is, or why there is none: what was trained is not lost for it."""
-    from rag_jax.report import collect, write
-
     try:
         write.write(workdir / write.NAME, [collect.read(workdir)])
     except Exception as error:  # of files that others may have written

@@ -251,3 +251,10 @@ def test_a_key_that_a_command_needs_is_asked_for_by_name():
     with pytest.raises(UserError, match=r"data\.train=None: give it a value, --config\.data\.train=\.\.\.; rows"):
         config.require(loaded, "data.train")
     assert config.require(loaded, "data.eval") == "tests/data/rows.csv"
+
+
+def test_changes_are_what_a_config_has_otherwise_than_its_file():
+    for file in sorted((ROOT / "configs").glob("*.py")):
+        values = {"data.train": "rows.csv", "total_steps": "7"}
+        before = config.changes(file, config.load(file, values))
+        assert before.keys() == values.keys() and before["total_steps"][1] == 7, file.name

@@ -40,6 +40,7 @@ class Run:
     evaluations: list[dict[str, Any]]  # by step
     folder: pathlib.Path
     rows: dict[str, Any] = dataclasses.field(default_factory=dict)  # of rows.json
+    changed: dict[str, Any] = dataclasses.field(default_factory=dict)  # of changed.json
 
     @property
     def first(self) -> dict[str, Any] | None:
@@ -64,10 +65,14 @@ def read(workdir: pathlib.Path) -> Run:
         if re.fullmatch(r"step_\d+\.json", path.name):
             records.append(untrusted.read_json(path, str(path)))
     records = [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
-    path = workdir / "rows.json"
-    rows = untrusted.read_json(path, str(path)) if path.is_file() else {}
     evaluations = sorted(records, key=lambda record: record["step"])
-    return Run(workdir.resolve().name, config, lines, evaluations, workdir, rows if isinstance(rows, dict) else {})
+    facts = (_facts(workdir / name) for name in ("rows.json", "changed.json"))
+    return Run(workdir.resolve().name, config, lines, evaluations, workdir, *facts)
+
+
+def _facts(path: pathlib.Path) -> dict[str, Any]:
+    found = untrusted.read_json(path, str(path)) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
@@ -100,6 +105,7 @@ def page(runs: Sequence[Run]) -> dict[str, Any]:
         "runs": [summary(each) for each in runs],
         "differences": differences(runs),
         "config": run.config,
+        "changed": run.changed,
         "curves": curves(run.lines),
         "time": times(run.lines),
         "warnings": warnings(run),

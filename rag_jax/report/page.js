@@ -237,5 +237,7 @@ if (data.rows.length) {
   draw();
 }
 
-section("Config", el("details", {}, el("summary", {}, `${Object.keys(data.config).length} keys`),
+const changed = Object.entries(data.changed.changed || {});
+section("Config", changed.length ? el("div", {}, el("p", { class: "faint" }, `What was given on the command line, other than ${data.changed.file} has it:`),
+  table(["key", "file", "run"], changed.map(([k, [a, b]]) => [k, ...[a, b].map((v) => el("td", { class: "wrap" }, JSON.stringify(v)))]))) : null, el("details", {}, el("summary", {}, `${Object.keys(data.config).length} keys`),
   table(["key", "value"], Object.entries(data.config).map(([k, v]) => [k, el("td", { class: "wrap" }, JSON.stringify(v))]))));

@@ -89,6 +89,8 @@ def test_a_real_run_ends_with_a_report_of_its_numbers(tiny_run):
     assert len(found["rows"]) == len(rows)
     assert {one["query"] for one in found["rows"]} == {json.loads(line)["query"] for line in rows}
     assert found["read"]["data.train"].startswith("29 rows") and len(found["plane"]["row"]) == len(rows)
+    assert found["changed"]["file"] == "tiny.py"
+    assert found["changed"]["changed"]["total_steps"] == [20, command.TINY_STEPS]
     assert any("what is measured is memory" in text for text in found["warnings"])
     for line in map(json.loads, rows):
         shares = [one["evidence"] for one in line["retrieved"] if "evidence" in one]

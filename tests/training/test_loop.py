@@ -76,9 +76,8 @@ def test_the_record_has_every_step_once_and_the_names_of_the_contract(whole):
     assert math.isclose(math.hypot(*of_models), line["optim/grad_norm"], rel_tol=1e-6) and min(of_models) > 0
     assert steps[-1]["loss/total"] < steps[0]["loss/total"]
     assert {path.name for path in workdir.iterdir()} == {
-        "config.json", "inputs.json", "rows.json", "metrics.jsonl", "checkpoints", "tensorboard", "eval", "models",
-        "report.html",
-        ".lock",
+        "config.json", "inputs.json", "rows.json", "changed.json", "metrics.jsonl", "checkpoints", "tensorboard",
+        "eval", "models", "report.html", ".lock",
     }  # fmt: skip
     for word in ("devices", "retriever", "generator", "29 rows", "7 in-batch negatives", "K = 3", "6 (", "output"):
         assert word in printed, word
