@@ -21,7 +21,7 @@ function el(tag, attributes, ...children) {
   for (const child of children.flat()) if (child !== null && child !== undefined) node.append(child);
   return node;
 }
-const section = (title, ...children) => page.append(el("h2", {}, title), ...children);
+const section = (title, ...children) => page.append(el("h2", {}, title), ...children.filter((child) => child !== null));
 const short = (x) => x === null || x === undefined ? "–" : Math.abs(x) >= 1000 || (x !== 0 && Math.abs(x) < 0.001)
   ? x.toExponential(2) : String(Number(x.toPrecision(4)));
 const percent = (x) => `${(100 * x).toFixed(0)} %`;

@@ -160,6 +160,7 @@ def test_the_page_in_a_browser(workdir, page):
     write.write(folder / "page.html", [collect.read(folder), collect.read(other)])
     page.goto((folder / "page.html").as_uri())
     titles = page.locator("h2").all_inner_texts()
+    assert page.get_by_text("null", exact=True).count() == page.get_by_text("undefined").count() == 0
     for title in ("What training changed", "Runs side by side", "Queries and their passages on a plane", "Row by row"):
         assert title in titles
     rows = page.locator("#rows tr.row")
