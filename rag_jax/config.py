@@ -126,8 +126,9 @@ def base_keys(role: str) -> dict[str, Key]:
     return {
         f"{role}.base_dtype": Key(
             str,
-            one_of("float32", "bfloat16", "int8", "int4"),
-            "of a frozen model's weights (adapters are none): int8 and int4 of its layers, then bfloat16 of the rest",
+            one_of("float32", "bfloat16", "int8", "int4", "uint4"),
+            "of a frozen model's weights (adapters are none): int8, int4 and uint4 of its layers, then bfloat16 of the "
+            "rest",
         ),
         f"{role}.lora.rank": Key(int, at_least(0), "R, of adapters that are trained in place of the model; 0: none"),
         f"{role}.lora.alpha": Key(float, positive, "what adapters add is multiplied by alpha / R"),

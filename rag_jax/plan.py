@@ -318,7 +318,7 @@ def changes_that_save(loaded: Any) -> Iterator[dict[str, Any]]:
     if generator.path is not None:
         if not generator.lora.rank:
             yield {"generator.lora.rank": 16}
-        if generator.base_dtype != "int4":
+        if generator.base_dtype not in ("int4", "uint4"):
             yield {"generator.base_dtype": "int4"}
     size = loaded.group_size
     while size % 2 == 0 and size // 2 * (1 + objective.negatives) >= objective.candidates:

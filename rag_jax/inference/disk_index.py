@@ -258,7 +258,8 @@ def retriever_key(model: rag.Rag, params: dict) -> str:
 @jax.jit
 def _sums(leaf: Shaped[Array, "..."]) -> Shaped[Array, " 2"]:
     """Two sums modulo 2^32 of all entries' bits, each place with a factor of its own; exact on any mesh."""
-    bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
+    is_whole = jnp.issubdtype(leaf.dtype, jnp.integer)  # codes, of a base in fewer bits
+    bits = leaf.astype(jnp.uint32) if is_whole else jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
     place = jnp.zeros((), jnp.uint32)
     for axis, size in enumerate(leaf.shape):
         place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)

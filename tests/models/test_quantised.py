@@ -25,6 +25,8 @@ def rounded(number):
 
 def by_hand(kernel, kind):
     """The nearest of all values that a block has, number by number; of four bits by the best of three scales."""
+    if kind == "uint4":
+        return evenly_by_hand(kernel)
     block = quantised.block_of(kind, len(kernel))
     levels = np.arange(-127, 128) / 127 if kind == "int8" else quantised.NF4.astype(np.float64)
     out = np.empty(kernel.shape)
@@ -38,6 +40,35 @@ def by_hand(kernel, kind):
             found = [(levels * scale)[np.abs(part[:, None] - levels * scale).argmin(axis=1)] for scale in scales]
             out[start : start + block, column] = min(found, key=lambda each: np.sum((each - part) ** 2))
     return out
+
+
+def evenly_by_hand(kernel):
+    """Sixteen values from the least number of a block to the largest, or of the best range that is drawn together."""
+    block, out = quantised.block_of("uint4", len(kernel)), np.empty(kernel.shape)
+    for column in range(kernel.shape[1]):
+        for start in range(0, len(kernel), block):
+            part, found = kernel[start : start + block, column], []
+            for share in (1.0, 0.92, 0.84):
+                low, high = part.min(), part.max()
+                middle, half = (high + low) / 2, np.float32(share) * (high - low) / 2
+                least = low if share == 1 else middle - half
+                step = np.float16(np.float32(share) * (high - low) / 15)
+                levels = np.float64(np.float16(least)) + np.arange(16) * np.float64(step)
+                found.append(levels[np.abs(part[:, None] - levels).argmin(axis=1)])
+            out[start : start + block, column] = min(found, key=lambda each: np.sum((each - part) ** 2))
+    return out
+
+
+def test_weights_that_came_out_of_such_codes_go_back_as_they_were():
+    """GGUF's Q4_1: a step and a least number in float16 of 32 weights, whose codes reach from 0 to 15."""
+    rng = np.random.default_rng(5)
+    codes = rng.integers(0, 16, (4, 32, 6))
+    codes[:, 0], codes[:, 31] = 0, 15
+    step, low = (rng.uniform(0.001, 0.02, (4, 1, 6)).astype(np.float16).astype(np.float32) for _ in range(2))
+    kernel = (codes * step + np.float16(-8 * low).astype(np.float32)).astype(np.float32).reshape(128, 6)
+    leaves = quantised.quantised(kernel, "uint4")
+    got = quantised.dequantised(*(jnp.asarray(leaves[n]) for n in quantised.LEAVES), jnp.float32)
+    np.testing.assert_allclose(got, kernel, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("kind", quantised.KINDS)
@@ -57,7 +88,7 @@ def test_every_number_is_the_nearest_that_its_block_has(kind, inputs):
 
 
 def test_bits_of_a_weight():
-    for kind, bits in (("int8", 8.25), ("int4", 4.5)):
+    for kind, bits in (("int8", 8.25), ("int4", 4.5), ("uint4", 5.0)):
         size = sum(
             np.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in quantised.shapes(kind, 4096, 8).values()
         )

@@ -289,7 +289,7 @@ def test_one_base_with_two_adapters_on_four_devices(made, tmp_path):
         ({"generator__lora__targets": "attention"}, "must be texts such as ('attention/', 'mlp/')"),
         ({"generator__lora__rank": 2, "generator__lora__targets": "('query',)"}, "adapted together or not at all"),
         ({"generator__base_dtype": "int4"}, "generator.base_dtype=int4: is of weights that are not trained, and"),
-        ({"generator__base_dtype": "int3"}, "must be one of float32, bfloat16, int8, int4"),
+        ({"generator__base_dtype": "int3"}, "must be one of float32, bfloat16, int8, int4, uint4"),
         ({"retriever__lora__path": "nowhere"}, "retriever.lora.path='nowhere'"),
         ({"retriever__lora__alpha": 0}, "retriever.lora.alpha=0.0: must be greater than 0"),
         ({"retriever__lora__scaling": "rslora"}, "must be one of standard, rank_stabilised"),
