@@ -46,7 +46,7 @@ OBJECTIVES |= {
         f"token, adapters on {kind}": OBJECTIVES["token"]
         | ADAPTERS
         | {f"{role}.base_dtype": kind for role in ("retriever", "generator")}
-        for kind in ("int8", "int4")
+        for kind in ("int8", "int4", "uint4")
     },
 }
 # Those to which it matters who is in a batch.
