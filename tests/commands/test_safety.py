@@ -1,5 +1,6 @@
 """Nothing that others wrote is run, leads elsewhere or is shown raw; no secret is written down."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -16,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rag_jax import cli, config, export, files, hf, untrusted
+from rag_jax import cards, cli, config, export, files, hf, untrusted
 from rag_jax.data import rows as row_files
 from rag_jax.errors import UserError
 from rag_jax.hf import folder as folders
@@ -380,11 +381,13 @@ NASTY = [
 @pytest.mark.parametrize("template", NASTY)
 def test_cards_show_texts_as_texts(template):
     markdown = markdown_it.MarkdownIt("commonmark").enable("table")
-    plain, role = export.card(config.load(TINY), "generator", 3), "generator"
+    facts, role = cards.Facts(3, {"rows": 5}, {}, {}, 100), "generator"
+    names = {"generator": "generator", "retriever": "retriever"}
+    plain = cards.card(config.load(TINY), role, facts, names)
     changes = {"prompt.passage": template, "generator.path": "random:gpt2"}
     loaded = config.load(TINY, changes)
     loaded.generator.path = f"x/a`|<script>{template}"
-    card = export.card(loaded, role, 3)
+    card = cards.card(loaded, role, facts, names)
 
     def shape(text):
         """Kinds of all elements in order, texts aside."""
@@ -395,7 +398,14 @@ def test_cards_show_texts_as_texts(template):
 
     assert shape(card) == shape(plain)
     assert not any("html" in kind for kind, _, _ in shape(card)[1])
-    code = [token.content for token in markdown.parse(card) if token.type == "fence"]
-    assert len(code) == 1
-    compile(code[0], "card", "exec")
+    code = [token.content for token in markdown.parse(card) if token.type == "fence" and token.info == "python"]
+    assert len(code) == 2
+    for each in code:
+        compile(each, "card", "exec")
     assert repr(template) in code[0], "what is shown is what was trained with"
+    loaded.retriever.path = loaded.generator.path
+    safe, nasty = (
+        cards.card(loaded, "retriever", dataclasses.replace(facts, prefixes=prefixes), names)
+        for prefixes in (("ask: ", "say: "), (template, template))
+    )
+    assert shape(nasty) == shape(safe)
