@@ -149,7 +149,7 @@ if (mined.length) section("Mined groups", el("p", { class: "faint" }, "How hard 
   el("div", { class: "plots" }, plot("Own passage not first", mined.filter((s) => s.name.endsWith("not_first")).map((s) => ({ ...s, dots: true }))),
     plot("Similarity of others", mined.filter((s) => s.name.endsWith("similarity")).map((s) => ({ ...s, dots: true })))));
 const spent = Object.entries(data.time), whole = spent.reduce((a, [, s]) => a + s, 0);
-if (whole > 0) section("Where the time went", el("div", { class: "bar", role: "img", "aria-label": spent.map(([n, s]) => `${n} ${percent(s / whole)}`).join(", ") },
+if (whole > 0) section("Where the time went", el("p", { class: "faint" }, "Up to the last step; what came after it, such as the last evaluation, is not part of it."), el("div", { class: "bar", role: "img", "aria-label": spent.map(([n, s]) => `${n} ${percent(s / whole)}`).join(", ") },
   spent.map(([, s], i) => el("div", { style: `width:${100 * s / whole}%;background:${color(i)}` }))),
   el("div", { class: "legend" }, spent.map(([n, s], i) => el("span", {}, el("i", { style: `background:${color(i)}` }), `${n} ${seconds(s)} (${percent(s / whole)})`))));
 

@@ -114,7 +114,6 @@ def loop(training: Training, state: TrainState, checkpoints: Checkpoints, start_
                 requests.saved()
             if last:
                 break
-        record.rest(step)
         say(training, record.summary())
         checkpoints.wait()
     if requests.stopped_by and step < total_steps and not ended:

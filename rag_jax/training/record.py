@@ -115,13 +115,6 @@ class Record:
         shown = "  ".join(f"{name.removeprefix('mining/')} {value:.3f}" for name, value in values.items())
         self.progress.print(f"step {step}: mined  {shown}")
 
-    def rest(self, step: int) -> None:
-        """What the run stopped for after its last line of metrics."""
-        seconds = {f"time/{name}_s": seconds for name, seconds in self.unwritten.items() if seconds}
-        self.unwritten = dict.fromkeys(PAUSES, 0.0)
-        if seconds and self.config.log.every_steps:
-            self.writer.write(step, seconds)
-
     def summary(self) -> str:
         """Where this process's time went, and how fast its steps were."""
         steps_s = self.seconds["step"]
