@@ -46,6 +46,7 @@ class Facts:
     pooling: str = ""
     similarity: str = "cosine"
     prefixes: tuple[str, str] = ("", "")
+    is_plain: bool = True  # whether nothing but a pooling stands behind the retriever's model
     bos: bool = True  # whether the generator's passages begin with it
     reading_on: bool = False  # whether segments behind the first are tokenised by the tokenizer in SUBFOLDER
 
@@ -207,11 +208,42 @@ query_emb = model.encode(["a question"], prompt_name="query")
 passage_emb = model.encode(["a passage"], prompt_name="document")
 scores = {similar}
 ```
-
+{_with_transformers(facts, name) if not adapter else ""}
 On a server of embeddings (text-embeddings-inference, not run for this card){prefixes}:
 
 ```shell
 text-embeddings-router --model-id {name}
+```
+"""
+
+
+# How states become an embedding, of the poolings that take one line.
+POOLED = {
+    "mean": "(hidden * mask).sum(1) / mask.sum(1)",
+    "cls": "hidden[:, 0]",
+    "last": "hidden[torch.arange(len(hidden)), mask[:, :, 0].sum(1) - 1]",
+}
+
+
+def _with_transformers(facts: Facts, name: str) -> str:
+    """The same in plain `transformers`; "" where more than a pooling stands behind the model."""
+    if facts.pooling not in POOLED or not facts.is_plain:
+        return ""
+    normalised = "" if facts.similarity == "dot" else "\nemb = torch.nn.functional.normalize(emb)"
+    return f"""
+With `transformers` alone:
+
+```python
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({name!r}, padding_side="right")
+model = AutoModel.from_pretrained({name!r})
+texts = [{facts.prefixes[0]!r} + "a question", {facts.prefixes[1]!r} + "a passage"]
+batch = tokenizer(texts, padding=True, truncation=True, max_length={facts.max_len}, return_tensors="pt")
+with torch.no_grad():
+    hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"][:, :, None]
+emb = {POOLED[facts.pooling]}{normalised}
 ```
 """
 

@@ -130,6 +130,7 @@ def card_facts(opened: Any, role: str, workdir: pathlib.Path, step: int, folder:
             pooling=how.mode,
             similarity=how.similarity,
             prefixes=(how.query_prefix, how.passage_prefix),
+            is_plain=not (how.projection or how.truncate_dim or how.lower_case),
         )
     reading_on = segments.reading_on(source.tokenizer)
     if apart := reading_on is not source.tokenizer:

@@ -12,7 +12,7 @@ import transformers
 from command import TINY, TINY_STEPS, TINY_VALUES, run, run_here
 
 import rag_jax
-from rag_jax import cards, config, data, export
+from rag_jax import cards, config, data, export, rag
 from rag_jax.data import segments
 from rag_jax.errors import UserError
 
@@ -108,12 +108,14 @@ def test_the_snippets_of_cards_run(exported, monkeypatch, capsys):
     pytest.importorskip("torch")
     pytest.importorskip("sentence_transformers")
     monkeypatch.chdir(out)
-    (code,) = blocks((out / "retriever" / "README.md").read_text())
+    with_its_own, with_transformers = blocks((out / "retriever" / "README.md").read_text())
     found = {}
-    exec(compile(code, "card", "exec"), found)
+    exec(compile(with_its_own, "card", "exec"), found)
     pair = rag_jax.load(out)
-    ours = pair.embed_queries(["a question"]) @ pair.embed_passages(["a passage"]).T
-    np.testing.assert_allclose(found["scores"], ours, atol=1e-5)
+    question, passage = pair.embed_queries(["a question"]), pair.embed_passages(["a passage"])
+    np.testing.assert_allclose(found["scores"], question @ passage.T, atol=1e-5)
+    exec(compile(with_transformers, "card", "exec"), found)
+    np.testing.assert_allclose(found["emb"], np.concatenate([question, passage]), atol=1e-5)
     (code,) = blocks((out / "generator" / "README.md").read_text())
     found = {}
     exec(compile(code, "card", "exec"), found)
@@ -178,3 +180,19 @@ def test_a_failed_export_leaves_nothing(exported, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"--out=.*/out: cannot be written \(disk full\); nothing of it is left there"):
         export.export(config.load_workdir(workdir), workdir, tmp_path / "out", None, "float32")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_poolings_of_cards_are_those_of_embeddings():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    hidden, lengths = rng.normal(size=(3, 5, 4)).astype(np.float32), [5, 2, 4]
+    mask = (np.arange(5) < np.array(lengths)[:, None]).astype(np.int64)[:, :, None]
+    by_hand = {
+        "mean": np.stack([states[:n].mean(axis=0) for states, n in zip(hidden, lengths, strict=True)]),
+        "cls": hidden[:, 0],
+        "last": np.stack([states[n - 1] for states, n in zip(hidden, lengths, strict=True)]),
+    }
+    assert cards.POOLED.keys() == by_hand.keys() <= set(rag.POOLING)
+    names = {"torch": torch, "hidden": torch.tensor(hidden), "mask": torch.tensor(mask)}
+    for mode, line in cards.POOLED.items():
+        np.testing.assert_allclose(eval(line, names), by_hand[mode], atol=1e-6)
