@@ -3,8 +3,8 @@
     python -m rag_jax.main --config=configs/quickstart.py --workdir=quickstart/run
 
 `make quickstart` writes the models and rows that stand here, then runs this command and exports what it trained.
-Cost: sized for five minutes on 2 CPU cores, about 1,900 generator tokens a step. Expected, on held-out rules against the
-passages of all: answer NLL at least a fifth lower than the untrained pair's, MRR@10 higher.
+Cost: sized for five minutes on 2 CPU cores, about 1,900 generator tokens a step. Expected, on held-out rules against
+the passages of all: answer NLL at least a fifth lower than the untrained pair's, MRR@10 higher.
 """
 
 from ml_collections import ConfigDict
