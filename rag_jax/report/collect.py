@@ -238,11 +238,10 @@ def warnings(run: Run) -> list[str]:
 
 def rows_of(run: Run) -> dict[str, Any]:
     """Rows before and after, their passages in a table of their own, as long as the page can hold them."""
-    found = [(record, _rows_beside(run, record)) for record in (run.first, run.last) if record is not None]
-    found = [(record, rows) for record, rows in found if rows]
+    found = [rows for record in run.evaluations[:1] + run.evaluations[1:][-1:] if (rows := _rows_beside(run, record))]
     if not found:
         return {"rows": [], "passages": [], "left_out": 0, "kept_neighbours": None, "scored": []}
-    (_, before), (_, after) = found[0], found[-1]
+    before, after = found[0], found[-1]
     by_row = {line.get("row"): line for line in before}
     pairs = [(by_row.get(line.get("row"), {}), line) for line in after]
     content: dict[str, Any] = {}
@@ -258,8 +257,8 @@ def rows_of(run: Run) -> dict[str, Any]:
         content = _shortened(pairs, EXCERPTS[-1])
     return content | {
         "left_out": left_out,
-        "kept_neighbours": kept_neighbours(pairs) if len(found) > 1 and before is not after else None,
-        "scored": [before, after],
+        "kept_neighbours": kept_neighbours(pairs) if len(found) > 1 else None,
+        "scored": found,
     }
 
 
@@ -343,13 +342,15 @@ def kept_neighbours(pairs: Sequence[tuple[dict, dict]]) -> dict[str, Any]:
 def calibration(run: Run, sides: Sequence[Sequence[dict]]) -> dict[str, Points]:
     """How often the passage that is weighed most is right, by how much it is weighed: p(k | query) of the first K.
 
-    `{"before": [[mean weight, share that is right, rows], ...], "after": ...}`, in ten bins.
+    `{"before": [[mean weight, share that is right, rows], ...], "after": ...}`, in ten bins; by its step where there is
+    one evaluation alone.
     """
     temperature, count = run.config.get("objective.marginal_temperature"), run.config.get("objective.candidates")
     if not _is_number(temperature) or temperature <= 0 or not isinstance(count, int) or count < 2:
         return {}
     found = {}
-    for name, rows in zip(("before", "after"), sides, strict=False):
+    names = ("before", "after") if len(sides) > 1 else [f"step {record['step']}" for record in run.evaluations[-1:]]
+    for name, rows in zip(names, sides, strict=False):
         bins: Points = [[0.0, 0.0, 0] for _ in range(10)]
         for line in rows:
             scored = [one for one in (line.get("retrieved") or [])[:count] if _is_number(one.get("score"))]
@@ -379,7 +380,7 @@ def plane(sides: Sequence[Sequence[dict]]) -> dict[str, Any]:
     for line in after:
         if line.get("row") in by_row and _is_plane(line.get("plane")):
             own[line["row"]] = (by_row[line["row"]], line["plane"])
-    if before is after or len(own) < 2:
+    if len(own) < 2:
         return {}
     pairs = [(a[i : i + 2], b[i : i + 2]) for a, b in own.values() for i in (0, 2)]
 

@@ -153,12 +153,12 @@ if (whole > 0) section("Where the time went", el("p", { class: "faint" }, "Up to
   spent.map(([, s], i) => el("div", { style: `width:${100 * s / whole}%;background:${color(i)}` }))),
   el("div", { class: "legend" }, spent.map(([n, s], i) => el("span", {}, el("i", { style: `background:${color(i)}` }), `${n} ${seconds(s)} (${percent(s / whole)})`))));
 
-const moved = data.kept_neighbours, weighed = data.calibration;
-if ((moved && moved.mean !== null) || (weighed && weighed.after && weighed.after.length)) {
+const moved = data.kept_neighbours, weighed = Object.entries(data.calibration).filter(([, p]) => p.length);
+if ((moved && moved.mean !== null) || weighed.length) {
   const figures = [];
   if (moved && moved.mean !== null) figures.push(plot("Nearest passages kept by training", [{ name: "queries", dots: true, points: moved.histogram.map((n, i) => [i / 10, n]) }],
     { xName: "share kept", x: [0, 1] }));
-  if (weighed && weighed.after && weighed.after.length) figures.push(plot("How often the passage weighed most is right", Object.entries(weighed).filter(([, p]) => p.length)
+  if (weighed.length) figures.push(plot("How often the passage weighed most is right", weighed
     .map(([n, p]) => ({ name: n, dots: true, points: p.map(([w, r]) => [w, r]) })), { xName: "p(k | query)", x: [0, 1], y: [0, 1], diagonal: true }));
   section("How retrieval moved", el("p", { class: "faint" }, (moved && moved.mean !== null ? `Of a query's nearest passages before training, ${percent(moved.mean)} are still among them. ` : "") +
     "On the diagonal, a passage is right as often as its weight p(k | query) says."), el("div", { class: "plots" }, figures));

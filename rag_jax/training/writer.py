@@ -20,6 +20,7 @@ from tqdm import tqdm
 from rag_jax import files
 from rag_jax.errors import UserError
 from rag_jax.training import trackers
+from rag_jax.training.pictures import Picture, pictures
 
 # Between lines of progress where there is no terminal, seconds.
 LINE_EVERY_S = 20.0
@@ -65,6 +66,7 @@ class TensorBoard:
     """`tensorboard/`, a new file for each process."""
 
     def __init__(self, workdir: pathlib.Path, start_step: int):
+        self._workdir = workdir
         self._file = open(_next_board(workdir / "tensorboard"), "xb", buffering=0)
         self._event(Event(file_version="brain.Event:2"))
         # Makes TensorBoard forget what earlier files hold about this step and later ones.
@@ -76,7 +78,7 @@ class TensorBoard:
         self._event(Event(summary=summary, step=step))
 
     def write_rows(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Some rows as text, and histograms of the scores of right and of other passages."""
+        """Some rows as text, histograms of the scores of right and of other passages, and the report's plots."""
         texts = [text(f"rows/{i + 1}", in_markdown(row)) for i, row in enumerate(rows[:TEXTS])]
         scores: dict[str, list[float]] = {"right": [], "others": []}
         for row in rows:
@@ -85,7 +87,11 @@ class TensorBoard:
         histograms = [
             histogram(f"scores/{name}", np.asarray(values), BINS) for name, values in scores.items() if values
         ]
-        for summary in (*texts, *histograms):
+        images = [
+            Summary(value=[Summary.Value(tag=f"report/{name}", image=in_summary(picture))])
+            for name, picture in pictures(self._workdir, step).items()
+        ]
+        for summary in (*texts, *histograms, *images):
             self._event(Event(summary=summary, step=step))
 
     def close(self) -> None:
@@ -98,6 +104,11 @@ class TensorBoard:
         size = struct.pack("<Q", len(content))
         sums = [struct.pack("<I", masked_crc32c(part)) for part in (size, content)]
         _write_whole(self._file, size + sums[0] + content + sums[1])
+
+
+def in_summary(picture: Picture) -> Any:
+    image = Summary.Image  # of 4 channels
+    return image(height=picture.height, width=picture.width, colorspace=4, encoded_image_string=picture.png)
 
 
 def in_markdown(row: Mapping[str, Any]) -> str:

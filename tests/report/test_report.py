@@ -113,6 +113,17 @@ def test_what_is_told_of_rows(workdir):
     assert found["time"] == {"steps": 1.5, "compiling": 3.0}
 
 
+def test_one_evaluation_is_beside_nothing(workdir):
+    """Nothing is said to have moved, or to be kept, and its weights stand under its step."""
+    folder = workdir("run", [row(), row("what?", (1, 3), (2.0, 2.5))])
+    *_, last = sorted((folder / "eval").glob("step_*.json"))
+    for path in (last, last.with_suffix(".rows.jsonl")):
+        path.unlink()
+    found = collect.page([collect.read(folder)])
+    assert (found["kept_neighbours"], found["plane"]) == (None, {})
+    assert list(found["calibration"]) == ["step 0"]
+
+
 def test_what_became_of_the_rows_is_told(workdir):
     folder = workdir("run", [row()])
     (folder / "rows.json").write_text(json.dumps({

@@ -199,3 +199,48 @@ def test_evaluated_rows_on_the_board(tmp_path):
     assert {tag: value.num for tag, value in found.items()} == {"scores/right": 12, "scores/others": 12}
     assert found["scores/right"].sum == pytest.approx(sum(0.9 - i / 100 for i in range(0, 12, 2)) + 6 * 0.5)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_plots_of_evaluated_rows_on_the_board(tmp_path, monkeypatch):
+    """Those of the report, from the files of the evaluations up to the step; none without matplotlib."""
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    image = pytest.importorskip("PIL.Image")
+    objective = {"marginal_temperature": 0.1, "candidates": 2}
+    (tmp_path / "config.json").write_text(json.dumps({"objective": objective}))
+    (tmp_path / "eval").mkdir()
+
+    def evaluate(step: int) -> None:
+        rows = [
+            {
+                "row": i, "gold": "one", "plane": [step + i, -i, i, step],
+                "retrieved": [
+                    {"score": 0.9 - i / 100, "relevant": i % 2 == 0, "passage": "one"},
+                    {"score": 0.5, "relevant": i % 2 == 1, "passage": f"{step} or {i}"},
+                ],
+            }
+            for i in range(12)
+        ]  # fmt: skip
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "eval" / f"step_{step}.rows.jsonl").write_text(lines)
+        (tmp_path / "eval" / f"step_{step}.json").write_text(json.dumps({"step": step, "counts": {"queries": 12}}))
+        writer.write_rows(step, rows)
+
+    with open_writer(tmp_path) as writer:
+        for step in (0, 3, 6):
+            evaluate(step)
+        (tmp_path / "eval" / "step_3.json").write_text("{")
+        evaluate(9)  # a file that cannot be read costs the pictures, not the run
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        (tmp_path / "eval" / "step_3.json").unlink()
+        evaluate(12)
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"), {"images": 0}).Reload()
+    steps = {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
+    beside = [3, 6]  # what compares two evaluations
+    assert steps == {
+        "report/weight_and_right": [0, 3, 6], "report/neighbours_kept": beside, "report/plane": beside
+    }  # fmt: skip
+    plane = events.Images("report/plane")[-1]
+    drawn = image.open(io.BytesIO(plane.encoded_image_string))
+    assert drawn.size == (plane.width, plane.height) == (840, 420)
+    seen = {color[:3] for _, color in drawn.getcolors(2**20)}
+    assert {(11, 98, 168), (194, 87, 12)} <= seen, "queries and passages, each in its colour"
