@@ -45,10 +45,7 @@ def read_config(folder: pathlib.Path, where: str) -> tuple[str, ModelConfig]:
             f"{where}: its config.json cannot be read ({untrusted.one_line(error)}); supported model types are {known}"
         ) from None
     model_type = theirs.get("model_type", "")
-    if model_type not in FAMILIES:
-        raise UserError(
-            f"{where}: model_type={untrusted.short(model_type)} is not supported; supported are {', '.join(FAMILIES)}"
-        )
+    _check_type(model_type, where)
     problems: list[str] = []
     config = from_hf(theirs, problems)
     if problems:
@@ -71,6 +68,15 @@ def _check_file(content: Any, where: str) -> None:
         raise UserError(
             f"{where}: model_type={untrusted.short(model_type)} is code of its own (auto_map in its config.json), "
             f"which is never run; supported are {', '.join(FAMILIES)}"
+        )
+    if isinstance(model_type, str):
+        _check_type(model_type, where)
+
+
+def _check_type(model_type: Any, where: str) -> None:
+    if model_type not in list(FAMILIES):
+        raise UserError(
+            f"{where}: model_type={untrusted.short(model_type)} is not supported; supported are {', '.join(FAMILIES)}"
         )
 
 
