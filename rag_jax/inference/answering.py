@@ -40,6 +40,22 @@ class Decoding:
         return self.likelihood == "token" and self.num_beams == 1
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A batch of queries, what each is answered from, and how.
+
+    Programs depend on shapes alone. With one `num_slots` batches of different lengths share those that decode.
+    """
+
+    prefix: Tokens
+    query: Tokens
+    candidates: Int[np.ndarray, "B K"]  # of each query, among the prefixes
+    doc_log_probs: Float[np.ndarray, "B K"]
+    strategy: Decoding
+    keys: Key[Array, " B"] | None = None  # of what is sampled
+    num_slots: int | None = None  # of the cache; Lp + Lq + T if None
+
+
 class Answers(NamedTuple):
     """A row a query, in numpy."""
 
@@ -56,28 +72,14 @@ def question_keys(seed: int, questions: Sequence[str]) -> Key[Array, " B"]:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
 
 
-def answers(
-    model: rag.Rag,
-    params: dict,
-    prefix: Tokens,
-    query: Tokens,
-    candidates: Int[np.ndarray, "B K"],
-    doc_log_probs: Float[np.ndarray, "B K"],
-    strategy: Decoding,
-    *,
-    keys: Key[Array, " B"] | None = None,
-    num_slots: int | None = None,
-) -> Answers:
+def answers(model: rag.Rag, params: dict, asked: Asked) -> Answers:
     """Answers to a batch of queries, each from its own candidates.
 
     RAG-Token takes the best of its beams, or of one. RAG-Sequence decodes thoroughly: beams of every passage alone, all
     of their answers scored under all passages, the highest marginal. Sampled (temperature above 0, a key for each row),
     RAG-Sequence draws a passage and then an answer from it: at temperature 1 that is a draw from p(y | q).
-
-    Programs depend on shapes alone. With one `num_slots` (Lp + Lq + T if None) batches of different lengths share those
-    that decode.
     """
-    reading, noise = _begin(model, params, prefix, query, candidates, strategy, keys, num_slots)
+    (reading, noise), strategy, doc_log_probs = _begin(model, params, asked), asked.strategy, asked.doc_log_probs
     if strategy.is_one_by_one:
         sizes = {"num_tokens": strategy.num_tokens, "eos_id": strategy.eos_id}
         ids, token_log_probs = map(sharding.to_host, _one_by_one(model, params, reading, doc_log_probs, noise, **sizes))
@@ -87,27 +89,16 @@ def answers(
     return _weighed(strategy, doc_log_probs, ids, token_log_probs)
 
 
-def stream(
-    model: rag.Rag,
-    params: dict,
-    prefix: Tokens,
-    query: Tokens,
-    candidates: Int[np.ndarray, "B K"],
-    doc_log_probs: Float[np.ndarray, "B K"],
-    strategy: Decoding,
-    *,
-    at_a_time: int,
-    keys: Key[Array, " B"] | None = None,
-    num_slots: int | None = None,
-) -> Iterator[Int[np.ndarray, "B t"] | Answers]:
+def stream(model: rag.Rag, params: dict, asked: Asked, *, at_a_time: int) -> Iterator[Int[np.ndarray, "B t"] | Answers]:
     """`answers`, told while they are decoded: the tokens so far, after every `at_a_time` of them; at last the answers.
 
     Where answers are compared as wholes (beams, RAG-Sequence) there is nothing to tell before the end.
     """
+    strategy, doc_log_probs = asked.strategy, asked.doc_log_probs
     if not strategy.is_one_by_one:
-        yield answers(model, params, prefix, query, candidates, doc_log_probs, strategy, keys=keys, num_slots=num_slots)
+        yield answers(model, params, asked)
         return
-    reading, noise = _begin(model, params, prefix, query, candidates, strategy, keys, num_slots)
+    reading, noise = _begin(model, params, asked)
     sizes = {"num_tokens": strategy.num_tokens, "eos_id": strategy.eos_id}
     progress = _first(model, params, reading, doc_log_probs, noise, **sizes)
     del reading  # its cache is the progress'
@@ -119,24 +110,16 @@ def stream(
     yield _weighed(strategy, doc_log_probs, *map(sharding.to_host, progress.decoded))
 
 
-def _begin(
-    model: rag.Rag,
-    params: dict,
-    prefix: Tokens,
-    query: Tokens,
-    candidates: Int[np.ndarray, "B K"],
-    strategy: Decoding,
-    keys: Key[Array, " B"] | None,
-    num_slots: int | None,
-) -> tuple[Reading, Noise | None]:
+def _begin(model: rag.Rag, params: dict, asked: Asked) -> tuple[Reading, Noise | None]:
     """Everything before the first token."""
-    num_slots = num_slots or prefix[0].shape[1] + query[0].shape[1] + strategy.num_tokens
-    reading = _read(model, params, prefix, query, candidates, num_slots=num_slots)
+    strategy = asked.strategy
+    num_slots = asked.num_slots or asked.prefix[0].shape[1] + asked.query[0].shape[1] + strategy.num_tokens
+    reading = _read(model, params, asked.prefix, asked.query, asked.candidates, num_slots=num_slots)
     if strategy.temperature == 0:
         return reading, None
-    if keys is None or strategy.num_beams > 1:
+    if asked.keys is None or strategy.num_beams > 1:
         raise ValueError("sampling takes a key for each row and one beam")
-    return reading, Noise(keys, np.float32(strategy.temperature), np.float32(strategy.top_p))
+    return reading, Noise(asked.keys, np.float32(strategy.temperature), np.float32(strategy.top_p))
 
 
 def _weighed(

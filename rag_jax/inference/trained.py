@@ -75,7 +75,7 @@ class _Batch(NamedTuple):
     passages: Int[np.ndarray, "n K"]  # of the corpus
     cosine: Float[np.ndarray, "n K"]
     doc_probs: Float[np.ndarray, "n K"]
-    reading: dict[str, Any]  # the arguments of `answering.answers`
+    asked: answering.Asked
 
 
 class Trained:
@@ -182,7 +182,7 @@ class Trained:
         All shapes are of the config or even shares of those: few programs, whatever is asked.
         """
         for batch in self._batches(questions, how, candidates, seed, rerank):
-            decoded = answering.answers(self.opened.model, self.params, **batch.reading)
+            decoded = answering.answers(self.opened.model, self.params, batch.asked)
             yield from (self._answer(batch, decoded, i) for i in range(batch.real))
 
     def stream(
@@ -202,7 +202,7 @@ class Trained:
         for batch in self._batches(questions, how, candidates, seed, rerank):
             said: list[str | None] = [None] * batch.real
             told: Any = np.zeros((batch.real, 0), np.int32)
-            parts = answering.stream(self.opened.model, self.params, at_a_time=TOKENS_AT_A_TIME, **batch.reading)
+            parts = answering.stream(self.opened.model, self.params, batch.asked, at_a_time=TOKENS_AT_A_TIME)
             while not isinstance(told, answering.Answers):
                 for i, before in enumerate(said):
                     text = decoding.text(tokenizer, told[i])
@@ -254,16 +254,16 @@ class Trained:
             prefix_len = search.size_for(int(found.prefixes.lengths.max()), prompt.passage_len)
             query_len = search.size_for(int(found.queries.lengths.max()), prompt.query_len)
             doc_log_probs = np.asarray(model.objective.doc_log_probs(found.cosine))
-            reading = {
-                "prefix": segments.pad(found.prefixes, np.arange(most) % len(found.prefixes), prefix_len),
-                "query": segments.pad(found.queries, np.arange(size), query_len),
-                "candidates": found.place,
-                "doc_log_probs": doc_log_probs,
-                "strategy": how,
-                "keys": answering.question_keys(seed, filled),
-                "num_slots": prompt.passage_len + prompt.query_len + how.num_tokens,
-            }
-            yield _Batch(len(part), found.passages, found.cosine, np.exp(doc_log_probs), reading)
+            reads = answering.Asked(
+                segments.pad(found.prefixes, np.arange(most) % len(found.prefixes), prefix_len),
+                segments.pad(found.queries, np.arange(size), query_len),
+                found.place,
+                doc_log_probs,
+                how,
+                answering.question_keys(seed, filled),
+                prompt.passage_len + prompt.query_len + how.num_tokens,
+            )
+            yield _Batch(len(part), found.passages, found.cosine, np.exp(doc_log_probs), reads)
 
     def _read_by(self, batch: _Batch, i: int) -> tuple[str, ...]:
         """The passages that question i of a batch reads."""

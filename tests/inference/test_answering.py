@@ -1,5 +1,6 @@
 """Sampling, beams and RAG-Sequence against enumeration of every answer, numpy's distributions and `transformers`."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -64,12 +65,13 @@ class Case:
             "sequence": np.log(np.einsum("bk,bak->ba", np.exp(doc), whole)),
         }
 
-    def answers(self, decoding, rows=(0, 1), **options):
+    def asked(self, decoding, rows=(0, 1), **options):
         rows = list(rows)
         prefix, query = padded(self.passages, LP), padded([self.queries[b] for b in rows], LQ)
-        return answering.answers(
-            self.model, self.params, prefix, query, self.candidates[rows], self.doc[rows], decoding, **options
-        )
+        return answering.Asked(prefix, query, self.candidates[rows], self.doc[rows], decoding, **options)
+
+    def answers(self, decoding, rows=(0, 1), **options):
+        return answering.answers(self.model, self.params, self.asked(decoding, rows, **options))
 
 
 @pytest.fixture(scope="module")
@@ -197,10 +199,11 @@ def test_training_scores_an_answer_as_decoding_did(name, how):
     doc = np.asarray(jax.nn.log_softmax(rng.normal(size=(3, K)).astype(np.float32)))
     options = {"greedy": {}, "sampled": {"temperature": 1.0}, "beams": {"num_beams": 2}, "sequence": {"num_beams": 2}}
     objective = "sequence" if how == "sequence" else "token"
-    found = answering.answers(
-        model, params, padded(passages, LP), padded(queries, LQ), candidates, doc,
-        answering.Decoding(objective, T, EOS, **options[how]), keys=jax.random.split(jax.random.key(0), 3),
+    asked = answering.Asked(
+        padded(passages, LP), padded(queries, LQ), candidates, doc,
+        answering.Decoding(objective, T, EOS, **options[how]), jax.random.split(jax.random.key(0), 3),
     )  # fmt: skip
+    found = answering.answers(model, params, asked)
     suffixes = [
         query + ids[: mask.sum()].tolist() for query, ids, mask in zip(queries, found.ids, found.mask, strict=True)
     ]
@@ -327,10 +330,9 @@ def test_other_lengths_share_the_programs_that_decode(case):
     known = decode._cache_size()
     assert known
     longer = padded(case.passages, LP + 3)
-    again = answering.answers(
-        case.model, case.params, longer, padded(case.queries, LQ + 2), case.candidates, case.doc, strategy("token"),
-        num_slots=slots,
-    )  # fmt: skip
+    asked = case.asked(strategy("token"), num_slots=slots)
+    asked = dataclasses.replace(asked, prefix=longer, query=padded(case.queries, LQ + 2))
+    again = answering.answers(case.model, case.params, asked)
     assert decode._cache_size() == known
     np.testing.assert_array_equal(again.ids, case.answers(strategy("token")).ids)
 
@@ -345,11 +347,8 @@ def test_what_is_told_while_it_is_decoded_begins_the_answers(case, how):
     keys = answering.question_keys(3, ["first", "second"])
     options = {"keys": keys} if "temperature" in how else {}
     expected = case.answers(strategy("token", **how), **options)
-    prefix, query = padded(case.passages, LP), padded(case.queries, LQ)
-    *told, found = answering.stream(
-        case.model, case.params, prefix, query, case.candidates, case.doc, strategy("token", **how), at_a_time=1,
-        **options,
-    )  # fmt: skip
+    asked = case.asked(strategy("token", **how), **options)
+    *told, found = answering.stream(case.model, case.params, asked, at_a_time=1)
     assert isinstance(found, answering.Answers)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)

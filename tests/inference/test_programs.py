@@ -38,7 +38,7 @@ def answers(params, num_tokens=3):
     decoding.answer_ids(model, params, *prompt, candidates, weights, num_tokens=num_tokens, eos_id=0)
     for num_beams in (1, 2):
         strategy = answering.Decoding("sequence", num_tokens, 0, num_beams=num_beams)
-        answering.answers(model, params, *prompt, candidates, weights, strategy)
+        answering.answers(model, params, answering.Asked(*prompt, candidates, weights, strategy))
 
 
 @pytest.mark.slow

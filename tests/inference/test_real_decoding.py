@@ -59,7 +59,7 @@ def our_answers(ours, prompts, rows, candidates, doc_log_probs, **options):
     query = segments.pad(queries, rows, int(queries.lengths.max()))
     decoding = answering.Decoding("token", NUM_TOKENS, eos_id, **options)
     candidates = local.reshape(candidates.shape).astype(np.int32)
-    return answering.answers(*ours, prefix, query, candidates, doc_log_probs, decoding)
+    return answering.answers(*ours, answering.Asked(prefix, query, candidates, doc_log_probs, decoding))
 
 
 def their_answers(theirs, strings, **options):
