@@ -24,6 +24,7 @@ function el(tag, attributes, ...children) {
 const section = (title, ...children) => page.append(el("h2", {}, title), ...children.filter((child) => child !== null));
 const short = (x) => x === null || x === undefined ? "–" : Math.abs(x) >= 1000 || (x !== 0 && Math.abs(x) < 0.001)
   ? x.toExponential(2) : String(Number(x.toPrecision(4)));
+const metric = (x) => x === null || x === undefined || Math.abs(x) >= 1000 ? short(x) : x.toFixed(3);
 const percent = (x) => `${(100 * x).toFixed(0)} %`;
 const seconds = (s) => s < 60 ? `${s.toFixed(1)} s` : s < 3600 ? `${Math.floor(s / 60)} min ${Math.round(s % 60)} s`
   : `${Math.floor(s / 3600)} h ${Math.round(s % 3600 / 60)} min`;
@@ -108,8 +109,8 @@ if (data.warnings.length) page.append(el("ul", { class: "notes" }, data.warnings
 
 if (last) {
   const order = Object.keys(NAMES).filter((n) => n in last.metrics), more = Object.keys(last.metrics).filter((n) => !(n in NAMES)).sort();
-  const range = (e, n) => e.intervals[n] ? ` (${short(e.intervals[n][0])} to ${short(e.intervals[n][1])})` : "";
-  const line = (n) => [NAMES[n] || n, first !== last ? short(first.metrics[n]) + range(first, n) : "", short(last.metrics[n]) + range(last, n),
+  const range = (e, n) => e.intervals[n] ? ` (${metric(e.intervals[n][0])} to ${metric(e.intervals[n][1])})` : "";
+  const line = (n) => [NAMES[n] || n, first !== last ? metric(first.metrics[n]) + range(first, n) : "", metric(last.metrics[n]) + range(last, n),
     first !== last ? verdict(n, first, last) : ""];
   const heads = ["", first !== last ? `step ${first.step}` : "", `step ${last.step}`, ""], right = (i) => i === 1 || i === 2;
   section("What training changed",
@@ -121,10 +122,10 @@ if (last) {
 if (data.runs.length > 1 || last) {
   const copy = (text) => el("button", { class: "plain", onclick: (e) => navigator.clipboard.writeText(text).then(() => { e.target.textContent = "copied"; }) }, "copy");
   const names = Object.keys(NAMES).filter((n) => data.runs.some((r) => r.evaluations.length && n in r.evaluations[r.evaluations.length - 1].metrics));
-  if (data.runs.length > 1) section("Runs side by side", table(["", ...names.map((n) => NAMES[n])], data.runs.map((r) => {
-    const e = r.evaluations[r.evaluations.length - 1];
-    return [r.name, ...names.map((n) => e ? short(e.metrics[n]) : "–")];
-  }), (i) => i > 0), Object.keys(data.differences).length ? el("details", {}, el("summary", {}, "What tells their configs apart"),
+  const ends = data.runs.map((r) => [r.name, r.evaluations[r.evaluations.length - 1]]);
+  if (first && first !== last && first.step === 0) ends.unshift(["untrained", first]);
+  if (data.runs.length > 1) section("Runs side by side", table(["", ...names.map((n) => NAMES[n])],
+    ends.map(([name, e]) => [name, ...names.map((n) => e ? metric(e.metrics[n]) : "–")]), (i) => i > 0), Object.keys(data.differences).length ? el("details", {}, el("summary", {}, "What tells their configs apart"),
     table(["key", ...data.runs.map((r) => r.name)], Object.entries(data.differences).map(([k, v]) => [k, ...v.map((x) => JSON.stringify(x))]))) : null);
   page.append(el("details", {}, el("summary", {}, "The table to paste, as Markdown and as LaTeX"),
     copy(data.markdown), el("pre", {}, data.markdown), copy(data.latex), el("pre", {}, data.latex)));
