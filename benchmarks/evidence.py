@@ -6,6 +6,9 @@ Of each row and K passages of its group: how sure the retriever is of the row's 
 (prior) and after (posterior p(k | q, y), RAG-Sequence), how often each model would choose another passage, and the
 gradients that the losses at weight 1 send to embeddings: their lengths, and cosines with that of the contrastive loss.
 Training changes nothing here: the pair is measured as it lies in --models.
+
+With --kept=FOLDER, what `benchmarks.labels` has kept is judged by the labels that its runs did not see: of rows whose
+candidates hold the labelled passage, how often that is the likeliest, and what share of a target it gets.
 """
 
 import argparse
@@ -17,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rag_jax import cli, config, data, losses, pair, rag
+from rag_jax.inference import evidence as kept_evidence
+from rag_jax.inference import search
 from rag_jax.training import mining
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -42,6 +47,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--candidates", type=int, default=4)
     parser.add_argument("--prompt-passage-len", type=int, default=160, help="tokens of a passage the generator reads")
+    parser.add_argument("--kept", type=pathlib.Path, help="a folder of kept evidence, of one generator")
     args = parser.parse_args()
     values = {
         "data.train": args.rows,
@@ -66,6 +72,9 @@ def main() -> None:
         prompt=opened.prompt,
     )
     params = pair.pretrained_params(opened)
+    if args.kept is not None:
+        judge(opened, params, examples, kept_evidence.Kept(args.kept))
+        return
     plan, _ = mining.mine(opened.model, params, examples, np.zeros(len(examples), np.int32), opened.config, 0)
     objective = opened.config.objective
     print(
@@ -79,6 +88,47 @@ def main() -> None:
     print(f"{'':<58}" + "".join(f"{kind:>16}" for kind in found))
     for name in MEASURED:
         print(f"{name:<58}" + "".join(f"{of_kind[name]:>16.3f}" for of_kind in found.values()))
+
+
+def judge(opened: pair.Pair, params: dict, examples: data.Examples, kept: kept_evidence.Kept) -> None:
+    """Prints how the evidence that is kept of rows, and the untrained retriever, judge the same candidates."""
+    texts = examples.retriever_queries, examples.retriever_passages
+    assert texts[0] is not None and texts[1] is not None
+    query_emb, passage_emb = (
+        search.embed(opened.model, params, tokens, batch_size=32, label=label)
+        for tokens, label in zip(texts, ("queries", "passages"), strict=True)
+    )
+    every, judged = np.arange(len(examples.passages)), []
+    known = 0
+    for row in range(len(examples)):
+        sums = kept.sums(kept_evidence.pair_names(examples, np.full(len(every), row), every))
+        candidates = np.flatnonzero(~np.isnan(sums).all(axis=1))
+        known += len(candidates) > 0
+        query = examples.query_key[row]
+        right = np.isin(candidates, examples.right_key[query])
+        if right.any() and not right.all():
+            lengths = kept_evidence.part_lengths(examples, np.array([row]))[0]
+            cosine = passage_emb[candidates] @ query_emb[query]
+            judged.append((right, cosine, sums[candidates], lengths))
+    print(
+        f"{known:,} rows with kept evidence, {len(judged):,} of them with the labelled passage among others; "
+        f"{np.mean([len(right) for right, *_ in judged]):.1f} candidates each"
+    )
+    temperatures = (0.05, 0.1, 0.2, 0.4)
+    print(f"{'likeliest is right':>38}  share of the right one at a temperature of")
+    print(f"{'':<40}" + "".join(f"{temperature:>8}" for temperature in temperatures))
+    says = {"the retriever, untrained": lambda cosine, sums, lengths: cosine}
+    for name, parts in (("answer", [0]), ("question", [1]), ("both", [0, 1])):
+        says[f"evidence of {name}"] = lambda cosine, sums, lengths, of=parts: sums[:, of].sum(1) / lengths[of].sum()
+    for name, say in says.items():
+        said = [(right, say(*rest)) for right, *rest in judged]
+        said = [(right, values) for right, values in said if not np.isnan(values).any()]
+        first = np.mean([right[values.argmax()] for right, values in said]) if said else np.nan
+        shares = [
+            np.mean([np.exp(values / t - np.logaddexp.reduce(values / t))[right].sum() for right, values in said])
+            for t in temperatures
+        ]
+        print(f"{name:<28}{first:>10.3f}  " + "".join(f"{share:>8.3f}" for share in shares))
 
 
 def measure(opened: pair.Pair, params: dict, examples: data.Examples, num_batches: int, planned) -> dict[str, float]:
