@@ -9,6 +9,7 @@ import hashlib
 import logging
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -189,9 +190,21 @@ def pair_names(
 def folder_of(opened: pair.Pair, params: dict) -> pathlib.Path:
     """Where what this very generator says is kept: by its weights and everything else that changes what it says."""
     assert opened.prompt is not None
-    prompt = {field.name: getattr(opened.prompt, field.name) for field in dataclasses.fields(opened.prompt)}
-    prompt["tokenizer"] = files.tokenizer_key(opened.prompt.tokenizer)
-    model = dataclasses.asdict(opened.sources["generator"].model_config) | {"computing": None}
+    prompt = _said(opened.prompt) | {"tokenizer": files.tokenizer_key(opened.prompt.tokenizer)}
+    model = dict(_said(opened.sources["generator"].model_config), computing=None)
     precision = opened.config.dtype, opened.config.matmul_precision
     weights = fingerprint.of_params(params["generator"])
     return files.folder() / "evidence" / files.content_key(prompt, model, precision, weights)
+
+
+def _said(record: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults: one that a later version adds changes no key."""
+    found = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    defaults = {field.name: field.default for field in dataclasses.fields(record)}
+    return {name: _plain(value) for name, value in found.items() if value != defaults[name]}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

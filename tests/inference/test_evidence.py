@@ -130,6 +130,18 @@ def test_another_way_of_reading_has_a_folder_of_its_own(opened, params, change):
     assert evidence.folder_of(other, params) != folder
 
 
+def test_a_field_that_a_later_version_adds_changes_no_folder(opened, params):
+    source = opened.sources["generator"]
+    theirs = source.model_config
+    field = ("later", int, dataclasses.field(default=0))
+    later = dataclasses.make_dataclass("Later", [field], bases=(type(theirs),), frozen=True)
+    values = {each.name: getattr(theirs, each.name) for each in dataclasses.fields(theirs)}
+    for said, same in ({}, True), ({"later": 1}, False):
+        newer = dataclasses.replace(source, model_config=later(**values, **said))
+        other = dataclasses.replace(opened, sources=opened.sources | {"generator": newer})
+        assert (evidence.folder_of(other, params) == evidence.folder_of(opened, params)) is same
+
+
 def test_another_generator_has_a_folder_of_its_own(opened, params):
     """The lowest bit of one number, or two numbers that change places, make another one; where it lies does not."""
     folder = evidence.folder_of(opened, params)
