@@ -43,6 +43,8 @@ EVIDENCE = {
 # Where no row has a label the contrastive loss has no term. A softmax of the temperature that the loss for labels has.
 ALONE = EVIDENCE | {"objective.contrastive_weight": 0, "objective.marginal_temperature": 0.05}
 DOCUMENT = ALONE | {"objective.document_weight": 1}
+# On the retriever; they learn at a higher rate.
+ADAPTERS = {"retriever.lora.rank": 16, "optimizer.learning_rate": 5e-4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +60,18 @@ class Line:
 LINES = {
     "labels, random groups": Line("labelled", LABELS, mined=False),
     "labels, mined groups": Line("labelled", LABELS),
+    "labels, mined groups, adapters": Line("labelled", LABELS | ADAPTERS),
     "document: a random section as label": Line("random_section", LABELS),
     "document: the nearest section as label": Line("nearest_section", LABELS),
     "document: all sections as labels": Line("all_sections", LABELS | {"objective.negatives": 7}),
     "document: pdist": Line("document_alone", DOCUMENT),
     "document: pdist, twice the rate": Line("document_alone", DOCUMENT | {"optimizer.learning_rate": 1e-4}),
+    "document: pdist, adapters": Line("document_alone", DOCUMENT | ADAPTERS),
     "document: pdist, its own sections alone": Line("document_alone", ALONE),
     "document: emdr2": Line("document_alone", DOCUMENT | {"objective.name": "emdr2"}),
     "document: pdist, answer": Line("document_alone", DOCUMENT | {"objective.evidence": "answer"}),
     "nothing: pdist": Line("nothing", ALONE),
+    "nothing: pdist, adapters": Line("nothing", ALONE | ADAPTERS),
     "nothing: pdist, answer": Line("nothing", ALONE | {"objective.evidence": "answer"}),
     "nothing: pdist, 1 drawn at random": Line("nothing", ALONE | {"mining.explore": 1}),
     "questions alone: pdist": Line("question_alone", ALONE | {"objective.evidence": "question"}),
