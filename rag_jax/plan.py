@@ -56,6 +56,12 @@ def main() -> None:
         found = sweep(args.config, overrides, loaded, topology, args.most)
         print(json.dumps(found) if args.json else table(found), flush=True)
         return
+    held, room = held_bytes(args.config, overrides) / topology.devices / 2**30, topology.chip.hbm_bytes / 2**30
+    print(
+        "compiling, which takes minutes for large models; weights, gradients and moments alone are "
+        f"{held:.1f} of {room:.1f} GiB a device",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
     result = compiled(args.config, overrides, topology)
     if not result["fits"]:
         result["fits_with"] = first_that_fits(args.config, overrides, loaded, topology)
