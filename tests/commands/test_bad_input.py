@@ -249,7 +249,7 @@ MODELS = {
     ),
     "unheard-of architecture": (
         changed_config(model_type="gpt99"),
-        ["`gpt99`", "supported model types are bert, roberta"],
+        ["model_type='gpt99'", "supported are bert, roberta"],
     ),
     "cut in the header": (cut_weights(lambda header, _: header // 2), NOT_WHOLE),
     "cut in the tensors": (cut_weights(lambda header, whole: (header + whole) // 2), NOT_WHOLE),
