@@ -98,7 +98,7 @@ def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 def page(runs: Sequence[Run]) -> dict[str, Any]:
     """Everything that the page shows of the first run and of those beside it."""
     run = runs[0]
-    rows = rows_of(run)
+    sides = evaluated(run)
     return {
         "title": run.name,
         "falling": FALLING,
@@ -111,9 +111,10 @@ def page(runs: Sequence[Run]) -> dict[str, Any]:
         "warnings": warnings(run),
         "read": {key: run.rows[key].get("summary") for key in ("data.train", "data.eval") if key in run.rows},
         "definitions": (run.last or {}).get("definitions", {}),
-        "calibration": calibration(run, rows["scored"]),
-        "plane": plane(rows.pop("scored")),
-        **rows,
+        "calibration": calibration(run, sides),
+        "plane": plane(sides),
+        "kept_neighbours": kept_neighbours(sides),
+        **rows_of(sides),
     }
 
 
@@ -236,14 +237,20 @@ def warnings(run: Run) -> list[str]:
     return found
 
 
-def rows_of(run: Run) -> dict[str, Any]:
+def evaluated(run: Run) -> list[list[dict[str, Any]]]:
+    """The rows of the first evaluation and of the last, of those that have some: two lists, one or none."""
+    return [rows for record in run.evaluations[:1] + run.evaluations[1:][-1:] if (rows := _rows_beside(run, record))]
+
+
+def paired(sides: Sequence[Sequence[dict]]) -> list[tuple[dict, dict]]:
+    """Each row after training, and what it was before; {} where it was not evaluated then."""
+    by_row = {line.get("row"): line for line in sides[0]} if sides else {}
+    return [(by_row.get(line.get("row"), {}), line) for line in sides[-1]] if sides else []
+
+
+def rows_of(sides: Sequence[Sequence[dict]]) -> dict[str, Any]:
     """Rows before and after, their passages in a table of their own, as long as the page can hold them."""
-    found = [rows for record in run.evaluations[:1] + run.evaluations[1:][-1:] if (rows := _rows_beside(run, record))]
-    if not found:
-        return {"rows": [], "passages": [], "left_out": 0, "kept_neighbours": None, "scored": []}
-    before, after = found[0], found[-1]
-    by_row = {line.get("row"): line for line in before}
-    pairs = [(by_row.get(line.get("row"), {}), line) for line in after]
+    pairs = paired(sides)
     content: dict[str, Any] = {}
     for excerpt in EXCERPTS:
         content = _shortened(pairs, excerpt)
@@ -255,11 +262,7 @@ def rows_of(run: Run) -> dict[str, Any]:
         left_out += len(pairs) - len(keep)
         pairs = keep
         content = _shortened(pairs, EXCERPTS[-1])
-    return content | {
-        "left_out": left_out,
-        "kept_neighbours": kept_neighbours(pairs) if len(found) > 1 else None,
-        "scored": found,
-    }
+    return content | {"left_out": left_out}
 
 
 def _rows_beside(run: Run, record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -326,10 +329,12 @@ def _change(pair: tuple[dict, dict]) -> float:
     )
 
 
-def kept_neighbours(pairs: Sequence[tuple[dict, dict]]) -> dict[str, Any]:
+def kept_neighbours(sides: Sequence[Sequence[dict]]) -> dict[str, Any] | None:
     """Of the nearest passages of a query before training, the share that is among them after it."""
+    if len(sides) < 2:
+        return None
     shares = []
-    for before, after in pairs:
+    for before, after in paired(sides):
         near, now = ({one.get("passage") for one in line.get("retrieved") or []} for line in (before, after))
         if near:
             shares.append(len(near & now) / len(near))

@@ -33,11 +33,11 @@ def pictures(workdir: pathlib.Path, step: int) -> dict[str, Picture]:
     except UserError:  # a file that cannot be read stops no training; the report, at its end, names it
         return {}
     run = dataclasses.replace(run, evaluations=[one for one in run.evaluations if one["step"] <= step])
-    rows = collect.rows_of(run)
+    sides = collect.evaluated(run)
     drawn: dict[str, Picture | None] = {
-        "weight_and_right": _calibration(collect.calibration(run, rows["scored"])),
-        "neighbours_kept": _kept(rows["kept_neighbours"]),
-        "plane": _plane(collect.plane(rows["scored"])),
+        "weight_and_right": _calibration(collect.calibration(run, sides)),
+        "neighbours_kept": _kept(collect.kept_neighbours(sides)),
+        "plane": _plane(collect.plane(sides)),
     }
     return {name: picture for name, picture in drawn.items() if picture is not None}
 

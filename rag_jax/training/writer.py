@@ -107,8 +107,8 @@ class TensorBoard:
 
 
 def in_summary(picture: Picture) -> Any:
-    image = Summary.Image  # of 4 channels
-    return image(height=picture.height, width=picture.width, colorspace=4, encoded_image_string=picture.png)
+    rgba = 4
+    return Summary.Image(height=picture.height, width=picture.width, colorspace=rgba, encoded_image_string=picture.png)
 
 
 def in_markdown(row: Mapping[str, Any]) -> str:

@@ -236,6 +236,7 @@ def test_ten_thousand_rows_fit(workdir, tmp_path):
     assert path.stat().st_size < 5_000_000
     assert len(found["rows"]) + found["left_out"] == 10_000
     assert all(one["before"]["rank"] != one["after"]["rank"] for one in found["rows"]), "what changed least is left out"
+    assert sum(found["kept_neighbours"]["histogram"]) == 10_000, "of all rows, those left out too"
 
 
 def test_tables_to_paste(workdir):
