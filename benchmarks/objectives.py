@@ -48,6 +48,7 @@ OBJECTIVES |= {
         | {f"{role}.base_dtype": kind for role in ("retriever", "generator")}
         for kind in ("int8", "int4", "uint4")
     },
+    "token, adapters, generator on uint4": OBJECTIVES["token"] | ADAPTERS | {"generator.base_dtype": "uint4"},
 }
 # Those to which it matters who is in a batch.
 MINED = ("contrastive only", "both, apart", "token", "sequence")
