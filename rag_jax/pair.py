@@ -217,9 +217,8 @@ def _frugal(config: Any, configs: dict[str, models.ModelConfig], device: fit.Dev
     """The generator's config, which keeps less for the backward pass where memory would be short."""
     generator, of_device = configs["generator"], config.batch_size // config.group_size // device.count
     used = _held_bytes(configs, device) + min(groups, max(of_device, 1)) * _group_bytes(config, generator)
-    computing = generator.computing
-    remat = fit.remat(device, computing.remat, used)
-    return dataclasses.replace(generator, computing=dataclasses.replace(computing, remat=remat))
+    remat = fit.remat(device, config.generator.remat, used)
+    return dataclasses.replace(generator, computing=dataclasses.replace(generator.computing, remat=remat))
 
 
 def _held_bytes(configs: dict[str, models.ModelConfig], device: fit.Device) -> float:
@@ -243,7 +242,8 @@ def model_config(config: Any, role: str, source: hf.Source, device: fit.Device |
     # Layers one after the other, nothing would keep the compiler from making all quantised ones whole at the start.
     unrolls = own.computing.base_dtype not in KINDS and fit.unrolls(device, own.num_layers)
     held = own.computing.lora, own.computing.base_dtype, own.computing.projection
-    computing = models.Computing(config.dtype, config[role].remat, kernel, unrolls, *held)
+    remat = fit.remat(device, config[role].remat)
+    computing = models.Computing(config.dtype, remat, kernel, unrolls, *held)
     return dataclasses.replace(own, computing=computing)
 
 

@@ -25,6 +25,7 @@ from rag_jax.planning import chips, fit
 INSIDE = "--in-this-process"
 # What a compiler says when a program does not fit: "Used 17.2G of 15.75G hbm".
 TOO_MUCH = re.compile(r"Used ([\d.]+)([MG]) of ([\d.]+)([MG]) hbm")
+NO_TILES = "Couldn't find output tile sizes"
 UNITS = {"M": 2**20, "G": 2**30}
 MOST_POINTS = 12
 # No device is touched, nobody is asked where we are, and the compiler keeps to itself.
@@ -146,9 +147,11 @@ def compile_step(loaded: Any, topology: chips.Topology) -> dict[str, Any]:
         "hbm_limit_bytes": topology.chip.hbm_bytes,
         "model_flops_per_device": needed,
     }
+    if (held := facts["parameter_bytes"] + facts["optimizer_bytes"]) > topology.chip.hbm_bytes:
+        return facts | {"fits": False, "hbm_bytes_per_device": held, "compiled": False}
+    options, lowered = fit.compiler_options(device_of(topology), loaded.kernels), step.lower(state, batch, None)
     try:
-        options = fit.compiler_options(device_of(topology), loaded.kernels)
-        program = step.lower(state, batch, None).compile(compiler_options=options)
+        program = _compiled(lowered, options)
     except jax.errors.JaxRuntimeError as error:
         told = TOO_MUCH.search(str(error))
         if told is None:
@@ -161,6 +164,18 @@ def compile_step(loaded: Any, topology: chips.Topology) -> dict[str, Any]:
         "temporary_bytes": temporary,
         **timing(hlo.Program(program.as_text()), topology, needed, (loaded.dtype, loaded.matmul_precision)),
     }
+
+
+def _compiled(lowered: Any, options: dict[str, Any]) -> Any:
+    """The program. Where no card is there to choose kernels on, those first tried may not do for a product's sizes."""
+    import jax
+
+    try:
+        return lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        if NO_TILES not in str(error):
+            raise
+        return lowered.compile(compiler_options=options | {"xla_gpu_enable_triton_gemm": False})
 
 
 def _bytes_of(memory: Any) -> tuple[int, int]:
@@ -392,7 +407,7 @@ def report(result: Mapping[str, Any], loaded: Any) -> str:
         f"topology   {result['topology']}: {result['devices']} devices, {axes}",
         f"batch      {result['batch_size']} queries, {result['batch_per_device']} a device, K = {result['candidates']}",
         f"memory     {result['hbm_bytes_per_device'] / gib:.2f} of {result['hbm_limit_bytes'] / gib:.2f} GiB a device: "
-        f"{fits}",
+        f"{fits}{'' if result.get('compiled', True) else ', before a step begins: it was not compiled'}",
         f"             parameters {result['parameter_bytes'] / gib:.2f}, moments {result['optimizer_bytes'] / gib:.2f}"
         + (f", temporaries {result['temporary_bytes'] / gib:.2f}" if "temporary_bytes" in result else ""),
     ]

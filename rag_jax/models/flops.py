@@ -73,7 +73,7 @@ def kept_bytes(config: ModelConfig, tokens: int) -> float:
     leaves = jax.tree_util.tree_leaves_with_path(abstract(with_base(config, "float32"))[1]["layers"])
     outputs = sum(leaf.shape[0] * leaf.shape[-1] for path, leaf in leaves if path[-1].key == "kernel")
     # Without any, about three more arrays of each product's size: its input, norms, activations.
-    products = {"full": 0, "products": 1, "dots": 1, "none": 4}[config.computing.remat]
+    products = {"full": 0, "products": 1, "dots": 1, "sums": 1, "none": 4}[config.computing.remat]
     itemsize = 2 if config.computing.dtype == "bfloat16" else 4
     return float(tokens * itemsize * (config.num_layers * config.width + products * outputs))
 

@@ -55,12 +55,21 @@ def _products_and_attention(primitive: Any, *args: Any, **params: Any) -> bool:
     )
 
 
+def _and_sums(primitive: Any, *args: Any, **params: Any) -> bool:
+    """Those, and the sums of norms, a number or two a token.
+
+    On a GPU the gradient of a scale that has to make them again is written out in float32 before it is summed.
+    """
+    return _products_and_attention(primitive, *args, **params) or primitive.name == "reduce_sum"
+
+
 # What of a layer's forward pass stays in memory for its backward pass; the rest is computed again. A run chooses
-# "products" itself, in place of "dots" where memory is short.
+# "products" itself, in place of "dots" where memory is short, and "sums" on GPUs.
 REMAT: dict[str, Callable[..., bool]] = {
     "none": jax.checkpoint_policies.save_anything_except_these_names(PREPARED),
     "dots": _products_and_attention,
     "products": _products,
+    "sums": _and_sums,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

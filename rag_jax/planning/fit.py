@@ -112,10 +112,13 @@ def compiler_options(device: Device, kernels: str, chosen: str | None = None) ->
     return options
 
 
-def remat(device: Device, chosen: str, used_bytes: float) -> str:
-    """A key of `layers.REMAT`: the config's, without attention's results where a run would use too much memory."""
-    short = device.memory and used_bytes > SHORT_SHARE * device.memory
-    return "products" if chosen == "dots" and short else chosen
+def remat(device: Device, chosen: str, used_bytes: float = 0.0) -> str:
+    """A key of `layers.REMAT`: the config's, but for "dots" what suits the device and the memory in use."""
+    if chosen != "dots":
+        return chosen
+    if device.memory and used_bytes > SHORT_SHARE * device.memory:
+        return "products"
+    return "sums" if device.platform == "gpu" else "dots"
 
 
 def groups_at_a_time(device: Device, held_bytes: float, group_bytes: float) -> int:

@@ -32,6 +32,8 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
 # Names for what is there already; and the ends of what was counted when it began.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all", "partition-id"}
+# What a TPU writes as calls and does nothing for: memory that is set aside, pieces that lie together, a promise.
+_FREE_CALL = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast|AssumeGatherIndicesInBound)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +144,7 @@ class Program:
                 for called in instruction.called:
                     if called in self.computations:
                         yield from self.operations(called, times * self._turns(instruction, called))
-            elif kind not in _FREE and not kind.endswith("-done") and kind.removesuffix("-start") not in COLLECTIVES:
+            elif not _is_free(instruction) and kind.removesuffix("-start") not in COLLECTIVES:
                 flops = _product_flops(instruction, here) + sum(self.flops(called) for called in instruction.called)
                 exchanges = any(self.exchanges(called) for called in instruction.called)
                 beside = kind.endswith("-start") or (exchanges and not flops)
@@ -184,17 +186,37 @@ class Program:
         written = [_size(instruction.result)]
         read = {n: _size(here[operand].result) if operand in here else 0.0 for n, operand in names.items()}
         for parameter, n in numbers.items():
-            uses = [user for user in users.values() if parameter in user.operands and user.operation != "parameter"]
-            if not uses or n not in read or not read[n]:
+            places = list(_uses(parameter, users))
+            if not places or n not in read or not read[n] or any(place for _, place in places):
                 continue
-            if all(u.operation in ("dynamic-slice", "slice", "gather") and u.operands[0] == parameter for u in uses):
+            uses = [user for user, _ in places]
+            if all(u.operation in ("dynamic-slice", "slice", "gather") for u in uses):
                 read[n] = min(read[n], sum(_size(u.result, everywhere=True) for u in uses))
-            elif all(u.operation == "dynamic-update-slice" and u.operands[0] == parameter for u in uses):
+            elif all(u.operation == "dynamic-update-slice" for u in uses):
                 within = inner or here
                 updates = [within[u.operands[1]].result for u in uses if u.operands[1] in within]
                 read[n] = 0.0
                 written = [sum(2 * _size(update, everywhere=True) for update in updates)]
         return float(sum(read.values()) + sum(written))
+
+
+def _is_free(instruction: _Instruction) -> bool:
+    kind = instruction.operation
+    return (
+        kind in _FREE or kind.endswith("-done") or (kind == "custom-call" and bool(_FREE_CALL.search(instruction.rest)))
+    )
+
+
+def _uses(name: str, among: dict[str, _Instruction]) -> Iterator[tuple[_Instruction, int]]:
+    """Which instructions read it, and as which of their operands; one that only gives it another shape is none."""
+    for user in among.values():
+        for place, operand in enumerate(user.operands if user.operation != "parameter" else ()):
+            if operand != name:
+                continue
+            if user.operation == "bitcast" and not user.is_root:
+                yield from _uses(user.name, among)
+            else:
+                yield user, place
 
 
 def dot_flops(text: str) -> float:

@@ -15,7 +15,7 @@ import pytest
 import transformers
 from command import ROOT, TINY, environment, words
 
-from rag_jax import config, hf, models, plan
+from rag_jax import config, hf, models, pair, plan
 from rag_jax.distributed import sharding
 from rag_jax.errors import UserError
 from rag_jax.hf import known
@@ -176,6 +176,26 @@ def test_a_tpu_program_by_hand():
     product = next(op for op in program.operations() if op.name == "c")
     assert product.bytes == 4 * (4 * 8 * 16 + 4 * 8 * 32)  # the operand in S(1) is on the chip already
     assert next(op for op in program.operations() if op.name == "y").times == 5
+
+
+FREE_TEXT = """
+%cut (q: bf16[8,12,320,64]) -> bf16[8,64,12,64] {
+  %q = bf16[8,12,320,64] parameter(0)
+  %turned = bf16[8,320,12,64] bitcast(%q)
+  ROOT %s = bf16[8,64,12,64] slice(%turned), slice={[0:8], [256:320], [0:12], [0:64]}
+}
+ENTRY %main (a: bf16[8,12,320,64]) -> bf16[8,64,12,64] {
+  %a = bf16[8,12,320,64] parameter(0)
+  %room = bf16[28,4096,8960] custom-call(), custom_call_target="AllocateBuffer"
+  %kernel = bf16[28,4096,8960] custom-call(%room), custom_call_target="tpu_custom_call"
+  ROOT %f = bf16[8,64,12,64] fusion(%a), kind=kLoop, calls=%cut
+}
+"""
+
+
+def test_memory_that_is_set_aside_costs_nothing_and_a_cut_what_is_cut():
+    bytes_of = {op.name: op.bytes for op in hlo.Program(FREE_TEXT).operations()}
+    assert bytes_of == {"kernel": 2 * 2 * 28 * 4096 * 8960, "f": 2 * 2 * 8 * 64 * 12 * 64}
 
 
 def test_advice_names_keys():
@@ -382,6 +402,50 @@ def test_what_does_not_fit_is_told_the_first_changes_that_make_it_fit(monkeypatc
     # All of a 7B model is too much for such a card whatever is recomputed.
     assert plan.held_bytes("configs/bge_large_llama2_7b.py", {}) > 100e9
     assert plan.held_bytes("configs/bge_llama2_7b_qlora.py", {}) < 7e9
+
+
+def test_what_is_too_much_before_a_step_begins_is_not_compiled(monkeypatch):
+    """A compiler takes minutes for 7B parameters, to say what weights and moments alone say."""
+    card = chips.topology("rtx4090:1")
+    monkeypatch.setattr(plan, "devices", lambda _: jax.devices()[:1])
+    monkeypatch.setattr(plan, "device_of", lambda _: pair.this_device())
+    loaded = config.load(LARGE, {"mesh.replica": 1, "mesh.model": 1, "batch_size": 8, "group_size": 8})
+    found = plan.compile_step(loaded, card)
+    assert (found["fits"], found["compiled"]) == (False, False) and found["hbm_bytes_per_device"] > 80e9
+    assert "does NOT fit, before a step begins: it was not compiled" in plan.report(found, loaded)
+
+
+def test_where_no_kernel_fits_a_product_without_a_card_the_library_is_asked():
+    """As 3,584 rows of 384 channels are refused by the compiler of GPUs, which has no card to try others on."""
+
+    class Lowered:
+        tried: list[dict] = []
+
+        def compile(self, compiler_options):
+            self.tried.append(compiler_options)
+            if len(self.tried) == 1:
+                raise jax.errors.JaxRuntimeError("INTERNAL: Couldn't find output tile sizes that satisfy hlo: %dot")
+            if len(self.tried) == 3:
+                raise jax.errors.JaxRuntimeError("INTERNAL: another")
+            return "program"
+
+    assert plan._compiled(Lowered(), {"a": 1}) == "program"
+    assert Lowered.tried == [{"a": 1}, {"a": 1, "xla_gpu_enable_triton_gemm": False}]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="another"):
+        plan._compiled(Lowered(), {"a": 1})
+
+
+@pytest.mark.soak
+def test_seven_billion_parameters_are_told_what_makes_them_fit(cache):
+    """Adapters and four bits of the generator; all of it is computed, nothing put in a compiler's place."""
+    full = {"generator.lora.rank": 0, "generator.base_dtype": "float32"}
+    file, topology = "configs/bge_llama2_7b_qlora.py", "rtx4090:1"
+    command = words("plan", f"--config={file}", f"--topology={topology}", "--json", **full)
+    stdout, stderr = output(cache, command)
+    found = json.loads(stdout.splitlines()[-1])
+    assert not found["fits"] and not found["compiled"]
+    assert "too much before a step begins: generator.lora.rank=16\n" in stderr
+    assert found["fits_with"]["changes"] == {"generator.lora.rank": 16, "generator.base_dtype": "int4"}
 
 
 def test_cards_that_people_own_are_known():
