@@ -27,7 +27,9 @@ _OWN_KERNEL = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')  # what a Pallas 
 _SCORES = re.compile(r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([\d", ]+)\]')
 _CUBLAS = re.compile(r'"lhs_contracting_dimensions":\s*\[([\d", ]*)\]')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
-_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])")
+# Who takes part: the first of some lists, so many lists of so many, or the axes of a mesh (since jax 0.12).
+_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]|mesh\[(.*?)\] \{(.*?)\})")
+_AXIS = re.compile(r"'([^']+)'(?:=(\d+))?")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
 # Names for what is there already; and the ends of what was counted when it began.
@@ -310,14 +312,25 @@ def _taps(size_in: int, size_out: int, window: _Window) -> int:
 
 def _collective(kind: str, instruction: _Instruction, here: dict[str, _Instruction]) -> Collective:
     shapes = [here[name].result for name in instruction.operands if name in here]
-    group = _GROUPS.search(instruction.rest)
-    n = 1 if group is None else int(group[2]) if group[2] else len(group[1].split(","))
+    n = _group_size(instruction.rest)
     sent = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}.get(kind, (n - 1) / n)
     first = _SHAPE.search(shapes[0]) if shapes else None
     size = sum(_size(shape, everywhere=True) for shape in shapes)
     channel = _CHANNEL.search(instruction.rest)
     operand = f"{first[1]}[{first[2]}]" if first else ""
     return Collective(kind, operand, float(size * sent), channel[1] if channel else "")
+
+
+def _group_size(rest: str) -> int:
+    """Devices that exchange with one another."""
+    group = _GROUPS.search(rest)
+    if group is None:
+        return 1
+    first, number, mesh, axes = group.groups()
+    if mesh is None:
+        return int(number) if number else len(first.split(","))
+    sizes = {name: int(size) for name, size in _AXIS.findall(mesh)}
+    return math.prod(sizes[name] for name, _ in _AXIS.findall(axes))
 
 
 def _size(shape: str, *, everywhere: bool = False) -> int:

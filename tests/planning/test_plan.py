@@ -173,6 +173,8 @@ def test_a_tpu_program_by_hand():
     program = hlo.Program(TPU_TEXT)
     assert program.flops() == 2 * 4 * 8 * 16 * 32 + 5 * 2 * 8 * 16 * 16
     assert hlo.collective_bytes(hlo.collectives(TPU_TEXT)) == {"all-gather": 5 * 3 * 8 * 16 * 4}
+    by_axes = TPU_TEXT.replace("{{0,1,2,3}}", "mesh['replica'=1,'data'=2,'model'=2] {'data','model'}")
+    assert hlo.collective_bytes(hlo.collectives(by_axes)) == {"all-gather": 5 * 3 * 8 * 16 * 4} and by_axes != TPU_TEXT
     product = next(op for op in program.operations() if op.name == "c")
     assert product.bytes == 4 * (4 * 8 * 16 + 4 * 8 * 32)  # the operand in S(1) is on the chip already
     assert next(op for op in program.operations() if op.name == "y").times == 5
