@@ -43,6 +43,7 @@ setup(
         "transformers>=5.0",
         "tokenizers>=0.22",
         "huggingface_hub>=1.0",
+        "jinja2>=3.1",  # chat templates, which transformers reads with it and does not ask for
         "safetensors>=0.6",
         "datasets>=4.0",
         "pyarrow>=20.0",
