@@ -17,9 +17,10 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rag_jax import cards, cli, config, files, hub
+from rag_jax import cli, config, files
 from rag_jax.errors import UserError
 from rag_jax.objectives import ROLES
+from rag_jax.publishing import cards, hub
 
 # In place of the run's paths, which are those of this machine: an export is handed on.
 NO_ROWS = {"data.train": None, "data.eval": None, "data.passages": None}

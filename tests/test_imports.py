@@ -20,7 +20,7 @@ LAYERS = (
     ("pair",),
     ("inference",),
     ("evaluation", "serving"),
-    ("config", "cards", "hub"),
+    ("config", "publishing"),
     ("cli", "training"),
     ("main", "evaluate", "export", "ask", "index", "plan", "prepare", "quickstart", "replay", "report.__main__"),
 )

@@ -12,9 +12,10 @@ import transformers
 from command import TINY, TINY_STEPS, TINY_VALUES, run, run_here
 
 import rag_jax
-from rag_jax import cards, config, data, export, rag
+from rag_jax import config, data, export, rag
 from rag_jax.data import segments
 from rag_jax.errors import UserError
+from rag_jax.publishing import cards
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rag_jax import cards, cli, config, export, files, hf, untrusted
+from rag_jax import cli, config, export, files, hf, untrusted
 from rag_jax.data import rows as row_files
 from rag_jax.errors import UserError
 from rag_jax.hf import folder as folders
 from rag_jax.hf import tiny, weights
+from rag_jax.publishing import cards
 from rag_jax.training import setup
 from rag_jax.workdir import checkpoint
 
