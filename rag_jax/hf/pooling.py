@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,7 +62,35 @@ def pooled_width(mode: str, width: int) -> int:
 def read_pooling(folder: pathlib.Path, default: str, where: str) -> Pooling:
     """What the folder says; `default` mode and no prefixes where it says nothing."""
     problems: list[str] = []
-    mode, parts = default, []
+    mode, parts = _modules(folder, default, where, problems)
+    normalises = bool(parts) and parts[-1] == models.Unit()
+    parts = parts[:-1] if normalises else parts
+    settings = _read(folder, "config_sentence_transformers.json", where, dict)
+    problems += [f"config_sentence_transformers.json: {problem}" for problem in _setting_problems(settings, normalises)]
+    reading = _read(folder, "sentence_bert_config.json", where, dict)
+    max_len = reading.get("max_seq_length")
+    if max_len is not None and (not isinstance(max_len, int) or max_len < 1):
+        problems.append(
+            f"sentence_bert_config.json: max_seq_length={untrusted.short(max_len)} must be a number of tokens above 0"
+        )
+    if problems:
+        raise UserError(f"{where}: {'; '.join(problems)}; give another model")
+    prompts = settings.get("prompts") or {}
+    return Pooling(
+        mode,
+        _first(prompts, QUERY_PROMPTS),
+        _first(prompts, PASSAGE_PROMPTS),
+        max_len,
+        "cosine" if normalises else SIMILARITIES[_similarity(settings)],  # of unit vectors they are the same
+        settings.get("truncate_dim"),
+        reading.get("do_lower_case") is True,
+        tuple(parts),
+    )
+
+
+def _modules(folder: pathlib.Path, mode: str, where: str, problems: list[str]) -> tuple[str, list[models.Part]]:
+    """The mode of its pooling, `mode` where it has none, and what stands behind it."""
+    parts: list[models.Part] = []
     for module in _read(folder, "modules.json", where, list):
         if not isinstance(module, dict):
             raise UserError(f"{where}: modules.json must be a list of objects; fetch it again")
@@ -83,50 +111,27 @@ def read_pooling(folder: pathlib.Path, default: str, where: str) -> Pooling:
                 f"modules.json: a module {kind[:80]}, which is part of the model (supported: Transformer, Pooling, "
                 "Dense, LayerNorm, Normalize)"
             )
-    normalises = bool(parts) and parts[-1] == models.Unit()
-    parts = parts[:-1] if normalises else parts
-    settings = _read(folder, "config_sentence_transformers.json", where, dict)
-    prompts = settings.get("prompts") or {}
+    return mode, parts
+
+
+def _similarity(settings: Mapping[str, Any]) -> str:
+    return str(settings.get("similarity_fn_name") or "cosine")
+
+
+def _setting_problems(settings: Mapping[str, Any], normalises: bool) -> Iterator[str]:
+    """What of prompts, similarity and width cannot be computed."""
+    prompts, similarity, width = settings.get("prompts") or {}, _similarity(settings), settings.get("truncate_dim")
     if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
-        problems.append(
-            f"config_sentence_transformers.json: prompts={untrusted.short(prompts)} must map names to texts"
-        )
-        prompts = {}
-    similarity = settings.get("similarity_fn_name") or "cosine"
-    if str(similarity) not in SIMILARITIES:
-        problems.append(
-            f"config_sentence_transformers.json: similarity_fn_name={untrusted.short(similarity)} (supported: "
-            f"{', '.join(SIMILARITIES)})"
-        )
-    width = settings.get("truncate_dim")
+        yield f"prompts={untrusted.short(prompts)} must map names to texts"
+    if similarity not in SIMILARITIES:
+        yield f"similarity_fn_name={untrusted.short(similarity)} (supported: {', '.join(SIMILARITIES)})"
     if width is not None and not (isinstance(width, int) and width > 0):
-        problems.append(
-            f"config_sentence_transformers.json: truncate_dim={untrusted.short(width)} must be a number of channels "
-            "above 0"
+        yield f"truncate_dim={untrusted.short(width)} must be a number of channels above 0"
+    elif width is not None and normalises and SIMILARITIES.get(similarity) == "dot":
+        yield (
+            "similarity_fn_name=dot with truncate_dim, of unit vectors that are cut (supported: cosine, or dot without "
+            "Normalize)"
         )
-    elif width is not None and normalises and SIMILARITIES.get(str(similarity)) == "dot":
-        problems.append(
-            "config_sentence_transformers.json: similarity_fn_name=dot with truncate_dim, of unit vectors that are cut "
-            "(supported: cosine, or dot without Normalize)"
-        )
-    reading = _read(folder, "sentence_bert_config.json", where, dict)
-    max_len = reading.get("max_seq_length")
-    if max_len is not None and (not isinstance(max_len, int) or max_len < 1):
-        problems.append(
-            f"sentence_bert_config.json: max_seq_length={untrusted.short(max_len)} must be a number of tokens above 0"
-        )
-    if problems:
-        raise UserError(f"{where}: {'; '.join(problems)}; give another model")
-    return Pooling(
-        mode,
-        _first(prompts, QUERY_PROMPTS),
-        _first(prompts, PASSAGE_PROMPTS),
-        max_len,
-        "cosine" if normalises else SIMILARITIES[str(similarity)],  # of unit vectors they are the same
-        width,
-        reading.get("do_lower_case") is True,
-        tuple(parts),
-    )
 
 
 def _part(kind: str, config: Mapping[str, Any], problems: list[str]) -> models.Part:
