@@ -30,6 +30,7 @@ COMMANDS = {"main", "evaluate", "export", "ask", "index", "plan", "prepare", "qu
 MAY_NOT = {
     "data": {"jax", "jaxlib", "flax", "optax", "orbax"},
     "report": {"jax", "jaxlib", "flax", "optax", "orbax", "transformers", "numpy"},
+    "publishing": {"jax", "jaxlib", "flax", "optax", "orbax", "numpy"},
     "documents": {"jax", "jaxlib", "flax", "optax", "orbax", "transformers"},
     "planning": {"jax", "jaxlib", "flax", "optax", "orbax"},
     "models": {"transformers", "tokenizers", "datasets", "ml_collections", "safetensors", "rag_jax.losses"},

@@ -58,7 +58,7 @@ def _products_and_attention(primitive: Any, *args: Any, **params: Any) -> bool:
 def _and_sums(primitive: Any, *args: Any, **params: Any) -> bool:
     """Those, and the sums of norms, a number or two a token.
 
-    On a GPU the gradient of a scale that has to make them again is written out in float32 before it is summed.
+    A GPU that has to make them again writes what a scale's gradient sums to memory first, in float32.
     """
     return _products_and_attention(primitive, *args, **params) or primitive.name == "reduce_sum"
 
