@@ -435,7 +435,7 @@ def test_random_bits_are_uniform_and_tell_rows_and_places_apart():
     assert abs(kept.mean() - 0.9) < 5 * 0.3 / np.sqrt(64_000)
 
 
-@pytest.mark.parametrize("policy", ["sums", "full"])
+@pytest.mark.parametrize("policy", ["dots", "sums", "full"])
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama2"])
 def test_rematerialisation_changes_nothing(family, policy):
     batch = make_batch("right")
