@@ -132,23 +132,24 @@ async def records(
 ) -> AsyncIterator[tuple[str, dict[str, Any]]]:
     """(kind, record), as the engine tells them: `part`s, and last one `answer`, `error` or `failed`."""
     known: dict[str, Any] = {}
+    name: str | None = ""
     try:
-        while True:
+        while name is not None:
             name, what = await told.get()
-            while name is not None and not told.empty():  # a slow reader gets the newest
+            has_part = name is not None
+            while name is not None:
                 known[name] = what
-                name, what = told.get_nowait()
-            if name is not None:
-                known[name] = what
+                if told.empty():
+                    break
+                name, what = told.get_nowait()  # a slow reader gets the newest
+            if has_part:  # however slow: no answer comes without a part before it
                 yield "part", show(question, known)
-                continue
-            if what is None:
-                yield "answer", show(question, known)
-            elif isinstance(what, UserError):
-                yield "error", {"error": str(what)}
-            else:
-                yield "failed", {"error": f"the answer failed ({type(what).__name__}); see what the server printed"}
-            return
+        if what is None:
+            yield "answer", show(question, known)
+        elif isinstance(what, UserError):
+            yield "error", {"error": str(what)}
+        else:
+            yield "failed", {"error": f"the answer failed ({type(what).__name__}); see what the server printed"}
     finally:
         asked.left = True
 
