@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 from rag_jax.models.config import Kernel
 from rag_jax.models.layers import ATTENDED, Rope, dropout, linear, named_keys, numbered_keys, rotate
 from rag_jax.models.packing import Packing, packed, unpacked
-from rag_jax.models.rows import taken
+from rag_jax.models.rows import taken, taken_and_joined
 
 # Of any number of tokens. The plain kernel's keys are transposed, as their product with queries reads them: XLA's CPU
 # backend would turn all of them around again at every token that is decoded.
@@ -60,8 +60,21 @@ class Context(NamedTuple):
         index = self.index
         if index is None:
             return self.keys_values, self.seen
-        copies = jax.tree.map(lambda a: taken(a, index, a.dtype), self.keys_values)
-        return copies, self.seen._replace(real=self.seen.real[index])
+        return jax.tree.map(lambda a: taken(a, index, a.dtype), self.keys_values), self.seen_by_rows
+
+    @property
+    def seen_by_rows(self) -> Seen:
+        return self.seen if self.index is None else self.seen._replace(real=self.seen.real[self.index])
+
+    def joined(self, keys_values: FusedKeysValues) -> FusedKeysValues:
+        """A copy for each row, and behind it the row's own."""
+        key, value = (
+            jnp.concatenate([of_context, own], axis=1)
+            if self.index is None
+            else taken_and_joined(of_context, self.index, own)
+            for of_context, own in zip(self.keys_values, keys_values, strict=True)
+        )
+        return key, value
 
 
 @jax.custom_vjp
@@ -201,10 +214,10 @@ def _attend_jax(
 
     Parts that are merged by their logarithms of sums would save a copy of the keys, but jax gives those no gradient.
     """
-    parts = [(keys_values, own)] if context is None else [context.of_rows(), (keys_values, own)]
-    key, value = (jnp.concatenate(arrays, axis=1) for arrays in zip(*(part for part, _ in parts), strict=True))
+    key, value = keys_values if context is None else context.joined(keys_values)
     (B, L, *_), Lk = query.shape, key.shape[1]
-    seen = (jnp.broadcast_to(seen.mask(L), (B, L, len(seen.real[0]))) for _, seen in parts)
+    parts = [own] if context is None else [context.seen_by_rows, own]
+    seen = (jnp.broadcast_to(part.mask(L), (B, L, part.real.shape[1])) for part in parts)
     mask = jnp.concatenate(list(seen), axis=-1)[:, None]
     fits_cudnn = L % 2 == 0 and Lk % 2 == 0  # it takes even lengths alone
     implementation = "cudnn" if kernel == "cudnn" and fits_cudnn else "xla"

@@ -76,17 +76,18 @@ class Layer(nnx.Module):
 
 class Decoder(nnx.Module):
     config: Any  # the ModelConfig of its family
+    embed: Any  # `word` and what else a family adds
     layers: Any
     norm: Any
 
     def _embed(
         self,
-        ids: Int[Array, "_ L"],
+        words: Float[Array, "_ L D"],
         positions: Int[Array, "_ L"],
         dropout_keys: Key[Array, " B"] | None,
         packing: Packing | None,
     ) -> Float[Array, "_ L D"]:
-        """Of tokens that may be packed; `dropout_keys` are those of the rows."""
+        """Of words, rows of `embed.word`, that may be packed; `dropout_keys` are those of the rows."""
         raise NotImplementedError
 
     def _views(self, positions: Int[Array, "B L"]) -> Sequence[View]:
@@ -175,9 +176,13 @@ class Decoder(nnx.Module):
 
         prefix_ids, prefix_positions = (packed(a, prefix_packing) for a in (prefix_ids, prefix_positions))
         pairs_ids, pairs_positions = (packed(a, pairs_packing) for a in (pairs_ids, pairs_positions))
+        # Looked up together: the gradient is one table as large as the vocabulary, not two.
+        words = self.embed.word(jnp.concatenate([prefix_ids.ravel(), pairs_ids.ravel()]))
+        prefix_words = words[: prefix_ids.size].reshape(*prefix_ids.shape, -1)
+        pairs_words = words[prefix_ids.size :].reshape(*pairs_ids.shape, -1)
         start = (
-            self._embed(prefix_ids, prefix_positions, layers.named_keys(prefix_keys, "embed"), prefix_packing),
-            self._embed(pairs_ids, pairs_positions, layers.named_keys(pairs_keys, "embed"), pairs_packing),
+            self._embed(prefix_words, prefix_positions, layers.named_keys(prefix_keys, "embed"), prefix_packing),
+            self._embed(pairs_words, pairs_positions, layers.named_keys(pairs_keys, "embed"), pairs_packing),
         )
         (_, pairs_x), _ = self._scan(body, start, [prefix_positions, pairs_positions], (prefix_keys, pairs_keys))
         return unpacked(self.norm(pairs_x), pairs_packing).reshape(B, K, Ls, -1)
@@ -256,7 +261,7 @@ class Decoder(nnx.Module):
             return x, keys_values if keep else None
 
         ids, positions = (packed(a, packing) for a in (ids, positions))
-        x = self._embed(ids, positions, layers.named_keys(dropout_keys, "embed"), packing)
+        x = self._embed(self.embed.word(ids), positions, layers.named_keys(dropout_keys, "embed"), packing)
         return self._scan(body, x, [positions], dropout_keys, None if cache is None else cache[:2])
 
     def _scan(

@@ -60,12 +60,12 @@ class Gpt2(Decoder):
 
     def _embed(
         self,
-        ids: Int[Array, "_ L"],
+        words: Float[Array, "_ L D"],
         positions: Int[Array, "_ L"],
         dropout_keys: Key[Array, " B"] | None,
         packing: Packing | None,
     ) -> Float[Array, "_ L D"]:
-        x = self.embed.word(ids) + self.embed.position(positions)
+        x = words + self.embed.position(positions)
         return layers.dropout(x, self.config.embed_dropout, dropout_keys, packing)
 
     def _views(self, positions: Int[Array, "B L"]) -> list[layers.View]:

@@ -25,9 +25,22 @@ from rag_jax.models.rows import taken
 
 Rope = tuple[Float[Array, "_ L C2"], Float[Array, "_ L C2"]]
 
+
+def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """GELU by tanh (Hendrycks and Gimpel, 2016); of bfloat16 numbers in float32, and rounded once.
+
+    There as x sigmoid(2u), for (1 + tanh u) / 2: XLA keeps a tanh in memory for the backward pass of a GPU, and makes a
+    sigmoid again.
+    """
+    if x.dtype == jnp.float32:
+        return jax.nn.gelu(x, approximate=True)
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.nn.sigmoid((8 / math.pi) ** 0.5 * (x32 + 0.044715 * x32**3))).astype(x.dtype)
+
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_tanh": gelu_tanh,
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }

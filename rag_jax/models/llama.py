@@ -127,13 +127,13 @@ class Llama(Decoder):
 
     def _embed(
         self,
-        ids: Int[Array, "_ L"],
+        words: Float[Array, "_ L D"],
         positions: Int[Array, "_ L"],
         dropout_keys: Key[Array, " B"] | None,
         packing: Packing | None,
     ) -> Float[Array, "_ L D"]:
-        x, scale = self.embed.word(ids), self.config.embed_scale
-        return x if scale == 1.0 else x * scale
+        scale = self.config.embed_scale
+        return words if scale == 1.0 else words * scale
 
     def _views(self, positions: Int[Array, "B L"]) -> list[layers.View]:
         def view(kind: LayerKind) -> layers.View:

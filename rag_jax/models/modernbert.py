@@ -86,12 +86,12 @@ class ModernBert(Decoder):
 
     def _embed(
         self,
-        ids: Int[Array, "_ L"],
+        words: Float[Array, "_ L D"],
         positions: Int[Array, "_ L"],
         dropout_keys: Key[Array, " B"] | None,
         packing: Packing | None,
     ) -> Float[Array, "_ L D"]:
-        return layers.dropout(self.embed.norm(self.embed.word(ids)), self.config.embed_dropout, dropout_keys, packing)
+        return layers.dropout(self.embed.norm(words), self.config.embed_dropout, dropout_keys, packing)
 
     def _views(self, positions: Int[Array, "B L"]) -> list[layers.View]:
         channels = self.config.width // self.config.num_heads

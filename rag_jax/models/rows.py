@@ -35,14 +35,7 @@ def _forward(rows: Array, index: Array, dtype: Any) -> tuple[Array, tuple[Array,
 
 def _backward(dtype: Any, residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, None]:
     index, like = residuals
-    addends = cotangent.reshape(len(cotangent), -1)
-    ordered = summed_by_product if len(like) <= FEW else summed_in_blocks
-    total = jax.lax.platform_dependent(
-        addends,
-        index,
-        cpu=functools.partial(summed_one_by_one, num_rows=len(like)),
-        default=functools.partial(ordered, num_rows=len(like)),
-    )
+    total = summed(cotangent.reshape(len(cotangent), -1), index, len(like))
     return total.astype(like.dtype).reshape(-1, *cotangent.shape[1:]), None
 
 
@@ -50,8 +43,64 @@ _taken = jax.custom_vjp(_as_they_are, nondiff_argnums=(2,))
 _taken.defvjp(_forward, _backward)
 
 
+@jax.custom_vjp
+def taken_and_joined(
+    rows: Float[Array, "N Lr ..."], index: Int[Array, " S"], own: Float[Array, "S Lo ..."]
+) -> Float[Array, "S Lr+Lo ..."]:
+    """`concatenate([rows[index], own], axis=1)`; on GPUs its gradient is summed first and cut then.
+
+    What a product by cuBLAS reads lies in one piece: a cut of the gradient would be copied for it, and what is joined
+    here, keys and values of all pairs, is the largest there is.
+    """
+    return jnp.concatenate([rows[index], own], axis=1)
+
+
+def _joined_forward(rows: Array, index: Array, own: Array) -> tuple[Array, tuple[Array, Array]]:
+    return taken_and_joined(rows, index, own), (index, jnp.zeros_like(rows, shape=(*rows.shape[:2], 0)))
+
+
+def _joined_backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, None, Array]:
+    index, like = residuals
+    num_rows, length, _ = like.shape
+    of_rows = {"num_rows": num_rows, "length": length}
+    cut_last = {"cuda": functools.partial(summed_and_cut, **of_rows)} if num_rows <= FEW else {}
+    cut_first = functools.partial(cut_and_summed, **of_rows)
+    total = jax.lax.platform_dependent(cotangent, index, default=cut_first, **cut_last)
+    return total.astype(like.dtype), None, cotangent[:, length:]
+
+
+taken_and_joined.defvjp(_joined_forward, _joined_backward)
+
+
+def summed(addends: Float[Array, "S F"], index: Int[Array, " S"], num_rows: int) -> Float[Array, "N F"]:
+    """sum_s [index_s = n] addend_s in float32, as each kind of device does it best and always in the same order."""
+    ordered = summed_by_product if num_rows <= FEW else summed_in_blocks
+    return jax.lax.platform_dependent(
+        addends,
+        index,
+        cpu=functools.partial(summed_one_by_one, num_rows=num_rows),
+        default=functools.partial(ordered, num_rows=num_rows),
+    )
+
+
+def cut_and_summed(
+    joined: Float[Array, "S L ..."], index: Int[Array, " S"], num_rows: int, length: int
+) -> Float[Array, "N {length} ..."]:
+    """sum_s [index_s = n] joined_s[:length] in float32."""
+    first = joined[:, :length]
+    return summed(first.reshape(len(first), -1), index, num_rows).reshape(num_rows, *first.shape[1:])
+
+
+def summed_and_cut(
+    joined: Float[Array, "S L ..."], index: Int[Array, " S"], num_rows: int, length: int
+) -> Float[Array, "N {length} ..."]:
+    """The same by a product that reads what is joined as it lies."""
+    total = summed_by_product(joined.reshape(len(joined), -1), index, num_rows)
+    return total.reshape(num_rows, *joined.shape[1:])[:, :length]
+
+
 def summed_one_by_one(addends: Float[Array, "S F"], index: Int[Array, " S"], num_rows: int) -> Float[Array, "N F"]:
-    """sum_s [index_s = n] addend_s in float32, as a CPU computes it best and always in the same order."""
+    """The sums by a scatter, which a CPU does in the order of the addends."""
     return jnp.zeros((num_rows, addends.shape[1])).at[index].add(addends.astype(jnp.float32))
 
 

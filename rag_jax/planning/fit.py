@@ -105,6 +105,8 @@ def compiler_options(device: Device, kernels: str, chosen: str | None = None) ->
         return {}
     # Products that share an operand stay apart: merged, what each of them gives is copied out of the others'.
     options: dict[str, str | bool | int] = {"xla_gpu_dot_merger_threshold_mb": 0}
+    # A layer's weights are cut out and cast as one: cast before, all layers would exist in the other dtype twice.
+    options["xla_disable_hlo_passes"] = "slice-sinker,convert-mover"
     if kernels == "deterministic":
         options["xla_gpu_exclude_nondeterministic_ops"] = True
         if chosen is not None:

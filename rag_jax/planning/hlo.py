@@ -185,7 +185,7 @@ class Program:
             numbers = {p.name: int(p.rest.split(")")[0]) for p in inner.values() if p.operation == "parameter"}
         else:
             numbers = {operand: n for n, operand in names.items()}
-        written = [_size(instruction.result)]
+        written = [_size(instruction.result) - sum(map(_workspace, users.values()))]
         read = {n: _size(here[operand].result) if operand in here else 0.0 for n, operand in names.items()}
         for parameter, n in numbers.items():
             places = list(_uses(parameter, users))
@@ -207,6 +207,14 @@ def _is_free(instruction: _Instruction) -> bool:
     return (
         kind in _FREE or kind.endswith("-done") or (kind == "custom-call" and bool(_FREE_CALL.search(instruction.rest)))
     )
+
+
+def _workspace(instruction: _Instruction) -> int:
+    """Bytes of scratch memory, the last result of a product by cuBLAS: one with whole sums never touches it."""
+    if instruction.operation != "custom-call" or "__cublas$" not in instruction.rest:
+        return 0
+    kind, dims, _ = _SHAPE.findall(instruction.result)[-1]
+    return _size(f"{kind}[{dims}]") if kind == "s8" else 0
 
 
 def _uses(name: str, among: dict[str, _Instruction]) -> Iterator[tuple[_Instruction, int]]:

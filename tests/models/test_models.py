@@ -602,3 +602,16 @@ def test_what_is_seen_by_counting(causal, window, offset):
         distance = (0 if offset is None else offset[b]) + i - j
         seen = real[b, j] and (not causal or distance >= 0) and (window is None or abs(distance) < window)
         assert mask[b, i, j] == seen
+
+
+def test_gelu_of_bfloat16_numbers_is_rounded_once():
+    """As PyTorch's kernels do it: computed in bfloat16, its constants alone would be off by a thousandth."""
+    x = jnp.linspace(-6, 6, 4001).astype(jnp.bfloat16)
+    exact = np.asarray(x, np.float64)
+    exact = exact / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (exact + 0.044715 * exact**3)))
+    np.testing.assert_array_equal(layers.gelu_tanh(x), jnp.asarray(exact, jnp.float32).astype(jnp.bfloat16))
+    slope = jax.vmap(jax.grad(layers.gelu_tanh))(x)
+    h = 1e-6
+    shifted = [np.asarray(x, np.float64) + sign * h for sign in (1, -1)]
+    above, below = (y / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (y + 0.044715 * y**3))) for y in shifted)
+    np.testing.assert_allclose(np.asarray(slope, np.float64), (above - below) / (2 * h), rtol=2**-8, atol=1e-4)

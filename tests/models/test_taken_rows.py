@@ -1,5 +1,7 @@
 """Rows taken by number, and the sums that are their gradients, against numpy."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,3 +51,37 @@ def test_an_accelerator_scatters_to_one_row_each():
     gradient = jax.grad(lambda table: jnp.vdot(rows.taken(table, index, addends.dtype), addends))
     text = jax.jit(gradient).trace(jnp.zeros((3000, 3))).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count('"stablehlo.scatter"(') == text.count("unique_indices = true") == 1
+
+
+@pytest.mark.parametrize("of_rows", [rows.cut_and_summed, rows.summed_and_cut])
+def test_sums_of_what_is_joined(of_rows):
+    addends, index, expected = drawn("bfloat16", 40, 1000)
+    joined = jnp.concatenate([addends[:, None], 2 * addends[:, None], -addends[:, None]], axis=1)
+    got = jax.jit(of_rows, static_argnums=(2, 3))(joined, index, 40, 2)
+    np.testing.assert_allclose(got, np.stack([expected, 2 * expected], axis=1), rtol=1e-5)
+
+
+def test_rows_that_are_taken_and_joined_and_their_gradients():
+    rng = np.random.default_rng(0)
+    table, own, weights = (rng.normal(size=shape).astype(np.float32) for shape in ((7, 5, 2), (90, 3, 2), (90, 8, 2)))
+    index = rng.integers(7, size=90)
+    operands = jnp.asarray(table), jnp.asarray(own)
+    joined, pullback = jax.vjp(lambda table, own: rows.taken_and_joined(table, jnp.asarray(index), own), *operands)
+    np.testing.assert_array_equal(joined, np.concatenate([table[index], own], axis=1))
+    expected = np.zeros((7, 5, 2))
+    np.add.at(expected, index, weights[:, :5])
+    of_table, of_own = pullback(jnp.asarray(weights))
+    np.testing.assert_allclose(of_table, expected, rtol=1e-5)
+    np.testing.assert_array_equal(of_own, weights[:, 5:])
+
+
+def test_a_gpu_sums_what_is_joined_before_it_cuts():
+    """A product by cuBLAS would have a copy made of a cut operand."""
+    index, own, weights = jnp.zeros(90, int), jnp.zeros((90, 3, 2)), jnp.ones((90, 8, 2))
+
+    def gradient(table):
+        return jax.vjp(lambda table: rows.taken_and_joined(table, index, own), table)[1](weights)
+
+    text = jax.jit(gradient).trace(jnp.zeros((7, 5, 2))).lower(lowering_platforms=("cuda",)).as_text()
+    (product,) = re.findall(r"stablehlo.dot_general .* -> tensor<([\dx]+)xf32>", text)
+    assert product == f"7x{8 * 2}"
