@@ -335,6 +335,31 @@ def elements(shape):
     return math.prod(map(int, re.findall(r"\d+", shape.partition("[")[2])))
 
 
+LOADED = """
+from rag_jax import plan
+from rag_jax.planning import chips
+topology = chips.topology("v5e:2x2")
+plan.check_compiler(topology)
+print(len(plan.devices(topology)), flush=True)
+input()
+"""
+
+
+@pytest.mark.slow
+def test_plans_for_tpus_are_made_side_by_side(cache):
+    """One process alone may load the TPU's library, unless it is told that no chip is used."""
+    there = environment(cache) | plan.COMPILER
+    there["PYTHONPATH"] += f"{os.pathsep}{ROOT / '.venv' / 'compilers'}"
+    command = [sys.executable, "-c", LOADED]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, env=there, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as first:
+        if not (held := first.stdout.readline()):
+            pytest.skip(first.stderr.read())
+        second = subprocess.run(command, cwd=ROOT, env=there, input="\n", capture_output=True, text=True)
+        first.communicate("\n")
+    assert held == "4\n" and second.stdout == "4\n", second.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("topology", "devices"), [("v5e:2x4", 8), pytest.param("b200:16", 16, marks=pytest.mark.soak)])
 def test_a_small_plan(cache, topology, devices):
