@@ -1,5 +1,6 @@
 """The page and its endpoint, served by the real command: what `ask` prints, for many at once, and in a browser."""
 
+import asyncio
 import concurrent.futures
 import json
 import re
@@ -106,6 +107,21 @@ def test_a_streamed_answer_grows_to_the_whole_one(server):
                     one["passage"] for one in whole[name]["passages"]
                 ]
     assert "trained" in records[0]
+
+
+def test_an_answer_that_is_whole_at_once_still_has_a_part_before_it():
+    """On a busy machine all of it may be told before the first of it is read."""
+    from rag_jax.serving import app, engine
+
+    async def kinds():
+        told = asyncio.Queue()
+        for news in [("untrained", 1), ("trained", 2), ("trained", 3), (None, None)]:
+            told.put_nowait(news)
+        asked = engine.Asked("Q", lambda name, known: None)
+        return [each async for each in app.records("Q", asked, told, lambda question, known: dict(known))]
+
+    whole = {"untrained": 1, "trained": 3}
+    assert asyncio.run(kinds()) == [("part", whole), ("answer", whole)]
 
 
 @pytest.mark.parametrize(
