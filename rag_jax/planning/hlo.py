@@ -213,8 +213,8 @@ def _workspace(instruction: _Instruction) -> int:
     """Bytes of scratch memory, the last result of a product by cuBLAS: one with whole sums never touches it."""
     if instruction.operation != "custom-call" or "__cublas$" not in instruction.rest:
         return 0
-    kind, dims, _ = _SHAPE.findall(instruction.result)[-1]
-    return _size(f"{kind}[{dims}]") if kind == "s8" else 0
+    _, *others = _SHAPE.findall(instruction.result)
+    return _size(f"s8[{others[-1][1]}]") if others and others[-1][0] == "s8" else 0
 
 
 def _uses(name: str, among: dict[str, _Instruction]) -> Iterator[tuple[_Instruction, int]]:
