@@ -43,6 +43,16 @@ EVIDENCE = {
 # Where no row has a label the contrastive loss has no term. A softmax of the temperature that the loss for labels has.
 ALONE = EVIDENCE | {"objective.contrastive_weight": 0, "objective.marginal_temperature": 0.05}
 DOCUMENT = ALONE | {"objective.document_weight": 1}
+# The generator learns as well, from its candidates' marginal: nothing is kept of what it says, and four are read.
+JOINT = ALONE | {
+    "objective.candidates": 4, "objective.negatives": 2, "objective.marginal_weight": 1,
+    "optimizer.rate_rules": ((".*", 1.0),), "data.prompt_passage_len": 160,
+}  # fmt: skip
+# As `benchmarks.objectives` measures answers, so that its tables and this one can be compared.
+ANSWERS = {
+    "data.prompt_passage_len": 160, "objective.name": "token", "objective.candidates": 4, "eval.rows": 240,
+    "eval.answers": 100,
+}  # fmt: skip
 # On the retriever; they learn at a higher rate.
 ADAPTERS = {"retriever.lora.rank": 16, "optimizer.learning_rate": 5e-4}
 
@@ -55,6 +65,11 @@ class Line:
     values: dict
     share: float = 1.0  # of the rows, that are changed
     mined: bool = True
+
+    @property
+    def answers(self) -> bool:
+        """Whether the generator changes, so that its answers are measured too."""
+        return self.values.get("objective.marginal_weight", 0) > 0
 
 
 LINES = {
@@ -74,6 +89,7 @@ LINES = {
     "nothing: pdist, adapters": Line("nothing", ALONE | ADAPTERS),
     "nothing: pdist, answer": Line("nothing", ALONE | {"objective.evidence": "answer"}),
     "nothing: pdist, 1 drawn at random": Line("nothing", ALONE | {"mining.explore": 1}),
+    "nothing: pdist, generator too": Line("nothing", JOINT),
     "questions alone: pdist": Line("question_alone", ALONE | {"objective.evidence": "question"}),
     **{
         f"{share:.0%} of the labels, {name}": Line("nothing", values, 1 - share)
@@ -82,7 +98,7 @@ LINES = {
     },
     **{
         f"{share:.0%} of the labels wrong, {name}": Line("another_section", values, share)
-        for share in (0.1, 0.3, 0.5)
+        for share in (0.0, 0.1, 0.3, 0.5)
         for name, values in (
             ("labels alone", LABELS),
             ("pdist, label noise", EVIDENCE | {"objective.label_noise": 0.2}),
@@ -230,11 +246,13 @@ def run(args: argparse.Namespace, more: list[str], labels: Labels, name: str, st
         "mining.every_steps": args.mine_every if line.mined else 0,
     }
     print(workdir.name, file=sys.stderr, flush=True)
-    return train_and_measure(args, more, values | line.values, workdir)
+    return train_and_measure(args, more, values | line.values, workdir, line.answers)
 
 
-def train_and_measure(args: argparse.Namespace, more: list[str], values: dict, workdir: pathlib.Path) -> dict:
-    """Retrieval of what a run of these values has trained; its checkpoints are removed."""
+def train_and_measure(
+    args: argparse.Namespace, more: list[str], values: dict, workdir: pathlib.Path, answers: bool = False
+) -> dict:
+    """Retrieval, and answers if so asked, of what a run of these values has trained; its checkpoints are removed."""
     words = [f"--config.{key}={value}" for key, value in values.items()]
     command = [sys.executable, "-m", "rag_jax.main", f"--config={args.config}", f"--workdir={workdir}", *words, *more]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
@@ -243,14 +261,19 @@ def train_and_measure(args: argparse.Namespace, more: list[str], values: dict, w
     command = [sys.executable, "-m", "rag_jax.export", f"--workdir={workdir}", f"--out={exported}"]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     measured = measure(args, exported / "retriever")
+    if answers:
+        answered = measure(args, exported / "retriever", exported / "generator")
+        counts = answered["counts"] | {"queries, retrieval": measured["counts"]["queries"]}
+        measured = answered | measured | {"counts": counts}
     shutil.rmtree(exported)
     shutil.rmtree(workdir / "checkpoints")
     return measured
 
 
-def measure(args: argparse.Namespace, retriever: pathlib.Path) -> dict:
-    """Retrieval with all held-out rows."""
-    values = ALL | LABELS | {"data.eval": args.held_out, "eval.rows": 0, "retriever.path": retriever}
+def measure(args: argparse.Namespace, retriever: pathlib.Path, generator: pathlib.Path | None = None) -> dict:
+    """Retrieval with all held-out rows; if a generator is given, answers with some of them."""
+    values = ALL | {"data.eval": args.held_out, "retriever.path": retriever}
+    values |= LABELS | {"eval.rows": 0} if generator is None else ANSWERS | {"generator.path": generator}
     return evaluate([f"--config={args.config}", *(f"--config.{key}={value}" for key, value in values.items())])
 
 
@@ -275,6 +298,15 @@ def table(args: argparse.Namespace, names: list[str], record: Record) -> str:
                 spread = f" ±{(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "-")
         lines.append(f"{name:<44}" + "".join(f"{cell:>18}" for cell in cells))
+    for line in record.lines:
+        measured = line["measured"]
+        if line["name"] in names and "eval/answer_nll" in measured:
+            counts = measured["counts"]
+            lines.append(
+                f"answers of {line['name']}, {line['steps']} steps, seed {line['seed']}: "
+                f"NLL {measured['eval/answer_nll']:.3f} of {counts['queries']:,} queries, "
+                f"EM {measured['eval/em']:.3f} and F1 {measured['eval/f1']:.3f} of {counts['answers']:,}"
+            )
     return "\n".join(lines)
 
 
