@@ -41,7 +41,9 @@ EVIDENCE = {
     "mining.margin": "None",
 }  # fmt: skip
 # Where no row has a label the contrastive loss has no term. A softmax of the temperature that the loss for labels has.
-ALONE = EVIDENCE | {"objective.contrastive_weight": 0, "objective.marginal_temperature": 0.05}
+SHARP = {"objective.marginal_temperature": 0.05}
+ALONE = EVIDENCE | SHARP | {"objective.contrastive_weight": 0}
+FEW = EVIDENCE | {"objective.label_share": 0.5}
 DOCUMENT = ALONE | {"objective.document_weight": 1}
 # The generator learns as well, from its candidates' marginal: nothing is kept of what it says, and four are read.
 JOINT = ALONE | {
@@ -94,7 +96,7 @@ LINES = {
     **{
         f"{share:.0%} of the labels, {name}": Line("nothing", values, 1 - share)
         for share in (0.05, 0.2)
-        for name, values in (("labels alone", LABELS), ("pdist", EVIDENCE | {"objective.label_share": 0.5}))
+        for name, values in (("labels alone", LABELS), ("pdist", FEW | SHARP), ("pdist at 0.1", FEW))
     },
     **{
         f"{share:.0%} of the labels wrong, {name}": Line("another_section", values, share)
