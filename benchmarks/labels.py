@@ -50,6 +50,12 @@ JOINT = ALONE | {
     "objective.candidates": 4, "objective.negatives": 2, "objective.marginal_weight": 1,
     "optimizer.rate_rules": ((".*", 1.0),), "data.prompt_passage_len": 160,
 }  # fmt: skip
+# The generator alone learns, from the two passages that a retriever likes best which has learnt before it.
+THEN = {
+    "objective.name": "token", "objective.candidates": 2, "objective.negatives": 1, "objective.candidates_from": "row",
+    "objective.contrastive_weight": 0, "objective.marginal_weight": 1,
+    "optimizer.rate_rules": (("retriever/", 0.0), (".*", 1.0)), "data.prompt_passage_len": 160, "mining.margin": "None",
+}  # fmt: skip
 # As `benchmarks.objectives` measures answers, so that its tables and this one can be compared.
 ANSWERS = {
     "data.prompt_passage_len": 160, "objective.name": "token", "objective.candidates": 4, "eval.rows": 240,
@@ -67,6 +73,7 @@ class Line:
     values: dict
     share: float = 1.0  # of the rows, that are changed
     mined: bool = True
+    after: str = ""  # the line whose retriever it begins with
 
     @property
     def answers(self) -> bool:
@@ -92,6 +99,7 @@ LINES = {
     "nothing: pdist, answer": Line("nothing", ALONE | {"objective.evidence": "answer"}),
     "nothing: pdist, 1 drawn at random": Line("nothing", ALONE | {"mining.explore": 1}),
     "nothing: pdist, generator too": Line("nothing", JOINT),
+    "nothing: pdist, then the generator": Line("nothing", THEN, after="nothing: pdist"),
     "questions alone: pdist": Line("question_alone", ALONE | {"objective.evidence": "question"}),
     **{
         f"{share:.0%} of the labels, {name}": Line("nothing", values, 1 - share)
@@ -231,13 +239,25 @@ class Labels:
 
 def run(args: argparse.Namespace, more: list[str], labels: Labels, name: str, steps: int, seed: int) -> dict:
     """Trains from the rows of a line and measures the retriever; the run's checkpoints are then removed."""
-    line, folder = LINES[name], "".join(c if c.isalnum() else "_" for c in name)
-    workdir, rows, corpus = (
-        args.out / part for part in (f"{folder}_{steps}_{seed}", f"{folder}.jsonl", "corpus.jsonl")
-    )
+    line, retriever, workdir = LINES[name], args.models / "minilm", args.out / f"{folder_name(name)}_{steps}_{seed}"
+    print(workdir.name, file=sys.stderr, flush=True)
+    if line.after:
+        first = workdir.with_name(f"{workdir.name}_first")
+        retriever = train(args, more, line_values(args, labels, line.after, steps, seed), first) / "retriever"
+    values = line_values(args, labels, name, steps, seed) | {"retriever.path": retriever}
+    return train_and_measure(args, more, values, workdir, line.answers)
+
+
+def folder_name(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name)
+
+
+def line_values(args: argparse.Namespace, labels: Labels, name: str, steps: int, seed: int) -> dict:
+    """The config values of a run; the files that they name are written."""
+    line, rows, corpus = LINES[name], args.out / f"{folder_name(name)}.jsonl", args.out / "corpus.jsonl"
     for path, content in ((rows, labels.of(line)), (corpus, labels.corpus())):
         files.write_whole(path, "".join(json.dumps(row) + "\n" for row in content))
-    values = ALL | {
+    values = {
         "data.train": rows,
         "data.passages": corpus,
         "data.columns.document": args.document,
@@ -247,29 +267,36 @@ def run(args: argparse.Namespace, more: list[str], labels: Labels, name: str, st
         "seed": seed,
         "mining.every_steps": args.mine_every if line.mined else 0,
     }
-    print(workdir.name, file=sys.stderr, flush=True)
-    return train_and_measure(args, more, values | line.values, workdir, line.answers)
+    return ALL | values | line.values
 
 
 def train_and_measure(
     args: argparse.Namespace, more: list[str], values: dict, workdir: pathlib.Path, answers: bool = False
 ) -> dict:
-    """Retrieval, and answers if so asked, of what a run of these values has trained; its checkpoints are removed."""
-    words = [f"--config.{key}={value}" for key, value in values.items()]
-    command = [sys.executable, "-m", "rag_jax.main", f"--config={args.config}", f"--workdir={workdir}", *words, *more]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    exported = workdir / "exported"
-    shutil.rmtree(exported, ignore_errors=True)  # of a measurement that was stopped; an export overwrites nothing
-    command = [sys.executable, "-m", "rag_jax.export", f"--workdir={workdir}", f"--out={exported}"]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    """Retrieval, and answers if so asked, of what a run of these values has trained, which is then removed."""
+    exported = train(args, more, values, workdir)
     measured = measure(args, exported / "retriever")
     if answers:
         answered = measure(args, exported / "retriever", exported / "generator")
         counts = answered["counts"] | {"queries, retrieval": measured["counts"]["queries"]}
         measured = answered | measured | {"counts": counts}
     shutil.rmtree(exported)
-    shutil.rmtree(workdir / "checkpoints")
     return measured
+
+
+def train(args: argparse.Namespace, more: list[str], values: dict, workdir: pathlib.Path) -> pathlib.Path:
+    """The folder to which a run of these values has exported its models; its checkpoints are removed."""
+    exported = workdir / "exported"
+    if not (workdir / "checkpoints").exists() and exported.exists():
+        return exported  # of a measurement that was stopped
+    words = [f"--config.{key}={value}" for key, value in values.items()]
+    command = [sys.executable, "-m", "rag_jax.main", f"--config={args.config}", f"--workdir={workdir}", *words, *more]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    shutil.rmtree(exported, ignore_errors=True)  # of an export that was stopped; it overwrites nothing
+    command = [sys.executable, "-m", "rag_jax.export", f"--workdir={workdir}", f"--out={exported}"]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    shutil.rmtree(workdir / "checkpoints")
+    return exported
 
 
 def measure(args: argparse.Namespace, retriever: pathlib.Path, generator: pathlib.Path | None = None) -> dict:
