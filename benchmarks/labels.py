@@ -104,7 +104,12 @@ LINES = {
     **{
         f"{share:.0%} of the labels, {name}": Line("nothing", values, 1 - share)
         for share in (0.05, 0.2)
-        for name, values in (("labels alone", LABELS), ("pdist", FEW | SHARP), ("pdist at 0.1", FEW))
+        for name, values in (
+            ("labels alone", LABELS),
+            ("pdist", FEW | SHARP),
+            ("pdist at 0.1", FEW),
+            ("pdist, contrastive weight to match", FEW | SHARP | {"objective.contrastive_weight": share}),
+        )
     },
     **{
         f"{share:.0%} of the labels wrong, {name}": Line("another_section", values, share)
