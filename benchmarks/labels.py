@@ -41,9 +41,9 @@ EVIDENCE = {
     "mining.margin": "None",
 }  # fmt: skip
 # Where no row has a label the contrastive loss has no term. A softmax of the temperature that the loss for labels has.
-SHARP = {"objective.marginal_temperature": 0.05}
-ALONE = EVIDENCE | SHARP | {"objective.contrastive_weight": 0}
-FEW = EVIDENCE | {"objective.label_share": 0.5}
+ALONE = EVIDENCE | {"objective.contrastive_weight": 0, "objective.marginal_temperature": 0.05}
+# The contrastive loss is a mean over the rows that have a label: it gets as much weight as they have among all.
+FEW = EVIDENCE | {"objective.label_share": 0.5, "objective.marginal_temperature": 0.05}
 DOCUMENT = ALONE | {"objective.document_weight": 1}
 # The generator learns as well, from its candidates' marginal: nothing is kept of what it says, and four are read.
 JOINT = ALONE | {
@@ -106,9 +106,9 @@ LINES = {
         for share in (0.05, 0.2)
         for name, values in (
             ("labels alone", LABELS),
-            ("pdist", FEW | SHARP),
-            ("pdist at 0.1", FEW),
-            ("pdist, contrastive weight to match", FEW | SHARP | {"objective.contrastive_weight": share}),
+            ("pdist", FEW | {"objective.contrastive_weight": share}),
+            ("pdist, adapters", FEW | ADAPTERS | {"objective.contrastive_weight": share}),
+            ("pdist, contrastive weight 1", FEW),
         )
     },
     **{
@@ -319,8 +319,8 @@ def table(args: argparse.Namespace, names: list[str], record: Record) -> str:
     lines = [
         f"{args.num_rows:,} rows of {args.rows.name}, {len(args.seeds)} seed(s), {args.steps} steps; "
         f"{untrained['counts']['queries']:,} held-out queries, {untrained['counts']['passages']:,} passages",
-        f"{'':<44}" + "".join(f"{head:>18}" for head in heads),
-        f"{'untrained':<44}"
+        f"{'':<48}" + "".join(f"{head:>18}" for head in heads),
+        f"{'untrained':<48}"
         + "".join(f"{untrained[metric]:>18.3f}" for _ in args.steps for metric in METRICS.values()),
     ]
     for name in names:
@@ -331,7 +331,7 @@ def table(args: argparse.Namespace, names: list[str], record: Record) -> str:
                 values = [measured[metric] for measured in found if measured is not None]
                 spread = f" ±{(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "-")
-        lines.append(f"{name:<44}" + "".join(f"{cell:>18}" for cell in cells))
+        lines.append(f"{name:<48}" + "".join(f"{cell:>18}" for cell in cells))
     for line in record.lines:
         measured = line["measured"]
         if line["name"] in names and "eval/answer_nll" in measured:
