@@ -118,6 +118,7 @@ LINES = {
             ("labels alone", LABELS),
             ("pdist, label noise", EVIDENCE | {"objective.label_noise": 0.2}),
         )
+        if share or values is not LABELS  # that is "labels, mined groups"
     },
 }
 METRICS = {"recall@1": "eval/recall@1", "recall@10": "eval/recall@10", "MRR@10": "eval/mrr@10"}
@@ -246,11 +247,13 @@ def run(args: argparse.Namespace, more: list[str], labels: Labels, name: str, st
     """Trains from the rows of a line and measures the retriever; the run's checkpoints are then removed."""
     line, retriever, workdir = LINES[name], args.models / "minilm", args.out / f"{folder_name(name)}_{steps}_{seed}"
     print(workdir.name, file=sys.stderr, flush=True)
+    first = workdir.with_name(f"{workdir.name}_first")
     if line.after:
-        first = workdir.with_name(f"{workdir.name}_first")
         retriever = train(args, more, line_values(args, labels, line.after, steps, seed), first) / "retriever"
     values = line_values(args, labels, name, steps, seed) | {"retriever.path": retriever}
-    return train_and_measure(args, more, values, workdir, line.answers)
+    measured = train_and_measure(args, more, values, workdir, line.answers)
+    shutil.rmtree(first / "exported", ignore_errors=True)
+    return measured
 
 
 def folder_name(name: str) -> str:
