@@ -96,6 +96,12 @@ LINES = {
     "document: pdist, answer": Line("document_alone", DOCUMENT | {"objective.evidence": "answer"}),
     "nothing: pdist": Line("nothing", ALONE),
     "nothing: pdist, adapters": Line("nothing", ALONE | ADAPTERS),
+    "nothing: pdist, adapters, found anew after 30 steps": Line(
+        "nothing", ALONE | ADAPTERS | {"mining.every_steps": 30}
+    ),
+    "nothing: pdist, adapters, 16 candidates": Line(
+        "nothing", ALONE | ADAPTERS | {"objective.candidates": 16, "objective.negatives": 9}
+    ),
     "nothing: pdist, answer": Line("nothing", ALONE | {"objective.evidence": "answer"}),
     "nothing: pdist, 1 drawn at random": Line("nothing", ALONE | {"mining.explore": 1}),
     "nothing: pdist, generator too": Line("nothing", JOINT),
@@ -322,8 +328,8 @@ def table(args: argparse.Namespace, names: list[str], record: Record) -> str:
     lines = [
         f"{args.num_rows:,} rows of {args.rows.name}, {len(args.seeds)} seed(s), {args.steps} steps; "
         f"{untrained['counts']['queries']:,} held-out queries, {untrained['counts']['passages']:,} passages",
-        f"{'':<48}" + "".join(f"{head:>18}" for head in heads),
-        f"{'untrained':<48}"
+        f"{'':<52}" + "".join(f"{head:>18}" for head in heads),
+        f"{'untrained':<52}"
         + "".join(f"{untrained[metric]:>18.3f}" for _ in args.steps for metric in METRICS.values()),
     ]
     for name in names:
@@ -334,7 +340,7 @@ def table(args: argparse.Namespace, names: list[str], record: Record) -> str:
                 values = [measured[metric] for measured in found if measured is not None]
                 spread = f" ±{(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "-")
-        lines.append(f"{name:<48}" + "".join(f"{cell:>18}" for cell in cells))
+        lines.append(f"{name:<52}" + "".join(f"{cell:>18}" for cell in cells))
     for line in record.lines:
         measured = line["measured"]
         if line["name"] in names and "eval/answer_nll" in measured:
