@@ -15,6 +15,9 @@ OF_POOL = ("passage", "prefix")
 PADDED, PACKED = ((0.95, 0.5), 0.9), ((0.99, 0.9, 0.5), 0.95)
 # Where passages are found as the run goes, rows may share many of them: so much of what they would be otherwise.
 SHARED = (0.8, 0.64, 0.5, 0.4)
+# A packed shape gives each other text the room that the next larger one gives it, where that costs no more than so:
+# else one long question would send a batch of few passages to a shape of many.
+ROOMY = 1.03
 # Batches that are drawn to see how many tokens they have.
 DRAWN = 1000
 
@@ -155,6 +158,8 @@ def buckets(
     shares, worth = PADDED if blocks is None else PACKED
 
     def add(shape: Lengths) -> None:
+        if shapes[0].packed != Packed():
+            shape = with_room(shape, shapes[0], candidates, negatives)
         if tokens_of_row(shape, candidates, negatives) <= worth * tokens_of_row(shapes[0], candidates, negatives):
             shapes.insert(0, shape)
 
@@ -174,6 +179,17 @@ def buckets(
                 fewer = {name: _rounded(share_of * packed[name]) for name in OF_POOL if packed.get(name)}
                 add(dataclasses.replace(lengths, packed=Packed(**packed | fewer, **of_rows)))
     return tuple(shapes)
+
+
+def with_room(shape: Lengths, larger: Lengths, candidates: int, negatives: int) -> Lengths:
+    """The shape with the room of a larger one for texts that are not of passages, as far as it costs little (ROOMY)."""
+    for name in (text for text in TEXTS if text not in OF_POOL):
+        room = {name: getattr(larger.packed, name)} if hasattr(larger.packed, name) else {}
+        packed = dataclasses.replace(shape.packed, **room)
+        roomy = dataclasses.replace(shape, **{name: getattr(larger, name)}, packed=packed)
+        tokens, before = (tokens_of_row(of, candidates, negatives) for of in (roomy, shape))
+        shape = roomy if tokens <= ROOMY * before else shape
+    return shape
 
 
 def _drawn_tokens(examples: Examples, batch_size: int, negatives: int) -> dict[str, np.ndarray]:

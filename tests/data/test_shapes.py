@@ -1,6 +1,7 @@
 """How many tokens batches are packed to: counted by hand, and on rows like those that people have."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -11,15 +12,15 @@ from rag_jax.data import shapes
 from rag_jax.data.shapes import Blocks, Lengths, Packed, block_tokens, blocks_of
 
 
-def some_rows(tmp_path, num_rows=300, **changes):
-    """Passages of about 4 to 60 tokens, answers of 1 to 12."""
+def some_rows(tmp_path, num_rows=300, first="", **changes):
+    """Passages of about 4 to 60 tokens, answers of 1 to 12; the first question begins with `first`."""
     rng = np.random.default_rng(0)
     rows = [
-        (f"why {i}?", f"{i} " + "dog " * int(rng.integers(1, 15)), "so " * int(rng.integers(1, 5)))
+        (f"{'' if i else first}why {i}?", f"{i} " + "dog " * int(rng.integers(1, 15)), "so " * int(rng.integers(1, 5)))
         for i in range(num_rows)
     ]
     prompt = dataclasses.replace(PROMPT, passage_len=300, answer_len=30)
-    retriever = dataclasses.replace(RETRIEVER, passage_len=300)
+    retriever = dataclasses.replace(RETRIEVER, query_len=30, passage_len=300)
     return load(tmp_path, rows, **dict(prompt=prompt, retriever=retriever) | changes)[0]
 
 
@@ -124,6 +125,18 @@ def test_what_is_shared_takes_a_smaller_shape(tmp_path):
     batching = data.Batching(made, 8, 3, blocks=blocks)
     few = data.collate(examples, np.arange(16), batching, brought=np.zeros((16, 3), np.int32))
     assert data.lengths(few) == made[0]
+
+
+def test_one_long_question_takes_no_room_of_many_passages(tmp_path):
+    examples, blocks = some_rows(tmp_path, first="who barks " * 3).without_prompts(), Blocks(8)
+    made = data.buckets(examples, 16, 1, 3, blocks)
+    assert made[0].query == made[-1].query > 8 and made[0].packed.query == made[-2].packed.query > 0
+    few = data.collate(
+        examples, np.arange(16), data.Batching(made, 8, 3, blocks=blocks), brought=np.zeros((16, 3), np.int32)
+    )
+    assert data.lengths(few) == made[0]
+    for shape, larger in itertools.pairwise(made[:-1]):
+        assert shape.packed.passage < larger.packed.passage and shape.packed.query <= larger.packed.query
 
 
 def test_one_candidate_is_read_behind_what_each_row_has(tmp_path):
