@@ -15,8 +15,8 @@ OF_POOL = ("passage", "prefix")
 PADDED, PACKED = ((0.95, 0.5), 0.9), ((0.99, 0.9, 0.5), 0.95)
 # Where passages are found as the run goes, rows may share many of them: so much of what they would be otherwise.
 SHARED = (0.8, 0.64, 0.5, 0.4)
-# A packed shape gives each other text the room that the next larger one gives it, where that costs no more than so:
-# else one long question would send a batch of few passages to a shape of many.
+# Each of these shapes gives the other texts the room that the next larger one gives them, where that costs no more than
+# so: else one long question would send a batch of few passages to a shape of many.
 ROOMY = 1.03
 # Batches that are drawn to see how many tokens they have.
 DRAWN = 1000
@@ -151,6 +151,7 @@ def buckets(
     mined = 0 if examples.negative_key is not None else negatives
     drawn = dict.fromkeys(needed, batch_size) | dict.fromkeys(OF_POOL, batch_size * (1 + mined))
     unlabelled = bool((examples.passage_key < 0).any())
+    found_later = bool(mined) or unlabelled
     if unlabelled:
         needed |= _passage_lengths(examples)
     sums = None if blocks is None else block_tokens(blocks, _drawn_tokens(examples, batch_size, negatives))
@@ -158,7 +159,7 @@ def buckets(
     shares, worth = PADDED if blocks is None else PACKED
 
     def add(shape: Lengths) -> None:
-        if shapes[0].packed != Packed():
+        if found_later and shapes[0].packed != Packed():
             shape = with_room(shape, shapes[0], candidates, negatives)
         if tokens_of_row(shape, candidates, negatives) <= worth * tokens_of_row(shapes[0], candidates, negatives):
             shapes.insert(0, shape)
@@ -174,7 +175,7 @@ def buckets(
             packed.pop("prefix")  # a row's own alone is read, wherever it lies
         of_rows = blocks.num_rows(batch_size)
         add(dataclasses.replace(lengths, packed=Packed(**packed, **of_rows)))
-        if held == shares[-1] and (mined or unlabelled):
+        if held == shares[-1] and found_later:
             for share_of in SHARED:
                 fewer = {name: _rounded(share_of * packed[name]) for name in OF_POOL if packed.get(name)}
                 add(dataclasses.replace(lengths, packed=Packed(**packed | fewer, **of_rows)))
