@@ -15,7 +15,7 @@ OF_POOL = ("passage", "prefix")
 PADDED, PACKED = ((0.95, 0.5), 0.9), ((0.99, 0.9, 0.5), 0.95)
 # Where passages are found as the run goes, rows may share many of them: so much of what they would be otherwise.
 SHARED = (0.8, 0.64, 0.5, 0.4)
-# Each of these shapes gives the other texts the room that the next larger one gives them, where that costs no more than
+# There a packed shape gives the other texts the room that the next larger one gives them, where that costs no more than
 # so: else one long question would send a batch of few passages to a shape of many.
 ROOMY = 1.03
 # Batches that are drawn to see how many tokens they have.
