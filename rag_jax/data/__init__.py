@@ -6,6 +6,7 @@ from rag_jax.data.batches import (
     Known,
     Pool,
     collate,
+    fill_slots,
     given_scores,
     iterate,
     lengths,
@@ -31,7 +32,7 @@ from rag_jax.data.shapes import TEXTS, Blocks, Lengths, Packed, buckets, longest
 __all__ = [
     "Batch", "Batching", "Blocks", "Examples", "Gaps", "Known", "Lengths", "Packed", "Pool", "Prompt", "Ragged",
     "Report", "RetrieverText", "Rows", "TEXTS", "WholeString", "answer_segments", "buckets", "collate", "columns_of",
-    "fingerprint", "given_scores", "iterate", "joined", "lengths", "load_examples", "longest", "order", "pad",
-    "padding_share", "prompt_segments", "read_passages", "read_rows", "read_sources", "retriever_tokens", "shape_of",
-    "take",
+    "fill_slots", "fingerprint", "given_scores", "iterate", "joined", "lengths", "load_examples", "longest", "order",
+    "pad", "padding_share", "prompt_segments", "read_passages", "read_rows", "read_sources", "retriever_tokens",
+    "shape_of", "take",
 ]  # fmt: skip

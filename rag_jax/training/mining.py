@@ -77,7 +77,10 @@ def mine(
         values["mining/negatives_missing"] = float(1 - there.mean())
     if found is not None:
         others = examples.negative_key[groups] if examples.negative_key is not None else brought
-        brought = instead_of(found, others, groups, examples.passage_key < 0)
+        asked = instead_of(found, others, groups, examples.passage_key < 0)
+        brought = with_slot(asked, examples.own_key[groups], 1 + config.objective.negatives)
+        candidate = (asked >= 0) & (examples.passage_key < 0)[groups][:, :, None]
+        values["mining/candidates_without_slot"] = float((candidate & (brought < 0)).sum() / max(candidate.sum(), 1))
         for name, each in (("", groups), ("random_", random)):
             wanted = [np.unique(found[group][found[group] >= 0]) for group in each]
             values[f"mining/{name}passages_wanted"] = float(np.mean([len(passages) for passages in wanted]))
@@ -140,6 +143,17 @@ def instead_of(
         for keys in (found, others)
     )
     return np.where(unknown[groups][:, :, None], found[groups], others)
+
+
+def with_slot(
+    brought: Int[np.ndarray, "groups g _"], right: Int[np.ndarray, "groups g _"], slots: int
+) -> Int[np.ndarray, "groups g _"]:
+    """What rows bring, -1 where their group, of so many slots a row, has no room for it beside what is `right`.
+
+    Batches hold nothing else, so nobody need read more.
+    """
+    held = [data.fill_slots(*group, slots) for group in zip(right.tolist(), brought.tolist(), strict=True)]
+    return np.stack([np.where(np.isin(own, keys), own, -1) for own, keys in zip(brought, held, strict=True)])
 
 
 def embeddings(

@@ -20,6 +20,8 @@ from rag_jax.training.writer import Progress, Writer, clock
 
 # What a run stops its steps for.
 PAUSES = ("compile", "eval", "checkpoint", "mining")
+# Of the candidates that mining finds, from which share on it is told that a group has no slot for them.
+MANY_WITHOUT_SLOT = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +116,11 @@ class Record:
         self.writer.write(step, values | {"time/mining_share": share})
         shown = "  ".join(f"{name.removeprefix('mining/')} {value:.3f}" for name, value in values.items())
         self.progress.print(f"step {step}: mined  {shown}")
+        if (share := values.get("mining/candidates_without_slot", 0.0)) > MANY_WITHOUT_SLOT:
+            self.progress.print(
+                f"step {step}: {share:.0%} of the candidates find no slot in their group and are left out: "
+                f"raise objective.negatives={self.config.objective.negatives}"
+            )
 
     def summary(self) -> str:
         """Where this process's time went, and how fast its steps were."""

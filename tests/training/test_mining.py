@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from command import ROOT, TINY, environment, run, run_here, words
+from command import ROOT, TINY, call, environment, run, run_here, words
 from test_loop import records, state_of
 from test_processes import run_together
 
@@ -109,6 +109,7 @@ def test_the_plans_and_their_metrics(whole, values):
         assert 0 < line["mining/random_not_first"] <= 1
         assert line["mining/negatives_similarity"] > line["mining/random_similarity"]
         assert 0 <= line["mining/negatives_missing"] < 0.5
+        assert line["mining/candidates_without_slot"] == 0  # four rows of three candidates, twelve slots
     first = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])
     assert first["step"] == 0 and first["time/mining_share"] == 1  # nothing trained yet
     assert (
@@ -167,6 +168,33 @@ def test_what_is_due_now_is_mined_and_what_is_lost_is_named(whole, tmp_path):
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(UserError, match=r"step_0.npz cannot be read"):
         mining.resume(tmp_path, 1, 3)
+
+
+def test_what_has_a_slot_fills_the_same_slots():
+    rng = np.random.default_rng(0)
+    right, brought = rng.integers(-1, 30, (50, 4, 2)), rng.integers(-1, 30, (50, 4, 5))
+    left = mining.with_slot(brought, right, 3)
+    assert 0.1 < (left[brought >= 0] < 0).mean() < 0.9
+    assert (left[left >= 0] == brought[left >= 0]).all()
+    for *group, own in zip(right.tolist(), brought.tolist(), left, strict=True):
+        keys = data.fill_slots(*group, 3)
+        assert set(own.ravel()) - {-1} == set(np.ravel(group[1])) & set(keys.ravel()) - {-1}
+        np.testing.assert_array_equal(data.fill_slots(group[0], own.tolist(), 3), keys)
+
+
+@pytest.mark.slow
+def test_of_what_has_no_slot_no_evidence_is_read(cache, values, tmp_path):
+    few = values | {"objective__candidates": 5, "objective__negatives": 1, "total_steps": 1}
+    code, _, told = call(cache, "main", f"--config={TINY}", f"--workdir={tmp_path}", **few)
+    assert code == 0, told
+    (line,), (plan,) = records(tmp_path, "mining/"), plans(tmp_path, (0,))
+    assert line["mining/candidates_without_slot"] > 0.1
+    assert "of the candidates find no slot in their group and are left out: raise objective.negatives=1" in told
+    groups, brought = plan.rows.reshape(-1, 4), plan.brought.reshape(-1, 4, 5)
+    assert all(len(set(own.ravel()) - {-1}) <= 8 for own in brought)
+    own = {(row, key) for row, keys in zip(groups.ravel(), brought.reshape(-1, 5), strict=True) for key in keys}
+    rights = {row for row in groups.ravel() if row % 3 == 0}  # one passage each
+    assert line["mining/evidence_pairs"] == len({pair for pair in own if pair[1] >= 0}) + len(rights)
 
 
 @pytest.mark.parametrize("margin", [None, 0.1, -0.2])
