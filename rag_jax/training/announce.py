@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from rag_jax import data, files, hf, models, pair
+from rag_jax.config import Config
 from rag_jax.hf import known
 from rag_jax.models import adapters, flops
 from rag_jax.training import optim, setup
@@ -38,15 +39,7 @@ def summary(training: Training, start_step: int) -> str:
         lines["evidence"] = f"of the frozen generator, computed once and kept in {files.folder() / 'evidence'}"
         if objective.label_noise is not None:
             lines["evidence"] += f"; it corrects labels by a margin of {objective.label_noise:g}"
-    groups = config.batch_size // config.group_size
-    lines["batch"] = (
-        f"{config.batch_size} queries in {groups} group{'s' if groups > 1 else ''} of {config.group_size}, "
-        f"{config.batch_size - 1} in-batch negatives a query"
-    )
-    if number := objective.negatives:
-        column = config.data.columns.negative
-        of = "those mined for it" if column is None else f"those given in column {column!r}"
-        lines["negatives"] = f"{number} more that each query brings, of {of}"
+    lines |= batch_lines(config, labelled=bool((training.examples.passage_key >= 0).any()))
     if every := config.mining.every_steps:
         margin = config.mining.margin
         sought = ", and candidates of rows that name no passage" if not opened.model.labelled else ""
@@ -85,6 +78,21 @@ def rate_change(section: Any, step: int, was: int, now: int) -> str | None:
     return (
         f"rate       learning rate at step {step + 1} was {before:.3g}, is {after:.3g}: total_steps was {was}, is {now}"
     )
+
+
+def batch_lines(config: Config, labelled: bool) -> dict[str, str]:
+    """What a query of a batch meets; `labelled`: the passage of some row is known."""
+    size, number = config.group_size, config.objective.negatives
+    groups = config.batch_size // size
+    batch = f"{config.batch_size} queries in {groups} group{'s' if groups > 1 else ''} of {size}"
+    if not labelled:
+        return {"batch": f"{batch}; a group has room for {size * (1 + number)} passages found for its queries"}
+    lines = {"batch": f"{batch}, {config.batch_size - 1} in-batch negatives a query"}
+    if number:
+        column = config.data.columns.negative
+        of = "those mined for it" if column is None else f"those given in column {column!r}"
+        lines["negatives"] = f"{number} more that each query brings, of {of}"
+    return lines
 
 
 def model_line(training: Training, role: str, source: hf.Source) -> str:
