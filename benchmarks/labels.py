@@ -102,6 +102,7 @@ LINES = {
     "nothing: pdist, adapters, 16 candidates": Line(
         "nothing", ALONE | ADAPTERS | {"objective.candidates": 16, "objective.negatives": 9}
     ),
+    "nothing: pdist, adapters, six slots a row": Line("nothing", ALONE | ADAPTERS | {"objective.negatives": 5}),
     "nothing: pdist, answer": Line("nothing", ALONE | {"objective.evidence": "answer"}),
     "nothing: pdist, 1 drawn at random": Line("nothing", ALONE | {"mining.explore": 1}),
     "nothing: pdist, generator too": Line("nothing", JOINT),
