@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import logging
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -36,10 +36,12 @@ def sums(
     passages: Int[np.ndarray, " n"],
     folder: pathlib.Path,
     batch_size: int,
+    tell: Callable[[int, int], None] = lambda done, num: None,
 ) -> tuple[Float[np.ndarray, "n 2"], int]:
     """The sums of each pair, NaN for the part that the objective does not read, and how many pairs were computed.
 
     Every process must call. Those that the folder keeps are read, the others are computed and added. See `folder_of`.
+    `tell` is told how many are done of those to compute, before the first and now and then.
     """
     parts = [part for part in PARTS if model.objective.evidence in (part, "both")]
     is_read = np.array([part in parts for part in PARTS])
@@ -49,10 +51,14 @@ def sums(
     found = np.array(multihost_utils.broadcast_one_to_all(kept.sums(names)))
     missing = np.flatnonzero(np.isnan(found[:, is_read]).any(axis=1))
     missing = missing[np.argsort(passages[missing], kind="stable")]  # a passage is read once for all its rows
-    for block in np.split(missing, np.arange(BLOCK, len(missing), BLOCK)) if len(missing) else []:
+    for start in range(0, len(missing), BLOCK):
+        tell(start, len(missing))
+        block = missing[start : start + BLOCK]
         found[block] = computed(model, params, examples, rows[block], passages[block], parts, batch_size)
         if jax.process_index() == 0:
             kept.add(names[block], found[block])
+    if len(missing):
+        tell(len(missing), len(missing))
     return np.where(is_read, found, np.nan), len(missing)
 
 

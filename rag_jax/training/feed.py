@@ -44,7 +44,7 @@ def mine(training: Training, state: TrainState, met: np.ndarray, step: int, reco
         params = optim.join(state.params, state.frozen)
         plan, metrics = mining.mine(training.opened.model, params, training.examples, met, training.config, step)
         if training.keeps_evidence:
-            plan, computed = known.planned(training, params, plan)
+            plan, computed = known.planned(training, params, plan, record.progress.print)
             metrics |= computed
         if training.is_main:
             mining.save(training.workdir, step, plan)
@@ -58,7 +58,7 @@ def named_evidence(training: Training, state: Callable[[], TrainState], record: 
         return None
     if (found := known.read(training)) is None:
         with record.pausing("mining"):
-            found = known.named(training, optim.join(state().params, state().frozen))
+            found = known.named(training, optim.join(state().params, state().frozen), record.progress.print)
             if training.is_main:
                 known.write(training, found)
     return found
