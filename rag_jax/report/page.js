@@ -93,7 +93,7 @@ function table(heads, rows, numeric) {
 function verdict(name, before, after) {
   const a = before.metrics[name], b = after.metrics[name], x = before.intervals[name], y = after.intervals[name];
   if (a === undefined || b === undefined) return "";
-  if (a === b) return "unchanged";
+  if (metric(a) === metric(b)) return "unchanged";  // as shown: of a frozen model the last bits may differ
   const better = FALLING.has(name) ? b < a : b > a;
   const apart = x && y && (x[1] < y[0] || y[1] < x[0]);
   return el("span", { class: better ? "good" : "bad" }, `${better ? "better" : "worse"}${apart ? "" : ", may be chance"}`);

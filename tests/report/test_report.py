@@ -168,12 +168,18 @@ def test_the_page_in_a_browser(workdir, page):
         lines = [json.loads(line) | {"plane": [step, 1.0, 0.5, i / 9]} for i, line in enumerate(open(path))]
         lines[2]["retrieved"][0]["evidence"] = 0.625
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        record = folder / "eval" / f"step_{step}.json"  # a frozen model's, the same but for the last bits
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"eval/answer_nll_gold": 2.0 + step * 1e-7}))
     write.write(folder / "page.html", [collect.read(folder), collect.read(other)])
     page.goto((folder / "page.html").as_uri())
     titles = page.locator("h2").all_inner_texts()
     assert page.get_by_text("null", exact=True).count() == page.get_by_text("undefined").count() == 0
     for title in ("What training changed", "Runs side by side", "Queries and their passages on a plane", "Row by row"):
         assert title in titles
+    changed = [
+        page.locator("tr", has_text=name).first.inner_text() for name in ("Recall@1", "NLL with the right passage")
+    ]
+    assert [line.split("\t")[-1] for line in changed] == ["better", "unchanged"]
     rows = page.locator("#rows tr.row")
     assert rows.count() == 50 and page.locator("text=67 of 67 rows").count() == 1
     page.get_by_role("button", name="show more").click()
