@@ -20,6 +20,7 @@ from rag_jax.workdir import checkpoint
 
 FILES = sorted((ROOT / "configs").glob("*.py"))
 WHOLE = ("tiny",)  # whose evaluation is small as it is
+UNLABELLED = ("minilm_smollm2_unlabelled",)  # whose rows name no passage, so that they take a file of passages
 EVALUATED = ("quickstart",)  # also with less than whole batches: evaluation takes as long to compile as the step
 # The kind of small random model that stands for a named one; the first part of the name that is found decides.
 KINDS = {"minilm": "bert", "bge": "bert", "smollm": "llama", "llama": "llama", "gpt2": "gpt2", "qwen3": "qwen3"}
@@ -57,7 +58,10 @@ def put_model(name, home, hub):
 
 
 def put_rows(name, home, columns, count):
-    """The rows that come with the project, if it has this file; else made ones, no two alike, of several lengths."""
+    """The rows that come with the project, if it has this file; else made ones, no two alike, of several lengths.
+
+    `columns`: names of their columns of query, passage and answer, as far as the file has these.
+    """
     path = home / name
     path.parent.mkdir(parents=True, exist_ok=True)
     if name.startswith("tests/"):
@@ -66,25 +70,32 @@ def put_rows(name, home, columns, count):
     things, places = ("lamp", "boat", "mill", "bell", "gate"), ("harbour", "valley", "chapel", "orchard")
     with path.open("w", encoding="utf-8", newline="") as file:
         lines = csv.writer(file)
-        lines.writerow(columns[part] for part in ("query", "passage", "answer"))
+        lines.writerow(columns.values())
         for i in range(count):
             thing, place = things[i % len(things)], places[i % len(places)]
             more = f" It was mended in {1700 + i} by the smith's daughter." * (i % 4 if count < 100 else 0)
             passage = f"The {thing} of the {place} bears number {i}, painted in white.{more}"
-            lines.writerow([f"What number has the {thing} {i} of the {place}?", passage, f"number {i}"])
+            row = {
+                "query": f"What number has the {thing} {i} of the {place}?",
+                "passage": passage,
+                "answer": f"number {i}",
+            }
+            lines.writerow(row[part] for part in columns)
 
 
-def put_everything(loaded, home, hub, batch_size):
+def put_everything(loaded, home, hub, batch_size, labelled):
     """All that a config names, relative to `home`; and what its header leaves to the user, as overrides."""
     for name in {loaded[role].path for role in ("retriever", "generator")}:  # Both may be adapters of one base.
         put_model(name, home, hub)
     left_open = {}
     for name in ("train", "eval", "passages"):
         source = loaded.data[name]
-        if source is None and name != "passages":
+        if source is None and (name != "passages" or not labelled):
             source = left_open[f"data__{name}"] = f"{name}_rows.csv"
         if source is not None:
-            put_rows(source, home, loaded.data.columns, batch_size + 8)
+            parts = {"train": ("query", "answer"), "passages": ("passage",)}.get(name) if not labelled else None
+            columns = {part: loaded.data.columns[part] for part in parts or ("query", "passage", "answer")}
+            put_rows(source, home, columns, batch_size + 8)
     return left_open
 
 
@@ -116,7 +127,8 @@ def test_a_config_runs_unchanged(file, whole, tmp_path, cache):
     home.mkdir()
     less = {} if whole else {"batch_size": min(loaded.batch_size, 2 * loaded.group_size)}
     batch_size = less.get("batch_size", loaded.batch_size)
-    values = put_everything(loaded, home, hub, batch_size) | {"total_steps": STEPS} | less
+    labelled = file.stem not in UNLABELLED
+    values = put_everything(loaded, home, hub, batch_size, labelled) | {"total_steps": STEPS} | less
     env = environment(cache) | {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
     if whole:  # large batches: compiling well takes less than running badly
         env["XLA_FLAGS"] = ""
@@ -132,7 +144,8 @@ def test_a_config_runs_unchanged(file, whole, tmp_path, cache):
     assert f"trained to step {STEPS}" in process.stdout
     assert process.stdout.split()[:2] == ["devices", str(devices_of(loaded))]
     # Progress and nothing else: no warning, no traceback, nothing of other libraries.
-    strange = [line for line in process.stderr.splitlines() if not line.startswith(("step ", "the step for "))]
+    told = ("step ", "the step for ", *(() if labelled else ("evidence: ",)))
+    strange = [line for line in process.stderr.splitlines() if not line.startswith(told)]
     assert not strange, strange
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["loss/total"] for line in lines if "loss/total" in line}
@@ -173,4 +186,5 @@ def test_the_step_of_a_config_takes_its_shapes(file):
     after, metrics = jax.eval_shape(step, state, batch, None)
     before = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == before
-    assert {"loss/contrastive", "loss/marginal", "loss/total"} <= metrics.keys()
+    learns_by = "evidence" if file.stem in UNLABELLED else "marginal"
+    assert {"loss/contrastive", f"loss/{learns_by}", "loss/total"} <= metrics.keys()
