@@ -200,6 +200,27 @@ def test_of_what_has_no_slot_no_evidence_is_read(cache, values, tmp_path):
     assert line["mining/evidence_pairs"] == len({pair for pair in own if pair[1] >= 0}) + len(rights)
 
 
+@pytest.mark.slow
+def test_a_generator_learns_from_what_a_frozen_retriever_finds(cache, values, tmp_path):
+    """The second run of docs/objectives.md: rows without labels, and the generator alone is trained."""
+    of_docs = {
+        "objective__name": "token", "objective__contrastive_weight": 0.0, "objective__marginal_weight": 1.0,
+        "objective__candidates": 2, "objective__negatives": 1, "mining__margin": None, "mining__explore": 0,
+        "optimizer__rate_rules": (("retriever/", 0.0), (".*", 1.0)), "total_steps": 2, "checkpoint__every_steps": 1,
+    }  # fmt: skip
+    printed = run_here(cache, "main", f"--config={TINY}", f"--workdir={tmp_path}", **values | of_docs)
+    trained = [line.split("parameters, ")[1].split(" trained")[0] for line in printed.splitlines()[1:3]]
+    assert trained == ["0%", "100%"]
+    lines = records(tmp_path)
+    assert all(0 < line["loss/marginal"] == line["loss/total"] for line in lines) and len(lines) == 2
+    (plan,) = plans(tmp_path, (0,))
+    assert plan.evidence is None and plan.brought.shape == (3, 8, 2)
+    before, after = (state_of(tmp_path, step, cache) for step in (1, 2))
+    params = {path for path in after if "params" in path}
+    moved = {path for path in params if (before[path] != after[path]).any()}
+    assert moved and all(path.startswith("params/generator/") for path in params)  # what is frozen is not kept
+
+
 @pytest.mark.parametrize("margin", [None, 0.1, -0.2])
 def test_negatives_are_the_nearest_that_may_be(margin):
     """Against loops over a full sort; queries of several rows, passages of several rows, a group with a row twice."""
