@@ -21,7 +21,7 @@ from rag_jax.training.writer import Progress, Writer, clock
 # What a run stops its steps for.
 PAUSES = ("compile", "eval", "checkpoint", "mining")
 # Of the candidates that mining finds, from which share on it is told that a group has no slot for them.
-MANY_WITHOUT_SLOT = 0.1
+MANY_WITHOUT_SLOT = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
