@@ -32,8 +32,8 @@ def replay(loaded: Any, workdir: pathlib.Path, step: int) -> None:
     """Print all about a step; see above."""
     from rag_jax import pair
     from rag_jax.distributed import compile_cache, sharding
+    from rag_jax.progress import Progress
     from rag_jax.training import announce, feed, optim, setup
-    from rag_jax.training.writer import Progress
     from rag_jax.workdir import provenance
     from rag_jax.workdir.checkpoint import Checkpoints
 

@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A folder or a module of the top may import those of the lines above its own, never a neighbour. Each stands here once.
 LAYERS = (
-    ("errors",),
+    ("errors", "progress"),
     ("untrusted", "planning", "objectives"),
     ("files", "losses"),
     ("models", "data", "distributed", "documents", "report"),
@@ -36,6 +36,7 @@ MAY_NOT = {
     "models": {"transformers", "tokenizers", "datasets", "ml_collections", "safetensors", "rag_jax.losses"},
     "losses": {"flax", "optax", "transformers", "ml_collections"},
     "objectives": {"jax", "jaxlib", "flax", "optax", "rag_jax"},
+    "progress": {"jax", "jaxlib", "flax", "optax", "rag_jax"},
     "rag": {"transformers", "tokenizers", "datasets", "ml_collections", "rag_jax.distributed"},
     "inference": {"rag_jax.hf", "rag_jax.workdir"},
     "serving": {"jax", "jaxlib", "flax", "transformers", "numpy", "rag_jax.inference"},

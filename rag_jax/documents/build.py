@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from rag_jax import files, untrusted
 from rag_jax.documents import convert, copies, split
 from rag_jax.errors import UserError
+from rag_jax.progress import Counter
 
 PASSAGES, UNREAD, PARTS = "passages.parquet", "unread.jsonl", "parts"
 # Questions that were written from passages: those that are kept as rows, and all of them with what became of them.
@@ -60,7 +60,7 @@ def build(source: pathlib.Path, out: pathlib.Path, settings: Settings, processes
     ]
     todo = [(paths, key) for paths, key in parts if not _part(out, key).is_file()]
     with (
-        tqdm(total=len(documents), initial=len(documents) - sum(len(paths) for paths, _ in todo), unit="doc") as bar,
+        Counter("documents", len(documents), done=len(documents) - sum(len(paths) for paths, _ in todo)) as counter,
         concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool,
     ):
         running: set[concurrent.futures.Future] = set()
@@ -73,7 +73,7 @@ def build(source: pathlib.Path, out: pathlib.Path, settings: Settings, processes
                 break
             done, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in done:
-                bar.update(future.result())
+                counter.update(future.result())
     joined = _joined(out, [key for _, key in parts], len(documents))
     return dataclasses.replace(joined, code=len(every) - len(documents))
 

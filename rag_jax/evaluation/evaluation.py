@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
-from tqdm import tqdm
 
 from rag_jax import data, files, losses, rag
 from rag_jax.data import segments
 from rag_jax.distributed import sharding
 from rag_jax.evaluation import metrics
 from rag_jax.inference import decoding, disk_index, evidence, likelihood, programs, search
+from rag_jax.progress import Counter
 
 # The sample of rows is the same for every run on the same file, whatever the run's own seed.
 SAMPLE_SEED = 0
@@ -300,9 +300,7 @@ class Prompts:
     candidates: np.ndarray  # (B, K) into the device's prefixes
 
 
-def prompt_batches(
-    rows: EvalRows, candidates: Int[np.ndarray, "Q K"], num_devices: int, label: str
-) -> Iterator[Prompts]:
+def prompt_batches(rows: EvalRows, candidates: Int[np.ndarray, "Q K"], num_devices: int) -> Iterator[Prompts]:
     """The generator's batches over `candidates`, one row for each sampled row from the first on."""
     prefixes = rows.examples.prefixes
     assert prefixes is not None
@@ -312,7 +310,7 @@ def prompt_batches(
     # Rows that share nothing meet rows of like length, so that short batches are padded to less.
     order = np.argsort(-lengths[candidates].max(axis=1), kind="stable")
     parts = [order[part] for part in sharing_batches(candidates[order], size)]
-    for start in tqdm(range(0, len(parts), num_devices), desc=label, **search.BAR):
+    for start in range(0, len(parts), num_devices):
         own = parts[start : start + num_devices]
         filled = np.full((num_devices, size), own[0][0])
         real = np.zeros(filled.shape, bool)
@@ -357,9 +355,9 @@ def answer_nll(
     distinct, pair = np.unique(row * len(prefixes) + read, return_inverse=True)
     reader, prefix = np.divmod(distinct, len(prefixes))
     pairs = likelihood.Pairs(prefixes, queries, answers, prefix, examples.query_key[sample[reader]], sample[reader])
-    token_log_probs = likelihood.answer_log_probs(
-        model, params, pairs, at_a_time=rows.batch_size * K, label="answer likelihood"
-    )[pair.reshape(read.shape)]
+    with Counter("likelihood of answers", len(pairs), active=jax.process_index() == 0) as counter:
+        by_pair = likelihood.answer_log_probs(model, params, pairs, at_a_time=rows.batch_size * K, counter=counter)
+    token_log_probs = by_pair[pair.reshape(read.shape)]
     lengths = answers.lengths[sample]
     mask = np.arange(token_log_probs.shape[2]) < lengths[:, None]
     doc_log_probs = model.objective.doc_log_probs(cosine)
@@ -395,14 +393,16 @@ def greedy_answers(
     texts, places = [""] * num_answers, programs.placement(params, "generator")
     weights = model.objective.doc_log_probs(cosine)
     eos_id = segments.eos_id(rows.tokenizer)
-    for batch in prompt_batches(rows, candidates[:num_answers], places.shards, "answers"):
-        query = segments.pad(queries, examples.query_key[rows.sample[batch.rows]], query_len)
-        ids = decoding.answer_ids(
-            model, params, batch.prefix, query, batch.candidates, np.asarray(weights)[batch.rows],
-            num_tokens=rows.answer_len, eos_id=eos_id,
-        )  # fmt: skip
-        for row, answer in zip(batch.rows[batch.real], sharding.to_host(ids)[batch.real], strict=True):
-            texts[row] = decoding.text(rows.tokenizer, answer)
+    with Counter("answers", num_answers, active=jax.process_index() == 0) as counter:
+        for batch in prompt_batches(rows, candidates[:num_answers], places.shards):
+            query = segments.pad(queries, examples.query_key[rows.sample[batch.rows]], query_len)
+            ids = decoding.answer_ids(
+                model, params, batch.prefix, query, batch.candidates, np.asarray(weights)[batch.rows],
+                num_tokens=rows.answer_len, eos_id=eos_id,
+            )  # fmt: skip
+            for row, answer in zip(batch.rows[batch.real], sharding.to_host(ids)[batch.real], strict=True):
+                texts[row] = decoding.text(rows.tokenizer, answer)
+            counter.update(int(batch.real.sum()))
     return texts
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import logging
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from jaxtyping import Float, Int, UInt
 from rag_jax import data, files, pair, rag
 from rag_jax.distributed import fingerprint
 from rag_jax.inference import likelihood
+from rag_jax.progress import Counter
 
 # Columns of the sums.
 PARTS = ("answer", "question")
@@ -36,12 +37,10 @@ def sums(
     passages: Int[np.ndarray, " n"],
     folder: pathlib.Path,
     batch_size: int,
-    tell: Callable[[int, int], None] = lambda done, num: None,
 ) -> tuple[Float[np.ndarray, "n 2"], int]:
     """The sums of each pair, NaN for the part that the objective does not read, and how many pairs were computed.
 
     Every process must call. Those that the folder keeps are read, the others are computed and added. See `folder_of`.
-    `tell` is told how many are done of those to compute, before the first and now and then.
     """
     parts = [part for part in PARTS if model.objective.evidence in (part, "both")]
     is_read = np.array([part in parts for part in PARTS])
@@ -51,14 +50,12 @@ def sums(
     found = np.array(multihost_utils.broadcast_one_to_all(kept.sums(names)))
     missing = np.flatnonzero(np.isnan(found[:, is_read]).any(axis=1))
     missing = missing[np.argsort(passages[missing], kind="stable")]  # a passage is read once for all its rows
-    for start in range(0, len(missing), BLOCK):
-        tell(start, len(missing))
-        block = missing[start : start + BLOCK]
-        found[block] = computed(model, params, examples, rows[block], passages[block], parts, batch_size)
-        if jax.process_index() == 0:
-            kept.add(names[block], found[block])
-    if len(missing):
-        tell(len(missing), len(missing))
+    with Counter("pairs of evidence", len(missing), active=jax.process_index() == 0) as counter:
+        for start in range(0, len(missing), BLOCK):
+            block = missing[start : start + BLOCK]
+            found[block] = computed(model, params, examples, rows[block], passages[block], parts, batch_size, counter)
+            if jax.process_index() == 0:
+                kept.add(names[block], found[block])
     return np.where(is_read, found, np.nan), len(missing)
 
 
@@ -70,13 +67,14 @@ def computed(
     passages: Int[np.ndarray, " n"],
     parts: Sequence[str],
     batch_size: int,
+    counter: Counter,
 ) -> Float[np.ndarray, "n 2"]:
     """The sums of these parts of each pair, NaN of the others."""
     prefixes, queries, answers = examples.prefixes, examples.prompt_queries, examples.answers
     assert prefixes is not None and queries is not None and answers is not None
     distinct, of_row = np.unique(rows, return_inverse=True)
     texts = queries.take(examples.query_key[distinct]), answers.take(distinct)
-    return part_sums(model, params, (prefixes, *texts), of_row, passages, parts, batch_size)
+    return part_sums(model, params, (prefixes, *texts), of_row, passages, parts, batch_size, counter)
 
 
 def part_sums(
@@ -87,6 +85,7 @@ def part_sums(
     passages: Int[np.ndarray, " n"],
     parts: Sequence[str],
     batch_size: int,
+    counter: Counter,
 ) -> Float[np.ndarray, "n 2"]:
     """As `computed`, of `texts`: segments of the passages, and of the rows' questions and answers, one a row."""
     prefixes, questions, answers = texts
@@ -101,7 +100,7 @@ def part_sums(
     pairs = likelihood.Pairs(prefixes, heads, tails, passages, rows, rows)
     log_probs = np.zeros((len(rows), 0), np.float32)
     if tails.lengths.any():
-        log_probs = likelihood.answer_log_probs(model, params, pairs, at_a_time=batch_size, label="evidence")
+        log_probs = likelihood.answer_log_probs(model, params, pairs, at_a_time=batch_size, counter=counter)
     num_asked = np.array([len(tokens) for tokens in rest])[rows]
     is_asked = np.arange(log_probs.shape[1]) < num_asked[:, None]
     found = np.full((len(rows), len(PARTS)), np.nan, np.float32)
@@ -126,7 +125,8 @@ def by_question(
     num, N = retrieved.shape
     nothing = data.Ragged.of([()] * num)
     texts, rows = (prefixes, questions, nothing), np.repeat(np.arange(num), N)
-    sums = part_sums(model, params, texts, rows, retrieved.ravel(), ("question",), batch_size)
+    with Counter("re-ranking", len(rows), active=jax.process_index() == 0) as counter:
+        sums = part_sums(model, params, texts, rows, retrieved.ravel(), ("question",), batch_size, counter)
     return np.argsort(-sums[:, PARTS.index("question")].reshape(num, N), axis=1, kind="stable")
 
 

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as PS
 from jaxtyping import Array, Bool, Float, Int
-from tqdm import tqdm
 
 from rag_jax import rag
 from rag_jax.data import segments
 from rag_jax.distributed import sharding
 from rag_jax.inference import programs, search
 from rag_jax.models.decoder import Cache, Decoder
+from rag_jax.progress import Counter
 
 ROWS = sharding.BATCH
 # Of keys, values and lengths: in the former layers lead.
@@ -63,12 +63,12 @@ class Block(NamedTuple):
 
 
 def answer_log_probs(
-    model: rag.Rag, params: dict, pairs: Pairs, *, at_a_time: int, label: str
+    model: rag.Rag, params: dict, pairs: Pairs, *, at_a_time: int, counter: Counter
 ) -> Float[np.ndarray, "n T"]:
     """log p(y_t | passage, query, y_<t) of each pair's answer, 0 past its end; on every process, every one must call.
 
     `at_a_time`: pairs, and passages whose keys and values are kept, of all devices. Passages of like length are read
-    together, and behind them suffixes of like length.
+    together, and behind them suffixes of like length. `counter` counts the pairs.
     """
     where = programs.placement(params, "generator")
     num_slots = segments.padded_length(pairs.prefixes.lengths[pairs.prefix], int(pairs.prefixes.lengths.max()))
@@ -79,19 +79,18 @@ def answer_log_probs(
     score = programs.compiled(_score, model, where, (rows * 3, rows))
     found = np.zeros((len(pairs), int(pairs.answers.lengths[pairs.answer].max())), np.float32)
     generator = params["generator"]
-    with tqdm(total=len(pairs), desc=label, **search.BAR) as bar:
-        for prefixes, batches in blocks(pairs, where.shards, at_a_time):
-            length = search.size_for(int(pairs.prefixes.lengths[prefixes].max()), num_slots)
-            cache = read(generator, *where.split_rows(*segments.pad(pairs.prefixes, prefixes.ravel(), length)))
-            computed = []
-            for batch in batches:
-                ids, mask, place = suffixes(pairs, batch)
-                hidden = read_behind(generator, *cache, *where.split_rows(ids, mask, place))
-                state, ids, owner = answer_tokens(pairs, batch, suffix_slots)
-                computed.append((*score(generator, *hidden, *where.split_rows(state.ravel(), ids.ravel())), owner))
-            for log_probs, (row, column, token) in computed:
-                found[row, column] = sharding.to_host(log_probs)[token]
-            bar.update(sum(int((batch.pairs >= 0).sum()) for batch in batches))
+    for prefixes, batches in blocks(pairs, where.shards, at_a_time):
+        length = search.size_for(int(pairs.prefixes.lengths[prefixes].max()), num_slots)
+        cache = read(generator, *where.split_rows(*segments.pad(pairs.prefixes, prefixes.ravel(), length)))
+        computed = []
+        for batch in batches:
+            ids, mask, place = suffixes(pairs, batch)
+            hidden = read_behind(generator, *cache, *where.split_rows(ids, mask, place))
+            state, ids, owner = answer_tokens(pairs, batch, suffix_slots)
+            computed.append((*score(generator, *hidden, *where.split_rows(state.ravel(), ids.ravel())), owner))
+        for log_probs, (row, column, token) in computed:
+            found[row, column] = sharding.to_host(log_probs)[token]
+        counter.update(sum(int((batch.pairs >= 0).sum()) for batch in batches))
     return found
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from tqdm import tqdm
 
 from rag_jax import data, files
 from rag_jax.data import segments
@@ -24,6 +23,7 @@ from rag_jax.documents import copies
 from rag_jax.errors import UserError
 from rag_jax.inference import answering, decoding, evidence, programs, search
 from rag_jax.inference.trained import Trained
+from rag_jax.progress import Counter
 
 INSTRUCTION = """Read this text:
 
@@ -79,7 +79,7 @@ def write(trained: Trained, passages: Sequence[str], writing: Writing, folder: p
     at_a_time = -(-max(trained.opened.config.eval.batch_size // writing.num, 1) // shards) * shards
     about = [dataclasses.asdict(writing), fingerprint.of_params(params["generator"]), prompt.passage, prompt.query]
     found: list[Question] = []
-    with tqdm(total=len(passages) * writing.num, desc="questions", **search.BAR) as bar:
+    with Counter("questions", len(passages) * writing.num) as counter:
         for start in range(0, len(passages), at_a_time * BLOCKS):
             part = list(passages[start : start + at_a_time * BLOCKS])
             path = folder / f"questions-{files.content_key(about, start, part)[:24]}.jsonl"
@@ -92,7 +92,7 @@ def write(trained: Trained, passages: Sequence[str], writing: Writing, folder: p
                 files.write_whole(path, "".join(json.dumps(text) + "\n" for text in texts), errors="replace")
             texts = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             found += [parsed(start + i // writing.num, *text) for i, text in enumerate(texts)]
-            bar.update(len(texts))
+            counter.update(len(texts))
     return found
 
 
@@ -248,14 +248,16 @@ def _gains(
     (prefixes, _), (queries, _) = data.prompt_segments(prompt, texts, [one.question for one in asked])
     answers = data.answer_segments(prompt, [one.answer for one in asked])
     rows = np.arange(len(asked))
-    sums = evidence.part_sums(
-        opened.model,
-        trained.params,
-        (prefixes, queries, answers),
-        np.tile(rows, 2),
-        np.concatenate([place, np.full(len(asked), len(used))]),
-        ("answer",),
-        opened.config.eval.batch_size * 4,
-    )[:, evidence.PARTS.index("answer")]
-    behind, without = np.split(sums, 2)
+    with Counter("likelihood of answers", 2 * len(asked)) as counter:
+        sums = evidence.part_sums(
+            opened.model,
+            trained.params,
+            (prefixes, queries, answers),
+            np.tile(rows, 2),
+            np.concatenate([place, np.full(len(asked), len(used))]),
+            ("answer",),
+            opened.config.eval.batch_size * 4,
+            counter,
+        )
+    behind, without = np.split(sums[:, evidence.PARTS.index("answer")], 2)
     return (behind - without) / answers.lengths

@@ -15,12 +15,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as PS
 from jaxtyping import Array, Bool, Float, Int, Shaped
-from tqdm import tqdm
 
 from rag_jax import rag
 from rag_jax.data import segments
 from rag_jax.distributed import sharding
 from rag_jax.inference import programs
+from rag_jax.progress import Counter
 
 # Scores that exist at one time on a device: (queries, passages) float32 of at most this many numbers, 64 MB.
 BLOCK_SCORES = 2**24
@@ -31,8 +31,6 @@ PLACED_SHARE, PLACED_BYTES = 0.3, 2.0**30
 RUN = 128
 # What a NaN score counts as: it ranks last, but before what is skipped (-inf).
 LOWEST = np.finfo(np.float32).min
-# Progress bars: on a terminal only.
-BAR: dict[str, Any] = {"leave": False, "mininterval": 1.0, "disable": None}
 
 
 def size_for(needed: int, largest: int, *, steps: int = 4) -> int:
@@ -63,9 +61,11 @@ def embed(
     longest = longest or int(lengths.max())
     found: list[Any] = []
     order = np.argsort(-lengths, kind="stable")  # the longest first: too little memory shows at once
-    for rows, real in tqdm(list(full_batches(order, batch_size)), desc=label, **BAR):
-        batch = segments.pad(tokens, rows, size_for(int(lengths[rows].max()), longest))
-        found.append((*encode(params["retriever"], *where.split_rows(*batch)), real))
+    with Counter(label, len(tokens), active=jax.process_index() == 0) as counter:
+        for rows, real in full_batches(order, batch_size):
+            batch = segments.pad(tokens, rows, size_for(int(lengths[rows].max()), longest))
+            found.append((*encode(params["retriever"], *where.split_rows(*batch)), real))
+            counter.update(real)
     emb = np.empty((len(tokens), found[0][0].shape[-1]), np.float32)
     emb[order] = np.concatenate([sharding.to_host(part)[:real] for part, real in found])
     return emb

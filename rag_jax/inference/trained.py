@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
@@ -17,6 +18,7 @@ from rag_jax.data import segments
 from rag_jax.errors import UserError
 from rag_jax.inference import answering, decoding, disk_index, evidence, likelihood, search
 from rag_jax.pair import Pair
+from rag_jax.progress import Counter
 
 # Questions that are answered at a time, and tokens after which it is told how far they have come.
 BATCH_SIZE = 8
@@ -230,7 +232,8 @@ class Trained:
         row = np.repeat(np.arange(len(asked)), num_read)
         pairs = likelihood.Pairs(found.prefixes, found.queries, tokens, found.place.ravel(), row, row)
         at_a_time = min(self.opened.config.eval.batch_size, len(asked)) * num_read
-        by_pair = likelihood.answer_log_probs(model, self.params, pairs, at_a_time=at_a_time, label="answers")
+        with Counter("answers", len(pairs), active=jax.process_index() == 0) as counter:
+            by_pair = likelihood.answer_log_probs(model, self.params, pairs, at_a_time=at_a_time, counter=counter)
         token_log_probs = jnp.asarray(by_pair.reshape(*found.cosine.shape, -1))
         mask = jnp.arange(token_log_probs.shape[-1]) < tokens.lengths[:, None]
         doc_log_probs = model.objective.doc_log_probs(found.cosine)

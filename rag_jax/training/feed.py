@@ -9,11 +9,11 @@ import numpy as np
 from rag_jax import data, pair
 from rag_jax.distributed import compile_cache, sharding
 from rag_jax.planning import fit
+from rag_jax.progress import Progress
 from rag_jax.training import announce, known, mining, optim
 from rag_jax.training.record import Facts, Record
 from rag_jax.training.setup import Training
 from rag_jax.training.step import Step, TrainState, compile_step
-from rag_jax.training.writer import Progress
 
 # Steps that are planned at a time: the step they follow, which rows they read, None: those of `data.order`, and what a
 # generator is known to say of them.
@@ -44,7 +44,7 @@ def mine(training: Training, state: TrainState, met: np.ndarray, step: int, reco
         params = optim.join(state.params, state.frozen)
         plan, metrics = mining.mine(training.opened.model, params, training.examples, met, training.config, step)
         if training.keeps_evidence:
-            plan, computed = known.planned(training, params, plan, record.progress.print)
+            plan, computed = known.planned(training, params, plan)
             metrics |= computed
         if training.is_main:
             mining.save(training.workdir, step, plan)
@@ -58,7 +58,7 @@ def named_evidence(training: Training, state: Callable[[], TrainState], record: 
         return None
     if (found := known.read(training)) is None:
         with record.pausing("mining"):
-            found = known.named(training, optim.join(state().params, state().frozen), record.progress.print)
+            found = known.named(training, optim.join(state().params, state().frozen))
             if training.is_main:
                 known.write(training, found)
     return found

@@ -5,8 +5,6 @@ It is kept in the workdir beside the plan of the steps, so that a run that goes 
 
 import dataclasses
 import pathlib
-import time
-from collections.abc import Callable
 
 import numpy as np
 
@@ -14,19 +12,15 @@ from rag_jax import data, files
 from rag_jax.inference import evidence
 from rag_jax.training import mining
 from rag_jax.training.setup import Training
-from rag_jax.training.writer import clock
-
-# Prints a line.
-Say = Callable[[str], None]
 
 
-def planned(training: Training, params: dict, plan: mining.Plan, say: Say) -> tuple[mining.Plan, dict[str, float]]:
+def planned(training: Training, params: dict, plan: mining.Plan) -> tuple[mining.Plan, dict[str, float]]:
     """The plan with what the generator says of all that its rows may read, and how much of it was not kept."""
     rows = plan.rows.ravel()
     may_read = [training.examples.own_key[rows]]
     if plan.brought is not None:
         may_read.append(plan.brought.reshape(len(rows), -1))
-    known, computed = _read(training, params, rows, np.concatenate(may_read, axis=1), say)
+    known, computed = _read(training, params, rows, np.concatenate(may_read, axis=1))
     values = {"mining/evidence_pairs": float(len(known.code)), "mining/evidence_computed": float(computed)}
     return dataclasses.replace(plan, evidence_code=known.code, evidence=known.value), values
 
@@ -37,11 +31,11 @@ def of_plan(training: Training, plan: mining.Plan) -> data.Known | None:
     return data.Known(plan.evidence_code, plan.evidence, _num_passages(training))
 
 
-def named(training: Training, params: dict, say: Say) -> data.Known:
+def named(training: Training, params: dict) -> data.Known:
     """What the generator says of every row behind what it names, where nothing is mined."""
     examples = training.examples
     keys = [part for part in (examples.own_key, examples.negative_key) if part is not None]
-    return _read(training, params, np.arange(len(examples)), np.concatenate(keys, axis=1), say)[0]
+    return _read(training, params, np.arange(len(examples)), np.concatenate(keys, axis=1))[0]
 
 
 def read(training: Training) -> data.Known | None:
@@ -84,7 +78,7 @@ def _with_none(training: Training) -> data.Examples:
     return dataclasses.replace(examples, passages=(*examples.passages, ""), prefixes=prefixes)
 
 
-def _read(training: Training, params: dict, rows: np.ndarray, passages: np.ndarray, say: Say) -> tuple[data.Known, int]:
+def _read(training: Training, params: dict, rows: np.ndarray, passages: np.ndarray) -> tuple[data.Known, int]:
     """What the generator says of rows (n,) behind passages (n, _), -1: none, and of how many pairs it was not kept."""
     examples, opened, config = _with_none(training), training.opened, training.config
     num = len(examples.passages)
@@ -95,14 +89,7 @@ def _read(training: Training, params: dict, rows: np.ndarray, passages: np.ndarr
     )
     at_a_time = config.eval.batch_size * config.objective.candidates
     folder = evidence.folder_of(opened, params)
-    began = time.perf_counter()
-
-    def tell(done: int, num: int) -> None:
-        left = (time.perf_counter() - began) * (num - done) / max(done, 1)
-        say(f"evidence: {done:,} of {num:,} pairs computed" + (f", {clock(left)} left" if done else ""))
-
-    pairs = (pair_rows, pair_passages)
-    sums, computed = evidence.sums(opened.model, params, examples, *pairs, folder, at_a_time, tell)
+    sums, computed = evidence.sums(opened.model, params, examples, pair_rows, pair_passages, folder, at_a_time)
     counts, objective = evidence.part_lengths(examples, pair_rows), opened.model.objective
     read = [i for i, part in enumerate(evidence.PARTS) if objective.evidence in (part, "both")]
     values = objective.evidence_of([sums[:, i] for i in read], [counts[:, i] for i in read])

@@ -13,12 +13,13 @@ from rag_jax.config import Config
 from rag_jax.distributed import compile_cache, processes, sharding
 from rag_jax.evaluation import evaluation
 from rag_jax.evaluation.metrics import HIGHER_IS_BETTER
+from rag_jax.progress import Progress
 from rag_jax.training import announce, feed, optim, setup, trackers, watch
 from rag_jax.training.record import Facts, Record, due
 from rag_jax.training.setup import Training, say
 from rag_jax.training.signals import Request, Requests, stop_signals
 from rag_jax.training.step import Metrics, TrainState
-from rag_jax.training.writer import Progress, open_writer
+from rag_jax.training.writer import open_writer
 from rag_jax.workdir import checkpoint, lock, provenance
 from rag_jax.workdir.checkpoint import Checkpoints, set_aside
 

@@ -162,8 +162,8 @@ def embeddings(
     """All distinct queries and passages as the retriever sees them now."""
     queries, passages = examples.retriever_queries, examples.retriever_passages
     assert queries is not None and passages is not None
-    query_emb = search.embed(model, params, queries, batch_size=batch_size, label="mining: queries")
-    return query_emb, search.embed(model, params, passages, batch_size=batch_size, label="mining: passages")
+    query_emb = search.embed(model, params, queries, batch_size=batch_size, label="mining, queries")
+    return query_emb, search.embed(model, params, passages, batch_size=batch_size, label="mining, passages")
 
 
 def neighbourhood(

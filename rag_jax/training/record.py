@@ -13,10 +13,11 @@ from rag_jax.config import Config
 from rag_jax.evaluation.metrics import METRICS
 from rag_jax.models import flops
 from rag_jax.objectives import OBJECTIVES
+from rag_jax.progress import Progress, clock
 from rag_jax.training import watch
 from rag_jax.training.peak import peak
 from rag_jax.training.step import Metrics
-from rag_jax.training.writer import Progress, Writer, clock
+from rag_jax.training.writer import Writer
 
 # What a run stops its steps for.
 PAUSES = ("compile", "eval", "checkpoint", "mining")

@@ -1,11 +1,10 @@
-"""Where the numbers of a run go: metrics.jsonl, TensorBoard, the line of progress."""
+"""Where the numbers of a run go: metrics.jsonl, TensorBoard."""
 
 import json
 import math
 import pathlib
 import socket
 import struct
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO, Protocol, runtime_checkable
@@ -15,15 +14,12 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[re
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import histogram, text
-from tqdm import tqdm
 
 from rag_jax import files
 from rag_jax.errors import UserError
 from rag_jax.training import trackers
 from rag_jax.training.pictures import Picture, pictures
 
-# Between lines of progress where there is no terminal, seconds.
-LINE_EVERY_S = 20.0
 # Of evaluated rows on TensorBoard's pages: how many are shown as text, and bins of a histogram of scores.
 TEXTS, BINS = 8, 30
 
@@ -211,48 +207,3 @@ def _cut_back(path: pathlib.Path, step: int) -> list[dict[str, Any]]:
             records.append(record)
     files.write_whole(path, "".join(kept))
     return records
-
-
-class Progress:
-    """Steps done, loss and time left: a bar on a terminal, elsewhere a line now and then."""
-
-    def __init__(self, total_steps: int, start_step: int = 0, *, active: bool = True):
-        self.total, self.start, self.active = total_steps, start_step, active
-        self.began = self.last_line = time.monotonic()
-        bar = active and sys.stderr.isatty()
-        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True) if bar else None
-
-    def update(self, step: int, loss: float) -> None:
-        """`step` steps are done; `loss` is the newest total."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-            self._bar.update(step - self._bar.n)
-        elif self.active:
-            now = time.monotonic()
-            if step in (self.start + 1, self.total) or now - self.last_line >= LINE_EVERY_S:
-                self.last_line = now
-                step_s = (now - self.began) / max(1, step - self.start)
-                left = clock(step_s * (self.total - step))
-                self.print(f"step {step}/{self.total}  loss {loss:.4f}  {step_s:.2f} s a step  {left} left")
-
-    def pause(self, seconds: float) -> None:
-        """Leave time that was no step's out of the time left."""
-        self.began += seconds
-        if self._bar is not None:
-            self._bar.start_t += seconds
-
-    def print(self, text: str) -> None:
-        """A line of text that does not tear the bar."""
-        if self.active:
-            tqdm.write(text, file=sys.stderr)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-def clock(seconds: float) -> str:
-    """1:02:03 or 2:03."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -14,7 +14,7 @@ from data_helpers import BOS, EOS, byte_tokenizer, word_tokenizer
 from flax import nnx
 from ml_collections import ConfigDict
 
-from rag_jax import data, evaluate, models, rag
+from rag_jax import data, evaluate, models, progress, rag
 from rag_jax.distributed import sharding
 from rag_jax.evaluation import evaluation, metrics
 from rag_jax.inference import search
@@ -328,6 +328,15 @@ def test_without_a_generator_there_are_no_answers(folder):
     result = evaluation.evaluate(dataclasses.replace(model, generator=None), {"retriever": params["retriever"]}, rows)
     assert set(result.metrics) == {f"eval/{name}" for name, m in metrics.METRICS.items() if m.ranking}
     assert "answer" not in result.by_row[0] and len(result.by_row[0]["retrieved"]) == 7
+
+
+def test_a_log_is_told_how_far_an_evaluation_is(folder, monkeypatch, capsys):
+    model, params = build()
+    rows, _ = evaluation.load_rows(config(folder, answers=6), RETRIEVER, PROMPT)
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0)
+    evaluation.evaluate(model, params, dataclasses.replace(rows, batch_size=1), rerank=4)
+    said = [line.split(": ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert list(dict.fromkeys(said)) == ["queries", "passages", "re-ranking", "likelihood of answers", "answers"]
 
 
 def test_reranking_changes_the_order_of_the_first_ones_alone(folder):

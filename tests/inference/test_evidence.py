@@ -1,13 +1,14 @@
 """Evidence that is kept: its sums against every string alone, what is computed again, and for whom it is kept."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rag_jax import config, data, files, models, pair, rag
+from rag_jax import config, data, files, models, pair, progress, rag
 from rag_jax.distributed import fingerprint, sharding
 from rag_jax.inference import evidence
 
@@ -74,6 +75,18 @@ def test_sums_are_those_of_every_string_alone(opened, params, examples, tmp_path
         read, _ = evidence.sums(asking(opened, which), params, examples, rows, passages, tmp_path / which, 8)
         np.testing.assert_allclose(read[:, part], found[:, part], rtol=1e-5, atol=1e-5)
         assert np.isnan(read[:, 1 - part]).all()
+
+
+def test_a_log_is_told_how_many_pairs_are_computed(opened, params, examples, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0)
+    monkeypatch.setattr(evidence, "BLOCK", 5)
+    rows, passages = map(np.ravel, np.indices((4, 3)))
+    evidence.sums(asking(opened, "both"), params, examples, rows[:2], passages[:2], tmp_path, 8)
+    capsys.readouterr()
+    evidence.sums(asking(opened, "both"), params, examples, rows, passages, tmp_path, 8)
+    told = re.compile(r"pairs of evidence: (\d+) of 10, 0:\d\d left")
+    counts = [int(told.fullmatch(line)[1]) for line in capsys.readouterr().err.splitlines()]
+    assert counts == sorted(set(counts)) and 5 in counts and counts[-1] < 10
 
 
 def test_passages_are_reranked_by_the_question(opened, params, examples):

@@ -12,6 +12,7 @@ from rag_jax import models, rag
 from rag_jax.data import segments
 from rag_jax.distributed import sharding
 from rag_jax.inference import likelihood
+from rag_jax.progress import Counter
 
 V = 61
 GPT2 = models.Gpt2Config(V, 2, 2, 16, 32, 96, 1e-5, "gelu_tanh", 0.0, 0.0, 0.0)
@@ -64,7 +65,9 @@ def test_they_are_those_of_whole_strings(family):
     expected = alone(model, params, pairs)
     assert expected.min() < -6 and (expected != 0).sum() == pairs.answers.lengths[pairs.answer].sum()
     for at_a_time in (4, 23, 100):
-        found = likelihood.answer_log_probs(model, params, pairs, at_a_time=at_a_time, label="test")
+        counter = Counter("test", len(pairs))
+        found = likelihood.answer_log_probs(model, params, pairs, at_a_time=at_a_time, counter=counter)
+        assert counter.done == len(pairs)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -74,10 +77,10 @@ def test_they_are_those_of_whole_strings(family):
 def test_devices_share_them(family, shape):
     model, params = tiny(family)
     pairs = some_pairs(n=50, popular=20)
-    expected = likelihood.answer_log_probs(model, params, pairs, at_a_time=16, label="test")
+    expected = likelihood.answer_log_probs(model, params, pairs, at_a_time=16, counter=Counter("test", len(pairs)))
     mesh = sharding.make_mesh(*shape)
     placed = jax.device_put(params, sharding.param_shardings(mesh, params))
-    found = likelihood.answer_log_probs(model, placed, pairs, at_a_time=16, label="test")
+    found = likelihood.answer_log_probs(model, placed, pairs, at_a_time=16, counter=Counter("test", len(pairs)))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -11,6 +11,7 @@ from test_search import tiny_retriever
 from rag_jax.data import segments
 from rag_jax.distributed import sharding
 from rag_jax.inference import answering, decoding, likelihood, programs, search
+from rag_jax.progress import Counter
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,9 @@ def embed(params):
 
 
 def likelihoods(params):
-    return likelihood.answer_log_probs(tiny("gpt2")[0], params, some_pairs(), at_a_time=6, label="answers")
+    pairs = some_pairs()
+    counter = Counter("answers", len(pairs))
+    return likelihood.answer_log_probs(tiny("gpt2")[0], params, pairs, at_a_time=6, counter=counter)
 
 
 def answers(params, num_tokens=3):

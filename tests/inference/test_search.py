@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rag_jax import models, rag
+from rag_jax import models, progress, rag
 from rag_jax.data import segments
 from rag_jax.distributed import sharding
 from rag_jax.inference import search
@@ -27,11 +27,14 @@ def retriever():
     return tiny_retriever()
 
 
-def test_embeddings_are_in_order_normalised_and_free_of_padding(retriever):
+def test_embeddings_are_in_order_normalised_free_of_padding_and_counted(retriever, monkeypatch, capsys):
     module, model, params = retriever
     rng = np.random.default_rng(0)
     texts = [rng.integers(1, 61, length).tolist() for length in (3, 17, 1, 3, 30, 17, 1)]
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0)
     found = search.embed(model, params, segments.Ragged.of(texts), batch_size=3, label="texts")
+    told = [line.partition(",")[0] for line in capsys.readouterr().err.splitlines()]
+    assert told == ["texts: 3 of 7", "texts: 6 of 7"]
     forward = jax.jit(lambda ids: module(ids, jnp.ones_like(ids, bool)))
     for text, emb in zip(texts, found, strict=True):
         hidden = np.asarray(forward(jnp.asarray([text])))[0]

@@ -1,4 +1,4 @@
-"""What is on disk after writing, after a crash and after going on; the line of progress."""
+"""What is on disk after writing, after a crash and after going on."""
 
 import io
 import json
@@ -9,7 +9,7 @@ import pytest
 
 from rag_jax.errors import UserError
 from rag_jax.training import writer as writers
-from rag_jax.training.writer import Progress, open_writer
+from rag_jax.training.writer import open_writer
 
 
 def lines(workdir):
@@ -131,45 +131,6 @@ def test_other_processes_write_nothing(tmp_path):
     with open_writer(tmp_path / "run", active=False) as writer:
         writer.write(1, {"loss/total": 1.0})
     assert not (tmp_path / "run").exists()
-
-
-def test_progress_without_a_terminal_is_a_few_plain_lines(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(writers.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    progress = Progress(total_steps=200, start_step=50)
-    for step in range(51, 201):
-        now[0] += 0.5
-        progress.update(step, 2.0)
-    progress.close()
-    text = sys.stderr.getvalue()
-    assert "\r" not in text
-    assert text.splitlines() == [
-        "step 51/200  loss 2.0000  0.50 s a step  1:14 left",
-        "step 91/200  loss 2.0000  0.50 s a step  0:54 left",
-        "step 131/200  loss 2.0000  0.50 s a step  0:34 left",
-        "step 171/200  loss 2.0000  0.50 s a step  0:14 left",
-        "step 200/200  loss 2.0000  0.50 s a step  0:00 left",
-    ]
-
-
-def test_progress_on_a_terminal_is_a_bar_with_loss_and_time_left(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    progress = Progress(total_steps=4)
-    progress.update(2, 1.25)
-    progress.print("evaluated")
-    progress.update(4, 1.0)
-    progress.close()
-    text = sys.stderr.getvalue()
-    assert "4/4" in text and "loss 1.0000" in text and "evaluated\n" in text
-
-
-def test_durations_read_as_clocks():
-    assert [writers.clock(s) for s in (0.0, 59.6, 125.0, 3723.0)] == ["0:00", "1:00", "2:05", "1:02:03"]
 
 
 def test_evaluated_rows_on_the_board(tmp_path):
