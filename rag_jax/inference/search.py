@@ -29,6 +29,8 @@ QUERIES_AT_A_TIME = 4096
 PLACED_SHARE, PLACED_BYTES = 0.3, 2.0**30
 # Neighbouring scores of which the highest is looked at first.
 RUN = 128
+# Batches that a device is handed before the first of them is done: it is never without work.
+AHEAD = 3
 # What a NaN score counts as: it ranks last, but before what is skipped (-inf).
 LOWEST = np.finfo(np.float32).min
 
@@ -65,6 +67,7 @@ def embed(
         for rows, real in full_batches(order, batch_size):
             batch = segments.pad(tokens, rows, size_for(int(lengths[rows].max()), longest))
             found.append((*encode(params["retriever"], *where.split_rows(*batch)), real))
+            jax.block_until_ready(found[-AHEAD:][0])  # so that what is counted is nearly done
             counter.update(real)
     emb = np.empty((len(tokens), found[0][0].shape[-1]), np.float32)
     emb[order] = np.concatenate([sharding.to_host(part)[:real] for part, real in found])
