@@ -51,6 +51,9 @@ def train(config: Config, workdir: pathlib.Path) -> int:
         with processes.all_or_none():
             if training.is_main:
                 stack.enter_context(lock.only_writer(workdir))
+        with processes.all_or_none():
+            setup.check_newest(workdir, max([start_step, *damaged]))
+            if training.is_main:
                 setup.write_workdir(training, start_step, inputs)
                 for line in set_aside(workdir, damaged):
                     say(training, line)

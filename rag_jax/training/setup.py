@@ -66,6 +66,20 @@ def newest_checkpoint(config: Config, workdir: pathlib.Path) -> tuple[int, dict[
     return step or 0, damaged
 
 
+def check_newest(workdir: pathlib.Path, newest: int) -> None:
+    """UserError where `newest` (0: none) is no longer the newest step saved, whole or damaged: another run saved it.
+
+    To be asked once the workdir is ours. That run may have held it since we looked, and trained to its end.
+    """
+    with Checkpoints(workdir) as checkpoints:
+        now = max(checkpoints.steps(), default=0)
+    if now != newest:
+        raise UserError(
+            f"--workdir={workdir}: another run has saved step {now} there while this one started; the same command "
+            "goes on from that step, and another --workdir starts over"
+        )
+
+
 def resumable(config: Config, workdir: pathlib.Path) -> bool:
     """Whether the workdir holds checkpoints of this very run; UserError with the difference if they are of another."""
     if not (workdir / "config.json").is_file() or not (workdir / "checkpoints").is_dir():

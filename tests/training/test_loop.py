@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from rag_jax import config, data, hf, models, pair
 from rag_jax.errors import UserError
 from rag_jax.models import flops
 from rag_jax.training import optim, setup, signals
-from rag_jax.workdir import checkpoint, provenance
+from rag_jax.workdir import checkpoint, lock, provenance
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +130,23 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_compiles_nothing(whole, cach
     assert ours.keys() == theirs.keys() and len(ours) > 80
     for path in ours:
         np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)
+
+
+def test_a_run_that_another_has_overtaken_is_refused_and_changes_nothing(whole, cache, tmp_path, monkeypatch):
+    """The other one held the workdir while this one looked for a checkpoint, and has ended before it asks for it."""
+    workdir, build = tmp_path / "run", setup.build
+
+    def while_another_trains(*args):
+        shutil.copytree(whole[0], workdir)
+        return build(*args)
+
+    monkeypatch.setattr(setup, "build", while_another_trains)
+    code, _, err = call(cache, "main", f"--config={TINY}", f"--workdir={workdir}", **TINY_VALUES)
+    assert code == 2 and f"--workdir={workdir}: another run has saved step {TINY_STEPS} there" in err
+    folders = (workdir, whole[0])
+    ours, theirs = ({p.relative_to(d): p.read_bytes() for p in d.rglob("*") if p.is_file()} for d in folders)
+    assert {name for name in ours if ours[name] != theirs.get(name)} <= {pathlib.Path(lock.NAME)}
+    assert ours.keys() == theirs.keys()
 
 
 def test_a_finished_run_says_so_and_a_longer_one_goes_on(whole, cache):
