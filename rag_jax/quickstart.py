@@ -13,6 +13,7 @@ import pathlib
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -84,10 +85,20 @@ def say(text: str) -> None:
 
 
 def command(module: str, *flags: str) -> None:
-    """Run one of our commands in a process of its own; its failure, already explained by it, is ours."""
-    result = subprocess.run([sys.executable, "-m", module, *flags])
-    if result.returncode:
-        sys.exit(result.returncode)
+    """Run one of our commands in a process of its own; its failure, already explained by it, is ours.
+
+    So is what it does on a signal: training saves first. SIGINT reaches it from the terminal; SIGTERM it gets from us.
+    """
+    process = subprocess.Popen([sys.executable, "-m", module, *flags])
+    answers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda number, _: process.send_signal(number)}
+    before = {number: signal.signal(number, answer) for number, answer in answers.items()}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if code:
+        sys.exit(128 - code if code < 0 else code)
 
 
 def table(untrained: dict[str, float], trained: dict[str, float]) -> str:

@@ -3,11 +3,30 @@
 import csv
 import importlib.metadata
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from command import ROOT
 
 from rag_jax import errors, quickstart
+
+# As training ends: it saves first, which takes longer than Python waits for a child of its own accord.
+STAND_IN = """
+import pathlib, signal, sys, time
+heard = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _: heard.append(number))
+print("ready", flush=True)
+while not heard:
+    time.sleep(0.02)
+time.sleep(1)
+pathlib.Path(sys.argv[1]).write_text(repr(heard))
+sys.exit(128 + heard[0])
+"""
 
 RULE = """## What it does
 Checks for `eval()`, see [the docs] and [PEP 8](https://example.org).
@@ -102,6 +121,29 @@ def test_a_folder_appears_only_when_complete(tmp_path):
     with pytest.raises(RuntimeError, match="stopped"):
         quickstart.make_once(tmp_path / "target", fails)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_quick_start_leaves_training_the_time_to_save(tmp_path, number):
+    """A terminal sends Ctrl-C to both processes, `kill` a signal to ours alone: training hears of it once."""
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    saved = tmp_path / "saved"
+    ours = subprocess.Popen(
+        [sys.executable, "-c", f"from rag_jax import quickstart; quickstart.command('stand_in', {str(saved)!r})"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, tmp_path)))},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )
+    assert ours.stdout is not None and ours.stdout.readline() == "ready\n"
+    if number == signal.SIGINT:
+        os.killpg(ours.pid, number)
+    else:
+        ours.send_signal(number)
+    _, err = ours.communicate(timeout=30)
+    assert saved.read_text() == repr([int(number)]) and ours.returncode == 128 + number and err == ""
 
 
 def test_a_missing_wheel_is_named_with_the_command_that_gets_it(monkeypatch):
